@@ -162,9 +162,12 @@
 #define BKV_VERSION_MAJOR 0
 #define BKV_VERSION_MINOR 1
 #define BKV_VERSION_PATCH 0
+#define BKV_VERSION "0.1.0"
 
 #ifndef BALANCEKV_API
-#ifdef BALANCEKV_STATIC
+#if defined(BALANCEKV_STATIC) && (defined(__GNUC__) || defined(__clang__))
+#define BALANCEKV_API static __attribute__((unused))
+#elif defined(BALANCEKV_STATIC)
 #define BALANCEKV_API static
 #else
 #define BALANCEKV_API extern
@@ -175,7 +178,6 @@
 #else
 #define BKV_MUST_USE
 #endif
-
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -189,13 +191,13 @@ extern "C" {
     X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, BKV_F16 or BKV_BF16 (and compiled in)")         \
     X(BKV_E_BUDGET, -5, "budget is smaller than sinks + window + two pages of 64, or above 2^24")  \
     X(BKV_E_RULE, -6, "unknown rule")                                                              \
-    X(BKV_E_PARAM, -7, "need finite gamma >= 0, scale and scale * temp in 0..8, softcap 0 or >= 1")\
+    X(BKV_E_PARAM, -7, "gamma, temp, scale or softcap is out of range, or reserved is not 0")      \
     X(BKV_E_BACKEND, -8, "this CPU, or this build, does not have the requested backend")           \
     X(BKV_E_THREADS, -9, "need ith < nth <= n_threads <= 1024")                                    \
     X(BKV_E_SIZE, -10, "the cache, or a tensor's extent, does not fit the address space")          \
     X(BKV_E_MEMORY, -11, "the memory block is smaller than bkv_size() says")                       \
     X(BKV_E_STATE, -12, "these bytes are not a balancekv state, or it is damaged")                 \
-    X(BKV_E_VERSION, -13, "this state is of another version or byte order")                    \
+    X(BKV_E_VERSION, -13, "this state is of another version or byte order")                        \
     X(BKV_E_TYPE, -14, "a tensor's type must be BKV_F32, BKV_F16 or BKV_BF16")                     \
     X(BKV_E_STRIDE, -15, "a tensor's strides are too small: its elements would overlap")           \
     X(BKV_E_COUNT, -16, "n_tokens must be at least 1")                                             \
@@ -208,7 +210,7 @@ typedef enum bkv_result {
 #define BKV_X(name, value, text) name = value,
     BKV_RESULTS(BKV_X)
 #undef BKV_X
-    BKV_RESULT_FORCE_INT = 0x7fffffff
+        BKV_RESULT_FORCE_INT = 0x7fffffff
 } bkv_result;
 
 /* Element types of tensors and of the cache. 0 is not a type. */
@@ -251,10 +253,10 @@ typedef struct bkv_config {
     uint32_t rule;       /* BKV_RULE_*; 0: BKV_RULE_PAIR */
     uint32_t backend;    /* BKV_BACKEND_*; 0: the fastest this CPU has */
     uint32_t n_threads;  /* most threads that share one call, 1..1024; 0: 1 */
-    float gamma;         /* strength of BKV_RULE_WALK; 0: BKV_GAMMA_DEFAULT */
+    float gamma;         /* strength of BKV_RULE_WALK, 1e-6..1e6; 0: BKV_GAMMA_DEFAULT */
     float temp;          /* temperature of the kernel of §1, a factor on its logits; 0: 1 */
     float scale;         /* factor on <q, k>, up to 8, as is scale * temp; 0: 1/sqrt(head_dim) */
-    float softcap;       /* logit softcap as in Gemma 2, at least 1; 0: none */
+    float softcap;       /* logit softcap as in Gemma 2, 1..100; 0: none */
     uint32_t reserved;   /* 0 */
     uint64_t seed;       /* of the halvings; give each layer its own */
 } bkv_config;
@@ -293,19 +295,19 @@ typedef struct bkv_token_info {
 } bkv_token_info;
 
 typedef struct bkv_stats_info {
-    uint64_t tokens_seen;   /* appended since init or reset */
-    uint64_t halvings;      /* sum over KV heads */
-    uint32_t tokens_held;   /* per KV head, <= slots */
-    uint32_t slots;         /* per KV head: the budget after rounding */
-    uint32_t sinks;         /* slots of the sinks after rounding */
-    uint32_t window;        /* exact newest tokens after rounding */
-    uint32_t n_pages;       /* pages per KV head */
-    uint32_t backend;       /* BKV_BACKEND_* in use */
-    uint32_t rule;          /* BKV_RULE_* in use */
-    uint32_t max_level;     /* highest level of any page */
-    float max_weight;       /* heaviest kept token of any head */
-    size_t bytes;           /* bkv_size() */
-    size_t state_bytes;     /* the first bytes of the block: all that must be copied or saved */
+    uint64_t tokens_seen; /* appended since init or reset */
+    uint64_t halvings;    /* sum over KV heads */
+    uint32_t tokens_held; /* per KV head, <= slots */
+    uint32_t slots;       /* per KV head: the budget after rounding */
+    uint32_t sinks;       /* slots of the sinks after rounding */
+    uint32_t window;      /* exact newest tokens after rounding */
+    uint32_t n_pages;     /* pages per KV head */
+    uint32_t backend;     /* BKV_BACKEND_* in use */
+    uint32_t rule;        /* BKV_RULE_* in use */
+    uint32_t max_level;   /* highest level of any page */
+    float max_weight;     /* heaviest kept token of any head */
+    size_t bytes;         /* bkv_size() */
+    size_t state_bytes;   /* the first bytes of the block: all that must be copied or saved */
 } bkv_stats_info;
 
 /* A config with every default filled in, so that it can be read and adjusted. */
@@ -400,32 +402,22 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
    ---------------------------------------------------------------------------------------------- */
 #include <string.h>
 
-#if (defined(__FAST_MATH__) || defined(_M_FP_FAST)) && !defined(BALANCEKV_ALLOW_FAST_MATH)
+#if !defined(__GNUC__) && !defined(__clang__)
+#error "balancekv.h: needs gcc, clang or a compiler that speaks their extensions"
+#endif
+#if defined(__FAST_MATH__) && !defined(BALANCEKV_ALLOW_FAST_MATH)
 #error "balancekv.h: -ffast-math breaks the arithmetic contract; see BALANCEKV_ALLOW_FAST_MATH"
 #endif
-
-#if defined(__x86_64__) || defined(__i386__) || defined(_M_X64)
+#if defined(__x86_64__) || defined(__i386__)
 #define BKVI_ARCH_X86 1
 #else
 #define BKVI_ARCH_X86 0
 #endif
-#if defined(__aarch64__) || defined(_M_ARM64)
+#if defined(__aarch64__)
 #define BKVI_ARCH_ARM64 1
 #else
 #define BKVI_ARCH_ARM64 0
 #endif
-
-#if defined(__clang__)
-#define BKVI_CC_CLANG 1
-#define BKVI_CC_GCC 0
-#elif defined(__GNUC__)
-#define BKVI_CC_CLANG 0
-#define BKVI_CC_GCC 1
-#else
-#define BKVI_CC_CLANG 0
-#define BKVI_CC_GCC 0
-#endif
-
 #ifndef BALANCEKV_SIMD
 #define BALANCEKV_SIMD BALANCEKV_SIMD_AUTO
 #endif
@@ -439,14 +431,12 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #if BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !BKVI_ARCH_ARM64
 #error "balancekv.h: BALANCEKV_SIMD_NEON needs an AArch64 target"
 #endif
-
 #ifndef BALANCEKV_DISPATCH
 #define BALANCEKV_DISPATCH BKVI_ARCH_X86
 #endif
 #if BALANCEKV_DISPATCH != 0 && BALANCEKV_DISPATCH != 1
 #error "balancekv.h: BALANCEKV_DISPATCH must be 0 or 1"
 #endif
-
 #ifdef BALANCEKV_HEAD_DIM
 #if BALANCEKV_HEAD_DIM < 1 || BALANCEKV_HEAD_DIM > 512
 #error "balancekv.h: BALANCEKV_HEAD_DIM must be 1..512"
@@ -455,25 +445,19 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #else
 #define BKVI_DIM(x) (x)
 #endif
-
 #ifdef BALANCEKV_KV_TYPE
 #if BALANCEKV_KV_TYPE < BALANCEKV_F32 || BALANCEKV_KV_TYPE > BALANCEKV_BF16
 #error "balancekv.h: BALANCEKV_KV_TYPE must be BALANCEKV_F32, BALANCEKV_F16 or BALANCEKV_BF16"
 #endif
-#define BKVI_KV_TYPE_IN(t) ((t) == BALANCEKV_KV_TYPE)
+#define BKVI_TYPE(t) ((uint32_t)(BALANCEKV_KV_TYPE) + 0u * (t))
 #else
-#define BKVI_KV_TYPE_IN(t) ((t) >= BALANCEKV_F32 && (t) <= BALANCEKV_BF16)
+#define BKVI_TYPE(t) (t)
 #endif
-
 #ifndef BALANCEKV_HEADER_NAME
 #define BALANCEKV_HEADER_NAME "balancekv.h"
 #endif
 
 /* The passes over §11 and §12 that this build makes. */
-#define BKVI_PASS_SCALAR 1
-#define BKVI_PASS_AVX2 2
-#define BKVI_PASS_AVX512 3
-#define BKVI_PASS_NEON 4
 #if BALANCEKV_DISPATCH
 #define BKVI_HAVE_SCALAR 1
 #define BKVI_HAVE_AVX2 (BKVI_ARCH_X86 && BALANCEKV_SIMD != BALANCEKV_SIMD_SCALAR)
@@ -496,103 +480,73 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_HAVE_AVX512 (BKVI_ONLY == BALANCEKV_SIMD_AVX512)
 #define BKVI_HAVE_NEON (BKVI_ONLY == BALANCEKV_SIMD_NEON)
 #endif
-
 #if BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 #if BKVI_HAVE_NEON
 #include <arm_neon.h>
 #endif
-#if BKVI_ARCH_X86 && (BKVI_CC_GCC || BKVI_CC_CLANG)
-#include <cpuid.h>
-#elif BKVI_ARCH_X86
-#include <intrin.h>
-#endif
 
-#if BKVI_CC_GCC || BKVI_CC_CLANG
+/* BKVI_UNROLL: register tiles are small arrays in loops; gcc -O2 keeps them in registers only if
+   every such loop is unrolled completely (3x on a halving). BKVI_PIN keeps a loaded vector in its
+   register; gcc otherwise folds the load into every FMA that uses it (20-25 % of f32 attend). */
+#if defined(__clang__)
+#define BKVI_CC_CLANG 1
+#define BKVI_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define BKVI_CC_CLANG 0
+#define BKVI_UNROLL _Pragma("GCC unroll 16")
+#endif
 #define BKVI_INLINE inline __attribute__((always_inline, unused))
 #define BKVI_NOINLINE __attribute__((noinline))
-#define BKVI_UNUSED __attribute__((unused))
-#define BKVI_UNLIKELY(x) __builtin_expect(!!(x), 0)
-#define BKVI_PREFETCH(p) __builtin_prefetch(p)
-#else
-#define BKVI_INLINE __forceinline
-#define BKVI_NOINLINE __declspec(noinline)
-#define BKVI_UNUSED
-#define BKVI_UNLIKELY(x) (x)
-#define BKVI_PREFETCH(p) ((void)(p))
-#endif
-
-/* Register tiles are written as small arrays in loops; gcc -O2 keeps them in registers only if
-   every such loop is unrolled completely (measured: 3x on a halving). */
-#if BKVI_CC_CLANG
-#define BKVI_UNROLL _Pragma("clang loop unroll(full)")
-#elif BKVI_CC_GCC
-#define BKVI_UNROLL _Pragma("GCC unroll 16")
-#else
-#define BKVI_UNROLL
-#endif
-
-/* Keeps a loaded vector in its register; gcc otherwise folds the load into every FMA that uses it
-   (measured: 20-25 % of f32 attend). */
-#if (BKVI_CC_GCC || BKVI_CC_CLANG) && BKVI_ARCH_X86 && !defined(BALANCEKV_EMULATED)
+#if BKVI_ARCH_X86 && !defined(BALANCEKV_EMULATED)
 #define BKVI_PIN(x) __asm__("" : "+v"(x))
 #else
 #define BKVI_PIN(x) ((void)0)
 #endif
 
 /* One scalar instruction for a correctly rounded a * b + c, where the target always has it. */
-#if (BKVI_CC_GCC || BKVI_CC_CLANG) &&                                                              \
-    (defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) || BKVI_ARCH_ARM64)
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) || BKVI_ARCH_ARM64
 #define BKVI_HARDWARE_FMA 1
 #else
 #define BKVI_HARDWARE_FMA 0
 #endif
 
-#define BKVI_PAGE 64u           /* slots of a page */
-#define BKVI_BLOCK 128u         /* tokens of a halving: two pages */
-#define BKVI_LANES 16u          /* lanes of a vector, tokens of a key panel */
-#define BKVI_ROWS 32u           /* (token, query head) rows that attend works on at once */
-#define BKVI_TILE_MAX 4u        /* rows that share a register tile, at most */
-#define BKVI_HEADER_BYTES 256u  /* of the state: magic, version, config */
-#define BKVI_MAGIC 0x4B564B42u  /* "BKVK" */
-#define BKVI_STATE_VERSION 1u
-#define BKVI_LOG2E 1.44269504088896341f
-#define BKVI_LN2 0.693147180559945309f
-#define BKVI_HUGE 7.2057594037927936e16f /* 2^56: what keys, values and queries stay below */
-#define BKVI_CONSTANT 0.025f    /* constant channel of the kernel, the paper's code */
+enum {
+    BKVI_PAGE = 64,          /* slots of a page */
+    BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
+    BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
+    BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
+    BKVI_TILE_MAX = 4,       /* rows that share a register tile, at most */
+    BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
+    BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
+    BKVI_MAGIC = 0x4B564B42, /* "BKVK" */
+    BKVI_STATE_VERSION = 1
+};
+static const float BKVI_LOG2E = 1.44269504088896341f, BKVI_LN2 = 0.693147180559945309f;
+static const float BKVI_HUGE = 7.2057594037927936e16f; /* 2^56: keys, values, queries are below */
+static const float BKVI_CONSTANT = 0.025f; /* constant channel of the kernel, the paper's code */
+static const uint64_t BKVI_GOLDEN = 0x9E3779B97F4A7C15u;
 
 /* ------------------------------------------------------------------------------------------------
    §5 SCALAR                                                                               >>scalar
    ---------------------------------------------------------------------------------------------- */
-
 /* The state may stand at any address, so single words go through memcpy. */
 static BKVI_INLINE uint32_t bkvi_get32(const unsigned char *p) {
     uint32_t x;
     memcpy(&x, p, sizeof x);
     return x;
 }
-static BKVI_INLINE void bkvi_put32(unsigned char *p, uint32_t x) {
-    memcpy(p, &x, sizeof x);
-}
+static BKVI_INLINE void bkvi_put32(unsigned char *p, uint32_t x) { memcpy(p, &x, sizeof x); }
 static BKVI_INLINE float bkvi_getf(const unsigned char *p) {
     float x;
     memcpy(&x, p, sizeof x);
     return x;
 }
-static BKVI_INLINE void bkvi_putf(unsigned char *p, float x) {
-    memcpy(p, &x, sizeof x);
-}
-static BKVI_INLINE uint32_t bkvi_bits(float x) {
-    uint32_t u;
-    memcpy(&u, &x, sizeof u);
-    return u;
-}
-static BKVI_INLINE float bkvi_float(uint32_t u) {
-    float x;
-    memcpy(&x, &u, sizeof x);
-    return x;
-}
+static BKVI_INLINE void bkvi_putf(unsigned char *p, float x) { memcpy(p, &x, sizeof x); }
+static BKVI_INLINE uint32_t bkvi_bits(float x) { return bkvi_get32((const unsigned char *)&x); }
+static BKVI_INLINE float bkvi_float(uint32_t u) { return bkvi_getf((const unsigned char *)&u); }
 /* 64-bit counters are two words, low first, so that the state is made of 32-bit words only. */
 static BKVI_INLINE uint64_t bkvi_get64(const unsigned char *p) {
     return (uint64_t)bkvi_get32(p) | (uint64_t)bkvi_get32(p + 4) << 32;
@@ -602,18 +556,12 @@ static BKVI_INLINE void bkvi_put64(unsigned char *p, uint64_t x) {
     bkvi_put32(p + 4, (uint32_t)(x >> 32));
 }
 
-static BKVI_INLINE uint32_t bkvi_min(uint32_t a, uint32_t b) {
-    return a < b ? a : b;
-}
-static BKVI_INLINE uint32_t bkvi_max(uint32_t a, uint32_t b) {
-    return a > b ? a : b;
-}
+static BKVI_INLINE uint32_t bkvi_min(uint32_t a, uint32_t b) { return a < b ? a : b; }
+static BKVI_INLINE uint32_t bkvi_max(uint32_t a, uint32_t b) { return a > b ? a : b; }
 static BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t unit) {
     return (x + unit - 1) / unit * unit;
 }
-static BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) {
-    return type == BKV_F32 ? 4 : 2;
-}
+static BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) { return type == BKV_F32 ? 4 : 2; }
 
 /* The mixing function of splitmix64 (Steele, Lea, Flood 2014; public domain constants). */
 static uint64_t bkvi_mix(uint64_t x) {
@@ -621,7 +569,6 @@ static uint64_t bkvi_mix(uint64_t x) {
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
     return x ^ (x >> 31);
 }
-#define BKVI_GOLDEN 0x9E3779B97F4A7C15u
 static uint64_t bkvi_draw_key(uint64_t seed, uint32_t head, uint64_t halving) {
     return bkvi_mix(bkvi_mix(seed + BKVI_GOLDEN * ((uint64_t)head + 1)) +
                     BKVI_GOLDEN * (halving + 1));
@@ -634,14 +581,12 @@ static float bkvi_uniform(uint64_t key, uint32_t i) {
     return (float)bkvi_draw(key, i) * 5.9604644775390625e-8f;
 }
 
-/* 1 / sqrt(x) for a dimension, without libm: Newton in double, then one rounding. */
+/* 1 / sqrt(dim) to nearest, without libm: Newton in double (tests/test_api.c: all 512). */
 static float bkvi_default_scale(uint32_t dim) {
     double y = 1.0, x = (double)dim;
     int i;
-    while (y * y * x > 1.0)
-        y *= 0.5;
-    for (i = 0; i < 8; i++)
-        y = y * (1.5 - 0.5 * x * y * y);
+    while (y * y * x > 1.0) y *= 0.5;
+    for (i = 0; i < 8; i++) y = y * (1.5 - 0.5 * x * y * y);
     return (float)y;
 }
 
@@ -672,8 +617,7 @@ static BKVI_INLINE float bkvi_from_f16(uint16_t h) {
     if (rest >= 0x7C00u) /* Inf, NaN (made quiet, as the hardware does) */
         return bkvi_float(sign | 0x7F800000u | (rest & 0x3FFu) << 13 |
                           (rest > 0x7C00u ? 0x400000u : 0u));
-    if (rest >= 0x400u)
-        return bkvi_float(sign | ((rest << 13) + 0x38000000u));
+    if (rest >= 0x400u) return bkvi_float(sign | ((rest << 13) + 0x38000000u));
     return bkvi_float(sign | bkvi_bits((float)rest * 5.9604644775390625e-8f)); /* exact */
 }
 
@@ -688,6 +632,7 @@ static BKVI_INLINE uint16_t bkvi_to_f16(float x) {
     return (uint16_t)(sign | (rest - 0x38000000u) >> 13);
 }
 
+static BKVI_INLINE float bkvi_from_bf16(uint16_t h) { return bkvi_float((uint32_t)h << 16); }
 static BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
     uint32_t u = bkvi_bits(x);
     return (uint16_t)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
@@ -698,90 +643,52 @@ static BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
    §6 DISPATCH                                                                           >>dispatch
    A backend is a set of functions over raw pointers, made by one pass over §11 and §12.
    ---------------------------------------------------------------------------------------------- */
+/* Counters of one KV head, as they stand in its state (§8). */
+typedef struct bkvi_head {
+    uint64_t seen, halvings;    /* tokens appended; halvings done */
+    uint32_t sinks, used, fill; /* tokens in the sinks; pages in use; tokens in the newest page */
+} bkvi_head;
 
-/* The kernel matrix of a block (§7): two pages of keys in panels [4][dim][16], values in rows
-   [64][v_dim_pad], both in the cache's type, and one normalised weight per token. */
-typedef struct bkvi_gram_job {
-    const unsigned char *k[2], *v[2];
-    const float *weight;                /* [128] */
-    uint32_t kv_type, dim, v_dim_pad;
-    float log2_scale;                   /* scale * temp * log2 e */
-    float *panels;                      /* scratch [8][max(dim, v_dim_pad)][16] */
-    float *diagonal;                    /* scratch [128] */
-    float *matrix;                      /* out [128][128], upper triangle in whole panels */
-} bkvi_gram_job;
+/* Two pages that are being halved (§7), and where the work on them goes. */
+typedef struct bkvi_block {
+    const unsigned char *k[2], *v[2]; /* key panels [4][head_dim][16]; value rows [64][v_dim_pad] */
+    float *weight;                    /* [128], only their ratios count */
+    float *diagonal, *matrix;         /* [128]; [128][128], the kernel, upper triangle of panels */
+    float *panels;                    /* [8][max(head_dim, v_dim_pad)][16], packed operands */
+    float *tile;                      /* [8][64], products before they are used */
+} bkvi_block;
 
-/* Attention of rows = (token, query head) pairs of one KV head over all its blocks (§9). */
-typedef struct bkvi_attend_job {
-    const unsigned char *k, *v, *weight; /* the head's, from slot 0 */
-    const unsigned char *pages;          /* its page table */
-    uint32_t kv_type, dim, v_dim, v_dim_pad;
-    uint32_t sink_slots, sinks, used, fill; /* slots of the sinks; tokens there; pages; in newest */
-    uint32_t group, n_rows;              /* row r: token r / group, query head r % group */
-    uint32_t first_valid;                /* slots of the last block that token 0 sees; +1 a token */
-    const unsigned char *q;
-    size_t q_token_stride, q_head_stride, q_elem_stride;
-    uint32_t q_type;
-    float scale, softcap;
-    float *out, *max, *sum;              /* max == NULL: normalise */
-    size_t out_token_stride;             /* floats */
+/* Queries of the n newest tokens of a KV head (§9): tokens first .. first + n - 1 of q and out. */
+typedef struct bkvi_queries {
+    const bkv_tensor *q;
+    size_t first;
+    uint32_t head, n;
+    float *out, *max, *sum; /* of token 0, query head 0 of the call; max == NULL: normalise */
     float *scratch;
-} bkvi_attend_job;
+} bkvi_queries;
 
 typedef struct bkvi_kernels {
     int (*scan)(const unsigned char *p, uint32_t type, size_t stride, uint32_t n, float limit);
     void (*put)(unsigned char *dst, size_t step, uint32_t kv_type, const unsigned char *src,
                 uint32_t type, size_t stride, uint32_t n);
-    void (*gram)(const bkvi_gram_job *job);
+    void (*gram)(const bkv_cache *c, const bkvi_block *block);
     void (*walk)(const float *matrix, const float *threshold, unsigned char *keep);
     void (*pair)(const float *matrix, const float *weight, const float *u, unsigned char *keep);
-    void (*attend)(const bkvi_attend_job *job);
+    void (*attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_queries *queries);
 } bkvi_kernels;
 
-#if BKVI_HAVE_SCALAR
-static bkvi_kernels bkvi_kernels_scalar(void);
-#endif
-#if BKVI_HAVE_AVX2
-static bkvi_kernels bkvi_kernels_avx2(void);
-#endif
-#if BKVI_HAVE_AVX512
-static bkvi_kernels bkvi_kernels_avx512(void);
-#endif
-#if BKVI_HAVE_NEON
-static bkvi_kernels bkvi_kernels_neon(void);
-#endif
+static bkvi_kernels bkvi_kernels_of(uint32_t backend); /* behind the passes, at the end of §12 */
 
-#if BKVI_ARCH_X86
-static void bkvi_cpuid(uint32_t leaf, uint32_t r[4]) {
-#if BKVI_CC_GCC || BKVI_CC_CLANG
-    r[0] = r[1] = r[2] = r[3] = 0;
-    if ((uint32_t)__get_cpuid_max(0, NULL) >= leaf)
-        __cpuid_count(leaf, 0, r[0], r[1], r[2], r[3]);
-#else
-    __cpuidex((int *)r, (int)leaf, 0);
-#endif
-}
-static uint32_t bkvi_xgetbv(void) {
-#if BKVI_CC_GCC || BKVI_CC_CLANG
-    uint32_t lo, hi;
-    __asm__ volatile(".byte 0x0f, 0x01, 0xd0" : "=a"(lo), "=d"(hi) : "c"(0));
-    return lo;
-#else
-    return (uint32_t)_xgetbv(0);
-#endif
-}
+#if BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
 /* The instructions AND the operating system's saving of their registers. */
 static uint32_t bkvi_x86_backends(void) {
-    uint32_t r1[4], r7[4], os, found = 0;
-    bkvi_cpuid(1, r1);
-    bkvi_cpuid(7, r7);
-    if (!(r1[2] >> 27 & 1)) /* OSXSAVE */
-        return 0;
-    os = bkvi_xgetbv();
-    if ((os & 0x06) == 0x06 && (r1[2] >> 28 & 1) && (r1[2] >> 12 & 1) && (r1[2] >> 29 & 1) &&
-        (r7[1] >> 5 & 1)) /* AVX, FMA, F16C, AVX2 */
+    uint32_t a, b, c, d, b7, os, high, found = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0; /* OSXSAVE */
+    if (!__get_cpuid_count(7, 0, &a, &b7, &b, &d)) return 0;
+    __asm__ volatile(".byte 0x0f, 0x01, 0xd0" /* xgetbv */ : "=a"(os), "=d"(high) : "c"(0));
+    if ((os & 0x06) == 0x06 && (c >> 28 & c >> 12 & c >> 29 & b7 >> 5 & 1)) /* AVX FMA F16C AVX2 */
         found |= 1u << BKV_BACKEND_AVX2;
-    if (found && (os & 0xE6) == 0xE6 && (r7[1] >> 16 & 1)) /* AVX-512 F */
+    if (found && (os & 0xE6) == 0xE6 && (b7 >> 16 & 1)) /* AVX-512 F */
         found |= 1u << BKV_BACKEND_AVX512;
     return found;
 }
@@ -808,40 +715,10 @@ static uint32_t bkvi_backends(void) {
 /* 0 if there is none. */
 static uint32_t bkvi_pick_backend(uint32_t wanted) {
     uint32_t have = bkvi_backends(), b;
-    if (wanted > BKV_BACKEND_NEON)
-        return 0;
-    if (wanted != BKV_BACKEND_AUTO)
-        return have >> wanted & 1 ? wanted : 0;
-    for (b = BKV_BACKEND_NEON; b > 0 && !(have >> b & 1);)
-        b--;
+    if (wanted > BKV_BACKEND_NEON) return 0;
+    if (wanted != BKV_BACKEND_AUTO) return have >> wanted & 1 ? wanted : 0;
+    for (b = BKV_BACKEND_NEON; b > 0 && !(have >> b & 1);) b--;
     return b;
-}
-
-static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
-    switch (backend) {
-#if BKVI_HAVE_AVX2
-    case BKV_BACKEND_AVX2:
-        return bkvi_kernels_avx2();
-#endif
-#if BKVI_HAVE_AVX512
-    case BKV_BACKEND_AVX512:
-        return bkvi_kernels_avx512();
-#endif
-#if BKVI_HAVE_NEON
-    case BKV_BACKEND_NEON:
-        return bkvi_kernels_neon();
-#endif
-    default:
-#if BKVI_HAVE_SCALAR
-        return bkvi_kernels_scalar();
-#elif BKVI_HAVE_AVX2
-        return bkvi_kernels_avx2();
-#elif BKVI_HAVE_AVX512
-        return bkvi_kernels_avx512();
-#else
-        return bkvi_kernels_neon();
-#endif
-    }
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -850,89 +727,63 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
    stated in §1; the loops that cost time (kernel matrix, signed sums) are bkvi_gram, bkvi_walk and
    bkvi_pair in §12.
    ---------------------------------------------------------------------------------------------- */
-
-/* What §8 hands over: where the block lies, and who it is. */
-typedef struct bkvi_block {
-    const unsigned char *k[2], *v[2]; /* the two pages */
-    unsigned char *weight[2];
-    uint64_t key;                     /* of the random numbers */
-} bkvi_block;
-
-/* Floats of scratch a halving needs: 4 vectors of 128, the matrix, the packed panels. */
+/* Floats of scratch a halving needs: 4 vectors of 128, matrix, tile, packed panels. */
 static size_t bkvi_halving_floats(uint32_t dim, uint32_t v_dim_pad) {
-    return 4 * BKVI_BLOCK + (size_t)BKVI_BLOCK * BKVI_BLOCK +
-           (size_t)bkvi_max(dim, v_dim_pad) * BKVI_BLOCK;
+    return (size_t)BKVI_BLOCK * (4 + BKVI_BLOCK + bkvi_max(dim, v_dim_pad)) + 8 * BKVI_PAGE;
 }
 
-/* keep[i] = 1 for the 64 survivors, and weight[i] their new weights. */
-static void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels, const bkvi_block *block,
-                        float *scratch, float *weight, unsigned char *keep) {
-    float *normal = scratch, *u = scratch + BKVI_BLOCK, *diagonal = scratch + 2 * BKVI_BLOCK;
-    float *matrix = scratch + 3 * BKVI_BLOCK, all = 0.0f, kept = 0.0f, heaviest = 0.0f;
+/* keep[i] = 1 for the 64 survivors; weight [128]: the weights, then those after the halving. */
+static void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels, bkvi_block *block,
+                        uint64_t key, float *scratch, float *weight, unsigned char *keep) {
+    float *u = scratch, heaviest = 0.0f;
+    double all = 0.0, kept = 0.0;
     uint32_t i, rule = c->cfg.rule;
-
     for (i = 0; i < BKVI_BLOCK; i++) {
-        weight[i] = bkvi_getf(block->weight[i / BKVI_PAGE] + 4 * (size_t)(i % BKVI_PAGE));
         heaviest = weight[i] > heaviest ? weight[i] : heaviest;
-        all += weight[i];
+        all += (double)weight[i];
     }
-
     if (rule == BKV_RULE_WALK || rule == BKV_RULE_PAIR) {
-        bkvi_gram_job job;
+        block->weight = scratch + BKVI_BLOCK;
+        block->diagonal = scratch + 2 * BKVI_BLOCK;
+        block->matrix = scratch + 3 * BKVI_BLOCK;
+        block->tile = block->matrix + (size_t)BKVI_BLOCK * BKVI_BLOCK;
+        block->panels = block->tile + 8 * BKVI_PAGE;
         for (i = 0; i < BKVI_BLOCK; i++) {
-            normal[i] = weight[i] / heaviest; /* only ratios count, and products stay in range */
-            u[i] = bkvi_uniform(block->key, i);
+            block->weight[i] = weight[i] / heaviest; /* so that products stay in range */
+            u[i] = bkvi_uniform(key, i);
         }
-        for (i = 0; i < 2; i++) {
-            job.k[i] = block->k[i];
-            job.v[i] = block->v[i];
-        }
-        job.weight = normal;
-        job.kv_type = c->cfg.kv_type;
-        job.dim = c->cfg.head_dim;
-        job.v_dim_pad = c->v_dim_pad;
-        job.log2_scale = c->cfg.scale * c->cfg.temp * BKVI_LOG2E;
-        job.diagonal = diagonal;
-        job.matrix = matrix;
-        job.panels = matrix + (size_t)BKVI_BLOCK * BKVI_BLOCK;
-        kernels->gram(&job);
+        kernels->gram(c, block);
         if (rule == BKV_RULE_WALK) {
-            float largest = 0.0f, unit;
+            float largest = 0.0f;
             for (i = 0; i < BKVI_BLOCK; i++)
-                if (matrix[i * (BKVI_BLOCK + 1)] > largest)
-                    largest = matrix[i * (BKVI_BLOCK + 1)];
-            unit = largest / c->cfg.gamma;
+                if (block->matrix[i * (BKVI_BLOCK + 1)] > largest)
+                    largest = block->matrix[i * (BKVI_BLOCK + 1)];
             for (i = 0; i < BKVI_BLOCK; i++) /* u < 1/2 - gamma f, solved for the signed sum */
-                u[i] = (0.5f - u[i]) * unit;
-            kernels->walk(matrix, u, keep);
+                u[i] = (0.5f - u[i]) * (largest / c->cfg.gamma);
+            kernels->walk(block->matrix, u, keep);
         } else {
-            kernels->pair(matrix, normal, u, keep);
+            kernels->pair(block->matrix, block->weight, u, keep);
         }
     } else if (rule == BKV_RULE_UNIFORM) {
         unsigned char order[BKVI_BLOCK];
         memset(keep, 0, BKVI_BLOCK);
-        for (i = 0; i < BKVI_BLOCK; i++)
-            order[i] = (unsigned char)i;
+        for (i = 0; i < BKVI_BLOCK; i++) order[i] = (unsigned char)i;
         for (i = 0; i < BKVI_PAGE; i++) { /* the first half of a Fisher-Yates shuffle */
-            uint32_t j = i + ((bkvi_draw(block->key, i) * (BKVI_BLOCK - i)) >> 24);
+            uint32_t j = i + ((bkvi_draw(key, i) * (BKVI_BLOCK - i)) >> 24);
             unsigned char chosen = order[j];
             order[j] = order[i];
             keep[chosen] = 1;
         }
     } else {
-        uint32_t odd = bkvi_draw(block->key, 0) >> 23;
+        uint32_t odd = bkvi_draw(key, 0) >> 23;
         for (i = 0; i < BKVI_BLOCK; i++)
             keep[i] = rule == BKV_RULE_WINDOW ? i >= BKVI_PAGE : (i & 1) == odd;
     }
-
     if (rule == BKV_RULE_PAIR || rule == BKV_RULE_STRIDE) {
-        for (i = 0; i < BKVI_BLOCK; i += 2)
-            weight[i] = weight[i + 1] = weight[i] + weight[i + 1];
+        for (i = 0; i < BKVI_BLOCK; i += 2) weight[i] = weight[i + 1] = weight[i] + weight[i + 1];
     } else if (rule != BKV_RULE_WINDOW) {
-        for (i = 0; i < BKVI_BLOCK; i++)
-            kept += keep[i] ? weight[i] : 0.0f;
-        for (i = 0; i < BKVI_BLOCK; i++)
-            weight[i] *= all / kept;
+        for (i = 0; i < BKVI_BLOCK; i++) kept += keep[i] ? (double)weight[i] : 0.0;
+        for (i = 0; i < BKVI_BLOCK; i++) weight[i] = (float)((double)weight[i] * (all / kept));
     }
 }
 
@@ -950,12 +801,6 @@ static void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels, const b
        values      rows [v_dim_pad]
    Every part starts at a multiple of 64 bytes. Then, not part of the state, scratch per thread.
    ---------------------------------------------------------------------------------------------- */
-
-typedef struct bkvi_head {
-    uint64_t seen, halvings;
-    uint32_t sinks, used, fill;
-} bkvi_head;
-
 static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
     return c->mem + BKVI_HEADER_BYTES + (size_t)head * c->head_bytes;
 }
@@ -1021,8 +866,8 @@ static void bkvi_move_slot(const bkv_cache *c, unsigned char *mem, uint32_t to, 
 static uint32_t bkvi_pick_pair(const bkv_cache *c, const unsigned char *pages) {
     uint32_t i, best = 0, best_level = 0xFFFFFFFFu;
     for (i = 0; i + 1 < c->n_pages - c->window_pages; i++) {
-        uint32_t level = bkvi_max(bkvi_get32(pages + 8 * (size_t)i + 4),
-                                  bkvi_get32(pages + 8 * (size_t)i + 12));
+        uint32_t level =
+            bkvi_max(bkvi_get32(pages + 8 * (size_t)i + 4), bkvi_get32(pages + 8 * (size_t)i + 12));
         if (level < best_level) {
             best_level = level;
             best = i;
@@ -1032,31 +877,28 @@ static uint32_t bkvi_pick_pair(const bkv_cache *c, const unsigned char *pages) {
 }
 
 /* Two pages become one; the freed page is the new, empty, newest one. All pages are in use. */
-static void bkvi_halve(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
-                       bkvi_head *h, float *scratch) {
+static void bkvi_halve(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head, bkvi_head *h,
+                       float *scratch) {
     unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages, *entry;
     unsigned char keep[BKVI_BLOCK];
     float *weight = scratch;
     uint32_t i, n = 0, slot[2], freed, pair = bkvi_pick_pair(c, pages);
     bkvi_block block;
-
     entry = pages + 8 * (size_t)pair;
     for (i = 0; i < 2; i++) {
         slot[i] = bkvi_page_slot(c, entry + 8 * (size_t)i);
         block.k[i] = bkvi_key_page(c, mem, slot[i]);
         block.v[i] = bkvi_value_row(c, mem, slot[i]);
-        block.weight[i] = mem + c->off_weight + 4 * (size_t)slot[i];
+        memcpy(weight + i * BKVI_PAGE, mem + c->off_weight + 4 * (size_t)slot[i], 4 * BKVI_PAGE);
     }
-    block.key = bkvi_draw_key(c->cfg.seed, head, h->halvings++);
-    bkvi_choose(c, kernels, &block, scratch + BKVI_BLOCK, weight, keep);
-
+    bkvi_choose(c, kernels, &block, bkvi_draw_key(c->cfg.seed, head, h->halvings++),
+                scratch + BKVI_BLOCK, weight, keep);
     /* In order, and in place: the n-th survivor comes from place n or later. */
     for (i = 0; i < BKVI_BLOCK; i++)
         if (keep[i])
             bkvi_move_slot(c, mem, slot[0] + n++, slot[i / BKVI_PAGE] + i % BKVI_PAGE, weight[i]);
-    memset(block.weight[1], 0, 4 * BKVI_PAGE);
+    memset(mem + c->off_weight + 4 * (size_t)slot[1], 0, 4 * BKVI_PAGE);
     memset(mem + c->off_use + 4 * (size_t)slot[1], 0, 4 * BKVI_PAGE);
-
     freed = bkvi_get32(entry + 8);
     if (c->cfg.rule != BKV_RULE_WINDOW)
         bkvi_put32(entry + 4, bkvi_max(bkvi_get32(entry + 4), bkvi_get32(entry + 12)) + 1);
@@ -1102,8 +944,8 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
     for (t = 0; t < n; t++, slot++) {
         kernels->put(bkvi_key_column(c, mem, slot), BKVI_LANES, c->cfg.kv_type,
                      bkvi_at(k, first + t, head), k->type, k->elem_stride, c->cfg.head_dim);
-        kernels->put(bkvi_value_row(c, mem, slot), 1, c->cfg.kv_type,
-                     bkvi_at(v, first + t, head), v->type, v->elem_stride, c->cfg.value_dim);
+        kernels->put(bkvi_value_row(c, mem, slot), 1, c->cfg.kv_type, bkvi_at(v, first + t, head),
+                     v->type, v->elem_stride, c->cfg.value_dim);
         bkvi_putf(mem + c->off_weight + 4 * (size_t)slot, 1.0f);
         bkvi_put32(mem + c->off_position + 4 * (size_t)slot, (uint32_t)(h->seen + t));
     }
@@ -1121,61 +963,57 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
    (bkvi_attend in §12): scores for a tile of rows, online softmax in base 2 with weights, weighted
    sum of values. Tokens of one run see the last block up to their own slot.
    ---------------------------------------------------------------------------------------------- */
+/* Where a row tile keeps its data; `rows` rows side by side. */
+typedef struct bkvi_tile {
+    const float *q;     /* [dim][rows], scaled */
+    float *out;         /* [rows][v_dim_pad] */
+    float *lanes;       /* [rows][16] sums of weights, lane by lane */
+    float *max;         /* [rows] */
+    float *scores;      /* [rows][64] */
+    const float *limit; /* [rows] slots of this block that the row sees; NULL: all */
+} bkvi_tile;
 
+/* One block as attend sees it, and what to prefetch while at it (NULL: nothing). */
+typedef struct bkvi_span {
+    const unsigned char *k, *v, *weight, *next_k;
+    uint32_t slots;
+    int warm; /* a later row tile: the block is in the cache already */
+} bkvi_span;
+
+/* Floats of scratch: per row query, output, lane sums, maximum, limit; scores of a tile. */
 static size_t bkvi_attend_floats(uint32_t dim, uint32_t v_dim_pad) {
-    return (size_t)BKVI_ROWS * (dim + v_dim_pad + BKVI_LANES + 2) + (size_t)BKVI_TILE_MAX * BKVI_PAGE;
+    return (size_t)BKVI_ROWS * (dim + v_dim_pad + BKVI_LANES + 2) + BKVI_TILE_MAX * BKVI_PAGE;
 }
 
-/* Queries of n tokens whose keys are the newest n of the head. out, max, sum: of token 0, head 0 of
-   the whole call. */
-static void bkvi_attend_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
-                            const bkvi_head *h, const bkv_tensor *q, size_t first, uint32_t n,
-                            float *out, float *max, float *sum, float *scratch) {
-    const unsigned char *mem = bkvi_head_mem(c, head);
-    bkvi_attend_job job;
-    size_t q_head = (size_t)head * c->group;
-    job.k = mem + c->off_k;
-    job.v = mem + c->off_v;
-    job.weight = mem + c->off_weight;
-    job.pages = mem + c->off_pages;
-    job.kv_type = c->cfg.kv_type;
-    job.dim = c->cfg.head_dim;
-    job.v_dim = c->cfg.value_dim;
-    job.v_dim_pad = c->v_dim_pad;
-    job.sink_slots = c->sink_slots;
-    job.sinks = h->sinks;
-    job.used = h->used;
-    job.fill = h->fill;
-    job.group = c->group;
-    job.n_rows = n * c->group;
-    job.first_valid = (h->used ? h->fill : (h->sinks - 1) % BKVI_PAGE + 1) - n + 1;
-    job.q = bkvi_at(q, first, q_head);
-    job.q_token_stride = q->token_stride;
-    job.q_head_stride = q->head_stride;
-    job.q_elem_stride = q->elem_stride;
-    job.q_type = q->type;
-    job.scale = c->cfg.scale;
-    job.softcap = c->cfg.softcap;
-    job.out_token_stride = (size_t)c->cfg.n_q_heads * c->cfg.value_dim;
-    job.out = out + first * job.out_token_stride + q_head * c->cfg.value_dim;
-    job.max = max ? max + q_head : NULL;
-    job.sum = sum ? sum + q_head : NULL;
-    job.scratch = scratch;
-    kernels->attend(&job);
+/* Slots of the last block in use. */
+static uint32_t bkvi_last_fill(const bkvi_head *h) {
+    return h->used ? h->fill : (h->sinks - 1) % BKVI_PAGE + 1;
+}
+
+/* Blocks in use; first slot and number of slots of block b. */
+static uint32_t bkvi_n_blocks(const bkvi_head *h) {
+    return (h->sinks + BKVI_PAGE - 1) / BKVI_PAGE + h->used;
+}
+static uint32_t bkvi_block_slot(const bkv_cache *c, const bkvi_head *h, const unsigned char *pages,
+                                uint32_t b, uint32_t *n_slots) {
+    uint32_t n_sinks = bkvi_n_blocks(h) - h->used;
+    if (b < n_sinks) {
+        *n_slots = bkvi_min(h->sinks - b * BKVI_PAGE, BKVI_PAGE);
+        return b * BKVI_PAGE;
+    }
+    *n_slots = b + 1 == n_sinks + h->used ? h->fill : (uint32_t)BKVI_PAGE;
+    return bkvi_page_slot(c, pages + 8 * (size_t)(b - n_sinks));
 }
 
 /* ------------------------------------------------------------------------------------------------
    §10 PUBLIC FUNCTIONS                                                                    >>public
    ---------------------------------------------------------------------------------------------- */
-
 /* Adds a part of n * unit bytes at the next multiple of 64; 0 if size_t overflows. */
 static int bkvi_add_part(size_t *end, size_t *offset, size_t n, size_t unit) {
     size_t start;
-    if (*end > SIZE_MAX - 63)
-        return 0;
+    if (*end > SIZE_MAX - 63) return 0;
     start = (*end + 63) & ~(size_t)63;
-    if (unit && n > (SIZE_MAX - start) / unit)
-        return 0;
+    if (unit && n > (SIZE_MAX - start) / unit) return 0;
     *offset = start;
     *end = start + n * unit;
     return 1;
@@ -1186,82 +1024,58 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     bkv_config *r = &c->cfg;
     size_t end = 0, part = 0, n_floats;
     uint32_t sinks, pages, window;
-
     memset(c, 0, sizeof *c);
     *r = *cfg;
-    if (!r->n_q_heads)
-        r->n_q_heads = r->n_kv_heads;
+    if (!r->n_q_heads) r->n_q_heads = r->n_kv_heads;
     if (r->n_kv_heads < 1 || r->n_kv_heads > 4096 || r->n_q_heads % r->n_kv_heads ||
         r->n_q_heads / r->n_kv_heads < 1 || r->n_q_heads / r->n_kv_heads > 16)
         return BKV_E_HEADS;
     c->group = r->n_q_heads / r->n_kv_heads;
-
-    if (!r->value_dim)
-        r->value_dim = r->head_dim;
+    if (!r->value_dim) r->value_dim = r->head_dim;
     if (r->head_dim < 1 || r->head_dim > 512 || r->value_dim < 1 || r->value_dim > 512 ||
         BKVI_DIM(r->head_dim) != r->head_dim || BKVI_DIM(r->value_dim) != r->value_dim)
         return BKV_E_HEAD_DIM;
     c->v_dim_pad = bkvi_round_up(r->value_dim, BKVI_LANES);
-
-    if (!r->kv_type)
-        r->kv_type = BKV_F16;
-    if (!BKVI_KV_TYPE_IN(r->kv_type))
+    if (!r->kv_type) r->kv_type = BKV_F16;
+    if (r->kv_type < BKV_F32 || r->kv_type > BKV_BF16 || r->kv_type != BKVI_TYPE(r->kv_type))
         return BKV_E_KV_TYPE;
     c->elem_bytes = bkvi_type_bytes(r->kv_type);
-
-    if (r->budget > 1u << 24)
-        return BKV_E_BUDGET;
+    if (r->budget > 1u << 24) return BKV_E_BUDGET;
     c->slots = r->budget / BKVI_LANES * BKVI_LANES;
     sinks = r->sinks == BKV_NONE ? 0 : r->sinks ? r->sinks : 4;
-    if (sinks > c->slots || bkvi_round_up(sinks, BKVI_LANES) > c->slots)
-        return BKV_E_BUDGET;
+    if (sinks > c->slots || bkvi_round_up(sinks, BKVI_LANES) > c->slots) return BKV_E_BUDGET;
     pages = (c->slots - bkvi_round_up(sinks, BKVI_LANES)) / BKVI_PAGE;
     window = r->window == BKV_NONE ? 0 : r->window;
-    if (window > c->slots)
-        return BKV_E_BUDGET;
+    if (window > c->slots) return BKV_E_BUDGET;
     window = bkvi_round_up(window, BKVI_PAGE) / BKVI_PAGE;
     if (!r->window && pages > 2)
         window = bkvi_min(bkvi_max(r->budget / 3 / BKVI_PAGE, 1), pages - 2);
-    if (pages < window + 2)
-        return BKV_E_BUDGET;
+    if (pages < window + 2) return BKV_E_BUDGET;
     c->n_pages = pages;
     c->window_pages = window;
     c->sink_slots = c->slots - pages * BKVI_PAGE;
     r->sinks = c->sink_slots ? c->sink_slots : BKV_NONE;
     r->window = window ? window * BKVI_PAGE : BKV_NONE;
-
-    if (!r->rule)
-        r->rule = BKV_RULE_PAIR;
-    if (r->rule > BKV_RULE_WINDOW)
-        return BKV_E_RULE;
-
-    if (r->gamma == 0.0f)
-        r->gamma = BKV_GAMMA_DEFAULT;
-    if (r->temp == 0.0f)
-        r->temp = 1.0f;
-    if (r->scale == 0.0f)
-        r->scale = bkvi_default_scale(r->head_dim);
+    if (!r->rule) r->rule = BKV_RULE_PAIR;
+    if (r->rule > BKV_RULE_WINDOW) return BKV_E_RULE;
+    if (r->gamma == 0.0f) r->gamma = BKV_GAMMA_DEFAULT;
+    if (r->temp == 0.0f) r->temp = 1.0f;
+    if (r->scale == 0.0f) r->scale = bkvi_default_scale(r->head_dim);
     /* Written so that NaN fails. The bounds keep every logit below 2^127 for inputs below 2^56. */
     if (!(r->gamma >= 1e-6f && r->gamma <= 1e6f) || !(r->temp > 0.0f) || !(r->scale > 0.0f) ||
         !(r->scale <= 8.0f) || !(r->temp <= 8.0f / r->scale) ||
-        !(r->softcap == 0.0f || (r->softcap >= 1.0f && r->softcap <= 1e6f)) || r->reserved)
+        !(r->softcap == 0.0f || (r->softcap >= 1.0f && r->softcap <= 100.0f)) || r->reserved)
         return BKV_E_PARAM;
-
-    if (!r->n_threads)
-        r->n_threads = 1;
-    if (r->n_threads > 1024)
-        return BKV_E_THREADS;
+    if (!r->n_threads) r->n_threads = 1;
+    if (r->n_threads > 1024) return BKV_E_THREADS;
     r->backend = bkvi_pick_backend(r->backend);
-    if (!r->backend)
-        return BKV_E_BACKEND;
-
-    if (!bkvi_add_part(&end, &part, 16, 4) ||
-        !bkvi_add_part(&end, &c->off_pages, c->n_pages, 8) ||
+    if (!r->backend) return BKV_E_BACKEND;
+    if (!bkvi_add_part(&end, &part, 16, 4) || !bkvi_add_part(&end, &c->off_pages, c->n_pages, 8) ||
         !bkvi_add_part(&end, &c->off_weight, c->slots, 4) ||
         !bkvi_add_part(&end, &c->off_use, c->slots, 4) ||
         !bkvi_add_part(&end, &c->off_position, c->slots, 4) ||
-        !bkvi_add_part(&end, &c->off_means,
-                       (size_t)r->head_dim * (c->group + 1) + c->v_dim_pad, 4) ||
+        !bkvi_add_part(&end, &c->off_means, (size_t)r->head_dim * (c->group + 1) + c->v_dim_pad,
+                       4) ||
         !bkvi_add_part(&end, &c->off_k, c->slots, (size_t)r->head_dim * c->elem_bytes) ||
         !bkvi_add_part(&end, &c->off_v, c->slots, (size_t)c->v_dim_pad * c->elem_bytes) ||
         !bkvi_add_part(&end, &c->head_bytes, 0, 1))
@@ -1271,8 +1085,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         n_floats = bkvi_attend_floats(r->head_dim, c->v_dim_pad);
     c->scratch_bytes = (n_floats * 4 + 63) & ~(size_t)63;
     end = BKVI_HEADER_BYTES;
-    if (!bkvi_add_part(&end, &part, r->n_kv_heads, c->head_bytes))
-        return BKV_E_SIZE;
+    if (!bkvi_add_part(&end, &part, r->n_kv_heads, c->head_bytes)) return BKV_E_SIZE;
     c->state_bytes = end;
     /* 64 more, to align the scratch wherever the block stands. */
     if (end > SIZE_MAX - 64 || r->n_threads > (SIZE_MAX - 64 - end) / c->scratch_bytes)
@@ -1287,83 +1100,50 @@ static float *bkvi_scratch(const bkv_cache *c, uint32_t ith) {
     return (float *)(void *)(p + (size_t)ith * c->scratch_bytes);
 }
 
-/* The header's words: what bkvi_plan() needs to come to the same layout. The backend is left out,
-   as it makes no difference to the bytes. */
+/* The header: magic, version, then the words of the config, from which bkvi_plan() comes to the
+   same layout. The backend is left out, as it makes no difference to the bytes. */
+typedef char bkvi_config_is_words[offsetof(bkv_config, seed) == BKVI_CONFIG_BYTES ? 1 : -1];
 static void bkvi_header_put(const bkv_cache *c) {
-    const bkv_config *r = &c->cfg;
-    uint32_t words[BKVI_HEADER_BYTES / 4], i;
-    memset(words, 0, sizeof words);
-    words[0] = BKVI_MAGIC;
-    words[1] = BKVI_STATE_VERSION;
-    words[2] = r->n_q_heads;
-    words[3] = r->n_kv_heads;
-    words[4] = r->head_dim;
-    words[5] = r->value_dim;
-    words[6] = r->kv_type;
-    words[7] = r->budget;
-    words[8] = r->sinks;
-    words[9] = r->window;
-    words[10] = r->rule;
-    words[11] = r->n_threads;
-    words[12] = bkvi_bits(r->gamma);
-    words[13] = bkvi_bits(r->temp);
-    words[14] = bkvi_bits(r->scale);
-    words[15] = bkvi_bits(r->softcap);
-    words[16] = (uint32_t)r->seed;
-    words[17] = (uint32_t)(r->seed >> 32);
-    for (i = 0; i < BKVI_HEADER_BYTES / 4; i++)
-        bkvi_put32(c->mem + 4 * (size_t)i, words[i]);
+    bkv_config cfg = c->cfg;
+    cfg.backend = BKV_BACKEND_AUTO;
+    memset(c->mem, 0, BKVI_HEADER_BYTES);
+    bkvi_put32(c->mem, BKVI_MAGIC);
+    bkvi_put32(c->mem + 4, BKVI_STATE_VERSION);
+    memcpy(c->mem + 8, &cfg, BKVI_CONFIG_BYTES);
+    bkvi_put64(c->mem + 8 + BKVI_CONFIG_BYTES, cfg.seed);
 }
 
-static bkv_result bkvi_header_get(const unsigned char *mem, bkv_config *r) {
-    uint32_t magic = bkvi_get32(mem), i;
-    if (magic == ((BKVI_MAGIC & 0xFFu) << 24 | (BKVI_MAGIC & 0xFF00u) << 8 |
-                  (BKVI_MAGIC >> 8 & 0xFF00u) | BKVI_MAGIC >> 24))
-        return BKV_E_VERSION;
-    if (magic != BKVI_MAGIC)
-        return BKV_E_STATE;
-    if (bkvi_get32(mem + 4) != BKVI_STATE_VERSION)
-        return BKV_E_VERSION;
-    for (i = 18; i < BKVI_HEADER_BYTES / 4; i++)
-        if (bkvi_get32(mem + 4 * (size_t)i))
-            return BKV_E_STATE;
-    memset(r, 0, sizeof *r);
-    r->n_q_heads = bkvi_get32(mem + 8);
-    r->n_kv_heads = bkvi_get32(mem + 12);
-    r->head_dim = bkvi_get32(mem + 16);
-    r->value_dim = bkvi_get32(mem + 20);
-    r->kv_type = bkvi_get32(mem + 24);
-    r->budget = bkvi_get32(mem + 28);
-    r->sinks = bkvi_get32(mem + 32);
-    r->window = bkvi_get32(mem + 36);
-    r->rule = bkvi_get32(mem + 40);
-    r->n_threads = bkvi_get32(mem + 44);
-    r->gamma = bkvi_getf(mem + 48);
-    r->temp = bkvi_getf(mem + 52);
-    r->scale = bkvi_getf(mem + 56);
-    r->softcap = bkvi_getf(mem + 60);
-    r->seed = bkvi_get64(mem + 64);
-    return BKV_OK;
+static bkv_result bkvi_header_get(const unsigned char *mem, bkv_config *cfg) {
+    uint32_t magic = bkvi_get32(mem), swapped = magic << 24 | magic >> 24, i;
+    swapped |= (magic & 0xFF00u) << 8 | (magic >> 8 & 0xFF00u);
+    if (magic != BKVI_MAGIC && swapped != BKVI_MAGIC) return BKV_E_STATE;
+    if (magic != BKVI_MAGIC || bkvi_get32(mem + 4) != BKVI_STATE_VERSION) return BKV_E_VERSION;
+    for (i = 8 + BKVI_CONFIG_BYTES + 8; i < BKVI_HEADER_BYTES; i++)
+        if (mem[i]) return BKV_E_STATE;
+    memset(cfg, 0, sizeof *cfg);
+    memcpy(cfg, mem + 8, BKVI_CONFIG_BYTES);
+    cfg->seed = bkvi_get64(mem + 8 + BKVI_CONFIG_BYTES);
+    return cfg->backend == BKV_BACKEND_AUTO ? BKV_OK : BKV_E_STATE;
 }
 
 /* What attend and append rely on: counters within bounds, the table a permutation of the pages. */
 static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
     const unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
-    unsigned char *taken = (unsigned char *)bkvi_scratch(c, 0); /* a bit per page, <= 32 KiB */
     bkvi_head h = bkvi_head_get(mem);
-    uint32_t i;
-    if (h.sinks > c->sink_slots || h.used > c->n_pages || h.fill > BKVI_PAGE)
-        return 0;
-    if (h.used ? h.fill == 0 || h.sinks != c->sink_slots : h.fill != 0)
-        return 0;
-    if (h.seen != bkvi_held(&h) + BKVI_PAGE * h.halvings)
-        return 0;
-    memset(taken, 0, h.used / 8 + 1);
-    for (i = 0; i < h.used; i++) {
-        uint32_t place = bkvi_get32(pages + 8 * (size_t)i);
-        if (place >= h.used || (taken[place / 8] >> place % 8 & 1))
-            return 0;
-        taken[place / 8] = (unsigned char)(taken[place / 8] | 1u << place % 8);
+    unsigned char taken[512]; /* a bit each for 4096 places at a time */
+    uint32_t i, base, n_bits = 8 * sizeof taken;
+    if (h.sinks > c->sink_slots || h.used > c->n_pages || h.fill > BKVI_PAGE) return 0;
+    if (h.used ? h.fill == 0 || h.sinks != c->sink_slots : h.fill != 0) return 0;
+    if (h.seen != bkvi_held(&h) + BKVI_PAGE * h.halvings) return 0;
+    for (base = 0; base < h.used; base += n_bits) {
+        memset(taken, 0, sizeof taken);
+        for (i = 0; i < h.used; i++) {
+            uint32_t place = bkvi_get32(pages + 8 * (size_t)i), bit = place - base;
+            if (place >= h.used) return 0;
+            if (place < base || bit >= n_bits) continue;
+            if (taken[bit / 8] >> bit % 8 & 1) return 0;
+            taken[bit / 8] = (unsigned char)(taken[bit / 8] | 1u << bit % 8);
+        }
     }
     return 1;
 }
@@ -1398,13 +1178,10 @@ BALANCEKV_API bkv_result bkv_init(bkv_cache *c, const bkv_config *cfg, void *mem
                                   size_t mem_bytes) {
     bkv_cache made;
     bkv_result r;
-    if (!c || !cfg || !mem)
-        return BKV_E_NULL;
+    if (!c || !cfg || !mem) return BKV_E_NULL;
     r = bkvi_plan(cfg, &made);
-    if (r != BKV_OK)
-        return r;
-    if (mem_bytes < made.bytes)
-        return BKV_E_MEMORY;
+    if (r != BKV_OK) return r;
+    if (mem_bytes < made.bytes) return BKV_E_MEMORY;
     made.mem = (unsigned char *)mem;
     *c = made;
     return bkv_reset(c);
@@ -1415,32 +1192,25 @@ BALANCEKV_API bkv_result bkv_attach(bkv_cache *c, void *mem, size_t mem_bytes, u
     bkv_config cfg;
     bkv_result r;
     uint32_t head;
-    if (!c || !mem)
-        return BKV_E_NULL;
-    if (mem_bytes < BKVI_HEADER_BYTES)
-        return BKV_E_MEMORY;
+    if (!c || !mem) return BKV_E_NULL;
+    if (mem_bytes < BKVI_HEADER_BYTES) return BKV_E_MEMORY;
     r = bkvi_header_get((const unsigned char *)mem, &cfg);
-    if (r != BKV_OK)
-        return r;
+    if (r != BKV_OK) return r;
     cfg.backend = backend;
     r = bkvi_plan(&cfg, &made);
     if (r == BKV_E_BACKEND || r == BKV_E_HEAD_DIM || r == BKV_E_KV_TYPE)
         return r; /* a sound state may ask for what this build or CPU has not */
-    if (r != BKV_OK)
-        return BKV_E_STATE;
-    if (mem_bytes < made.bytes)
-        return BKV_E_MEMORY;
+    if (r != BKV_OK) return BKV_E_STATE;
+    if (mem_bytes < made.bytes) return BKV_E_MEMORY;
     made.mem = (unsigned char *)mem;
     for (head = 0; head < made.cfg.n_kv_heads; head++)
-        if (!bkvi_head_sound(&made, head))
-            return BKV_E_STATE;
+        if (!bkvi_head_sound(&made, head)) return BKV_E_STATE;
     *c = made;
     return BKV_OK;
 }
 
 BALANCEKV_API bkv_result bkv_reset(bkv_cache *c) {
-    if (!c || !c->mem)
-        return BKV_E_NULL;
+    if (!c || !c->mem) return BKV_E_NULL;
     memset(c->mem, 0, c->state_bytes);
     bkvi_header_put(c);
     return BKV_OK;
@@ -1457,21 +1227,14 @@ BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type) {
 /* Fills in the strides of 0, then checks that no two elements overlap and that the extent fits. */
 static bkv_result bkvi_check_tensor(bkv_tensor *t, size_t n_tokens, size_t n_heads, size_t dim) {
     size_t bytes, stride[3], count[3], extent, i, j;
-    if (!t->data)
-        return BKV_E_NULL;
-    if (t->type < BKV_F32 || t->type > BKV_BF16)
-        return BKV_E_TYPE;
+    if (!t->data) return BKV_E_NULL;
+    if (t->type < BKV_F32 || t->type > BKV_BF16) return BKV_E_TYPE;
     bytes = bkvi_type_bytes(t->type);
-    if (!t->elem_stride)
-        t->elem_stride = bytes;
-    if ((!t->head_stride && t->elem_stride > SIZE_MAX / dim))
-        return BKV_E_SIZE;
-    if (!t->head_stride)
-        t->head_stride = dim * t->elem_stride;
-    if (!t->token_stride && t->head_stride > SIZE_MAX / n_heads)
-        return BKV_E_SIZE;
-    if (!t->token_stride)
-        t->token_stride = n_heads * t->head_stride;
+    if (!t->elem_stride) t->elem_stride = bytes;
+    if ((!t->head_stride && t->elem_stride > SIZE_MAX / dim)) return BKV_E_SIZE;
+    if (!t->head_stride) t->head_stride = dim * t->elem_stride;
+    if (!t->token_stride && t->head_stride > SIZE_MAX / n_heads) return BKV_E_SIZE;
+    if (!t->token_stride) t->token_stride = n_heads * t->head_stride;
 
     stride[0] = t->elem_stride, count[0] = dim;
     stride[1] = t->head_stride, count[1] = n_heads;
@@ -1485,72 +1248,76 @@ static bkv_result bkvi_check_tensor(bkv_tensor *t, size_t n_tokens, size_t n_hea
             }
     extent = bytes; /* of everything inside the present axis */
     for (i = 0; i < 3 && count[i] > 1; i++) {
-        if (stride[i] < extent)
-            return BKV_E_STRIDE;
-        if (count[i] - 1 > ((size_t)PTRDIFF_MAX - extent) / stride[i])
-            return BKV_E_SIZE;
+        if (stride[i] < extent) return BKV_E_STRIDE;
+        if (count[i] - 1 > ((size_t)PTRDIFF_MAX - extent) / stride[i]) return BKV_E_SIZE;
         extent += (count[i] - 1) * stride[i];
     }
     return BKV_OK;
 }
 
-/* Every thread looks at every head, so that all of them come to the same verdict. */
-static bkv_result bkvi_scan_tensor(const bkvi_kernels *kernels, const bkv_tensor *t,
-                                   size_t n_tokens, uint32_t n_heads, uint32_t dim, float limit) {
+/* A tensor to check: heads, elements of a row, and what its elements must stay below. */
+typedef struct bkvi_input {
+    bkv_tensor *t;
+    uint32_t heads, dim;
+    float limit;
+} bkvi_input;
+
+/* All that can be wrong with a call. Values come last; every thread looks at those of every head,
+   so that all threads come to the same verdict. */
+static bkv_result bkvi_check_call(const bkv_cache *c, const bkvi_kernels *kernels,
+                                  const bkvi_input *in, uint32_t n_in, size_t n_tokens,
+                                  uint32_t ith, uint32_t nth) {
+    uint32_t i, head;
     size_t token;
-    uint32_t head;
-    for (token = 0; token < n_tokens; token++)
-        for (head = 0; head < n_heads; head++)
-            if (!kernels->scan(bkvi_at(t, token, head), t->type, t->elem_stride, dim, limit))
-                return BKV_E_VALUE;
+    if (ith >= nth || nth > c->cfg.n_threads) return BKV_E_THREADS;
+    for (i = 0; i < n_in; i++) {
+        bkv_result r = bkvi_check_tensor(in[i].t, n_tokens, in[i].heads, in[i].dim);
+        if (r != BKV_OK) return r;
+    }
+    for (i = 0; i < n_in; i++)
+        for (token = 0; token < n_tokens; token++)
+            for (head = 0; head < in[i].heads; head++)
+                if (!kernels->scan(bkvi_at(in[i].t, token, head), in[i].t->type,
+                                   in[i].t->elem_stride, in[i].dim, in[i].limit))
+                    return BKV_E_VALUE;
     return BKV_OK;
 }
 
-static bkv_result bkvi_check_share(const bkv_cache *c, uint32_t ith, uint32_t nth) {
-    return ith < nth && nth <= c->cfg.n_threads ? BKV_OK : BKV_E_THREADS;
+/* First KV head of share ith of nth. */
+static uint32_t bkvi_share(const bkv_cache *c, uint32_t ith, uint32_t nth) {
+    return (uint32_t)((uint64_t)c->cfg.n_kv_heads * ith / nth);
 }
 
 /* append (q == NULL) and prefill. */
 static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor *q, float *out,
                             size_t n_tokens, uint32_t flags, uint32_t ith, uint32_t nth) {
     bkvi_kernels kernels;
-    float *scratch, limit;
-    uint32_t head, end;
+    bkvi_input in[3];
+    float *scratch;
+    uint32_t head;
     bkv_result r;
-
-    if (!c || !c->mem || !k.data || !v.data || (q && (!q->data || !out)))
-        return BKV_E_NULL;
-    if (!n_tokens)
-        return BKV_E_COUNT;
-    if (flags)
-        return BKV_E_FLAGS;
-    if ((r = bkvi_check_share(c, ith, nth)) != BKV_OK ||
-        (r = bkvi_check_tensor(&k, n_tokens, c->cfg.n_kv_heads, c->cfg.head_dim)) != BKV_OK ||
-        (r = bkvi_check_tensor(&v, n_tokens, c->cfg.n_kv_heads, c->cfg.value_dim)) != BKV_OK ||
-        (q && (r = bkvi_check_tensor(q, n_tokens, c->cfg.n_q_heads, c->cfg.head_dim)) != BKV_OK))
-        return r;
+    if (!c || !c->mem || !k.data || !v.data || (q && (!q->data || !out))) return BKV_E_NULL;
+    if (!n_tokens) return BKV_E_COUNT;
+    if (flags) return BKV_E_FLAGS;
     kernels = bkvi_kernels_of(c->cfg.backend);
-    limit = c->cfg.kv_type == BKV_F16 ? 65520.0f : BKVI_HUGE;
-    if ((r = bkvi_scan_tensor(&kernels, &k, n_tokens, c->cfg.n_kv_heads, c->cfg.head_dim,
-                              limit)) != BKV_OK ||
-        (r = bkvi_scan_tensor(&kernels, &v, n_tokens, c->cfg.n_kv_heads, c->cfg.value_dim,
-                              limit)) != BKV_OK ||
-        (q && (r = bkvi_scan_tensor(&kernels, q, n_tokens, c->cfg.n_q_heads, c->cfg.head_dim,
-                                    BKVI_HUGE)) != BKV_OK))
-        return r;
-
+    in[0].t = &k, in[0].heads = c->cfg.n_kv_heads, in[0].dim = c->cfg.head_dim;
+    in[1].t = &v, in[1].heads = c->cfg.n_kv_heads, in[1].dim = c->cfg.value_dim;
+    in[2].t = q, in[2].heads = c->cfg.n_q_heads, in[2].dim = c->cfg.head_dim;
+    in[0].limit = in[1].limit = c->cfg.kv_type == BKV_F16 ? 65520.0f : BKVI_HUGE;
+    in[2].limit = BKVI_HUGE;
+    if ((r = bkvi_check_call(c, &kernels, in, q ? 3 : 2, n_tokens, ith, nth)) != BKV_OK) return r;
     scratch = bkvi_scratch(c, ith);
-    head = (uint32_t)((uint64_t)c->cfg.n_kv_heads * ith / nth);
-    end = (uint32_t)((uint64_t)c->cfg.n_kv_heads * (ith + 1) / nth);
-    for (; head < end; head++) {
+    for (head = bkvi_share(c, ith, nth); head < bkvi_share(c, ith + 1, nth); head++) {
         bkvi_head h = bkvi_head_get(bkvi_head_mem(c, head));
         size_t done = 0;
         while (done < n_tokens) {
             uint32_t slot, n = bkvi_reserve(c, &kernels, head, &h, scratch, &slot);
             n = n_tokens - done < n ? (uint32_t)(n_tokens - done) : n;
             bkvi_put_run(c, &kernels, head, &h, slot, &k, &v, done, n);
-            if (q)
-                bkvi_attend_run(c, &kernels, head, &h, q, done, n, out, NULL, NULL, scratch);
+            if (q) {
+                bkvi_queries run = {q, done, head, n, out, NULL, NULL, scratch};
+                kernels.attend(c, &h, &run);
+            }
             done += n;
         }
         bkvi_head_put(bkvi_head_mem(c, head), &h);
@@ -1563,39 +1330,33 @@ BALANCEKV_API bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v, si
     return bkvi_feed(c, k, v, NULL, NULL, n_tokens, flags, ith, nth);
 }
 
-static bkv_result bkvi_attend_all(bkv_cache *c, bkv_tensor q, float *out, float *max, float *sum,
+static bkv_result bkvi_attend_one(bkv_cache *c, bkv_tensor q, float *out, float *max, float *sum,
                                   uint32_t ith, uint32_t nth) {
     bkvi_kernels kernels;
-    uint32_t head, end;
+    bkvi_input in;
+    uint32_t head;
     bkv_result r;
-    if (!c || !c->mem || !q.data || !out)
-        return BKV_E_NULL;
-    if ((r = bkvi_check_share(c, ith, nth)) != BKV_OK ||
-        (r = bkvi_check_tensor(&q, 1, c->cfg.n_q_heads, c->cfg.head_dim)) != BKV_OK)
-        return r;
-    if (bkvi_head_get(bkvi_head_mem(c, 0)).seen == 0)
-        return BKV_E_EMPTY;
+    if (!c || !c->mem || !q.data || !out) return BKV_E_NULL;
     kernels = bkvi_kernels_of(c->cfg.backend);
-    if ((r = bkvi_scan_tensor(&kernels, &q, 1, c->cfg.n_q_heads, c->cfg.head_dim, BKVI_HUGE)) !=
-        BKV_OK)
-        return r;
-    head = (uint32_t)((uint64_t)c->cfg.n_kv_heads * ith / nth);
-    end = (uint32_t)((uint64_t)c->cfg.n_kv_heads * (ith + 1) / nth);
-    for (; head < end; head++) {
+    in.t = &q, in.heads = c->cfg.n_q_heads, in.dim = c->cfg.head_dim, in.limit = BKVI_HUGE;
+    if ((r = bkvi_check_call(c, &kernels, &in, 1, 1, ith, nth)) != BKV_OK) return r;
+    if (bkvi_head_get(bkvi_head_mem(c, 0)).seen == 0) return BKV_E_EMPTY;
+    for (head = bkvi_share(c, ith, nth); head < bkvi_share(c, ith + 1, nth); head++) {
         bkvi_head h = bkvi_head_get(bkvi_head_mem(c, head));
-        bkvi_attend_run(c, &kernels, head, &h, &q, 0, 1, out, max, sum, bkvi_scratch(c, ith));
+        bkvi_queries one = {&q, 0, head, 1, out, max, sum, bkvi_scratch(c, ith)};
+        kernels.attend(c, &h, &one);
     }
     return BKV_OK;
 }
 
 BALANCEKV_API bkv_result bkv_attend(bkv_cache *c, bkv_tensor q, float *out, uint32_t ith,
                                     uint32_t nth) {
-    return bkvi_attend_all(c, q, out, NULL, NULL, ith, nth);
+    return bkvi_attend_one(c, q, out, NULL, NULL, ith, nth);
 }
 
 BALANCEKV_API bkv_result bkv_attend_partial(bkv_cache *c, bkv_tensor q, float *out, float *max,
                                             float *sum, uint32_t ith, uint32_t nth) {
-    return max && sum ? bkvi_attend_all(c, q, out, max, sum, ith, nth) : BKV_E_NULL;
+    return max && sum ? bkvi_attend_one(c, q, out, max, sum, ith, nth) : BKV_E_NULL;
 }
 
 BALANCEKV_API bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor q,
@@ -1609,14 +1370,11 @@ BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i
     const unsigned char *mem, *entry;
     bkvi_head h;
     size_t slot = i;
-    if (!c || !c->mem || !info)
-        return BKV_E_NULL;
-    if (head >= c->cfg.n_kv_heads)
-        return BKV_E_INDEX;
+    if (!c || !c->mem || !info) return BKV_E_NULL;
+    if (head >= c->cfg.n_kv_heads) return BKV_E_INDEX;
     mem = bkvi_head_mem(c, head);
     h = bkvi_head_get(mem);
-    if (i >= bkvi_held(&h))
-        return BKV_E_INDEX;
+    if (i >= bkvi_held(&h)) return BKV_E_INDEX;
     memset(info, 0, sizeof *info);
     info->kind = BKV_KIND_SINK;
     if (i >= h.sinks) {
@@ -1624,8 +1382,8 @@ BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i
         entry = mem + c->off_pages + 8 * (size_t)page;
         slot = bkvi_page_slot(c, entry) + (i - h.sinks) % BKVI_PAGE;
         info->level = bkvi_get32(entry + 4);
-        info->kind = bkvi_held(&h) - i <= c->window_pages * BKVI_PAGE ? BKV_KIND_WINDOW
-                                                                      : BKV_KIND_PAGE;
+        info->kind =
+            bkvi_held(&h) - i <= c->window_pages * BKVI_PAGE ? BKV_KIND_WINDOW : BKV_KIND_PAGE;
     }
     info->position = bkvi_get32(mem + c->off_position + 4 * slot);
     info->weight = bkvi_getf(mem + c->off_weight + 4 * slot);
@@ -1635,8 +1393,7 @@ BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i
 
 BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info) {
     uint32_t head, i;
-    if (!c || !c->mem || !info)
-        return BKV_E_NULL;
+    if (!c || !c->mem || !info) return BKV_E_NULL;
     memset(info, 0, sizeof *info);
     for (head = 0; head < c->cfg.n_kv_heads; head++) {
         const unsigned char *mem = bkvi_head_mem(c, head);
@@ -1645,8 +1402,8 @@ BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info) {
         info->tokens_held = bkvi_held(&h);
         info->halvings += h.halvings;
         for (i = 0; i < h.used; i++)
-            info->max_level = bkvi_max(info->max_level,
-                                       bkvi_get32(mem + c->off_pages + 8 * (size_t)i + 4));
+            info->max_level =
+                bkvi_max(info->max_level, bkvi_get32(mem + c->off_pages + 8 * (size_t)i + 4));
         for (i = 0; i < c->slots; i++) {
             float w = bkvi_getf(mem + c->off_weight + 4 * (size_t)i);
             info->max_weight = w > info->max_weight ? w : info->max_weight;
@@ -1666,76 +1423,53 @@ BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info) {
 BALANCEKV_API const char *bkv_result_string(bkv_result r) {
     switch (r) {
 #define BKV_X(name, value, text)                                                                   \
-    case name:                                                                                     \
-        return text;
+    case name: return text;
         BKV_RESULTS(BKV_X)
 #undef BKV_X
-    default:
-        return "unknown result";
+    default: return "unknown result";
     }
 }
 
-#define BKVI_STRING(x) #x
-#define BKVI_DOTTED(a, b, c) BKVI_STRING(a) "." BKVI_STRING(b) "." BKVI_STRING(c)
-BALANCEKV_API const char *bkv_version(void) {
-    return BKVI_DOTTED(BKV_VERSION_MAJOR, BKV_VERSION_MINOR, BKV_VERSION_PATCH);
-}
+BALANCEKV_API const char *bkv_version(void) { return BKV_VERSION; }
 
-BALANCEKV_API uint32_t bkv_backends(void) {
-    return bkvi_backends();
-}
+BALANCEKV_API uint32_t bkv_backends(void) { return bkvi_backends(); }
 
 BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
     switch (backend) {
-    case BKV_BACKEND_AUTO:
-        return "auto";
-    case BKV_BACKEND_SCALAR:
-        return "scalar";
-    case BKV_BACKEND_AVX2:
-        return "avx2";
-    case BKV_BACKEND_AVX512:
-        return "avx512";
-    case BKV_BACKEND_NEON:
-        return "neon";
-    default:
-        return "?";
+    case BKV_BACKEND_AUTO: return "auto";
+    case BKV_BACKEND_SCALAR: return "scalar";
+    case BKV_BACKEND_AVX2: return "avx2";
+    case BKV_BACKEND_AVX512: return "avx512";
+    case BKV_BACKEND_NEON: return "neon";
+    default: return "?";
     }
 }
-
-#undef BKVI_STRING
-#undef BKVI_DOTTED
 
 /* The passes. With BALANCEKV_DISPATCH the file reads its own end once per backend; without, the
    one backend is compiled in place below. */
 #if BALANCEKV_DISPATCH
 #define BKVI_NESTED
-#define BKVI_PASS BKVI_PASS_SCALAR
+#define BKVI_PASS BALANCEKV_SIMD_SCALAR
 #include BALANCEKV_HEADER_NAME
 #undef BKVI_PASS
 #if BKVI_HAVE_AVX2
-#define BKVI_PASS BKVI_PASS_AVX2
+#define BKVI_PASS BALANCEKV_SIMD_AVX2
 #include BALANCEKV_HEADER_NAME
 #undef BKVI_PASS
 #endif
 #if BKVI_HAVE_AVX512
-#define BKVI_PASS BKVI_PASS_AVX512
+#define BKVI_PASS BALANCEKV_SIMD_AVX512
 #include BALANCEKV_HEADER_NAME
 #undef BKVI_PASS
 #endif
 #if BKVI_HAVE_NEON
-#define BKVI_PASS BKVI_PASS_NEON
+#define BKVI_PASS BALANCEKV_SIMD_NEON
 #include BALANCEKV_HEADER_NAME
 #undef BKVI_PASS
 #endif
 #undef BKVI_NESTED
-#elif BKVI_HAVE_AVX2
-#define BKVI_PASS BKVI_PASS_AVX2
-#elif BKVI_HAVE_AVX512
-#define BKVI_PASS BKVI_PASS_AVX512
-#elif BKVI_HAVE_NEON
-#define BKVI_PASS BKVI_PASS_NEON
 #else
-#define BKVI_PASS BKVI_PASS_SCALAR
+#define BKVI_PASS BKVI_ONLY
 #endif
 
 #endif /* BALANCEKV_IMPLEMENTATION */
@@ -1744,589 +1478,421 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 #ifdef BKVI_PASS
 /* ------------------------------------------------------------------------------------------------
    §11 VEC                                                                                    >>vec
-   Sixteen f32 lanes, the same operations on every backend. Read once per pass. A product must never
-   flow into an addition other than through bkvi_vfma: compilers may fuse the two, or may not.
-     load, store                     16 floats, any alignment
-     load_f16, store_f16, .._bf16    16 elements, to nearest even
-     pick_gt(a, b, x, y)             per lane a > b ? x : y
-     any_gt(a, b)                    some lane a > b
-     pow2(r)                         2^n for lanes r = 1.5 * 2^23 + n, -126 <= n <= 127
-     sum, highest                    over the lanes; sum in the order i + i+8, i+4, i+2, i+1
-     transpose(r)                    16 x 16 in place
+   Sixteen f32 lanes: bkvi_vec, and operations bkvi_v(name), the same on every backend, read once
+   per pass. A backend gives its register type, how many of them make a vector, the operations on
+   one register (BKVI_R..), and those that span registers (sum, highest, transpose). A product must
+   never flow into an addition other than through bkvi_v(fma): compilers may fuse the two.
+     load, store                       16 floats, any alignment
+     load_f16, store_f16, .._bf16      16 elements, to nearest even
+     pick_gt(a, b, x, y)               per lane a > b ? x : y
+     any_gt(a, b)                      some lane a > b
+     pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, -126 <= n <= 127
+     sum, highest                      over the lanes; sum in the order i + i+8, i+4, i+2, i+1
+     transpose(m)                      16 x 16 floats in place
    ---------------------------------------------------------------------------------------------- */
-#if BKVI_PASS == BKVI_PASS_SCALAR
+#define bkvi_v(op) BKVI_FN(bkvi_v_##op)
+#define bkvi_vec BKVI_FN(bkvi_vec)
+#define BKVI_VFN static BKVI_INLINE
+
+#if BKVI_PASS == BALANCEKV_SIMD_SCALAR
 #define BKVI_FN(name) name##_scalar
-#elif BKVI_PASS == BKVI_PASS_AVX2
+#elif BKVI_PASS == BALANCEKV_SIMD_AVX2
 #define BKVI_FN(name) name##_avx2
-#define BKVI_TARGET "avx2,fma,f16c"
-#elif BKVI_PASS == BKVI_PASS_AVX512
+#elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_FN(name) name##_avx512
-#define BKVI_TARGET "avx512f,avx2,fma,f16c"
 #else
 #define BKVI_FN(name) name##_neon
 #endif
 
-#define bkvi_vec BKVI_FN(bkvi_vec)
-#define bkvi_vload BKVI_FN(bkvi_vload)
-#define bkvi_vstore BKVI_FN(bkvi_vstore)
-#define bkvi_vload_f16 BKVI_FN(bkvi_vload_f16)
-#define bkvi_vstore_f16 BKVI_FN(bkvi_vstore_f16)
-#define bkvi_vload_bf16 BKVI_FN(bkvi_vload_bf16)
-#define bkvi_vstore_bf16 BKVI_FN(bkvi_vstore_bf16)
-#define bkvi_vset BKVI_FN(bkvi_vset)
-#define bkvi_vadd BKVI_FN(bkvi_vadd)
-#define bkvi_vsub BKVI_FN(bkvi_vsub)
-#define bkvi_vmul BKVI_FN(bkvi_vmul)
-#define bkvi_vdiv BKVI_FN(bkvi_vdiv)
-#define bkvi_vfma BKVI_FN(bkvi_vfma)
-#define bkvi_vmax BKVI_FN(bkvi_vmax)
-#define bkvi_vmin BKVI_FN(bkvi_vmin)
-#define bkvi_vabs BKVI_FN(bkvi_vabs)
-#define bkvi_vpick_gt BKVI_FN(bkvi_vpick_gt)
-#define bkvi_vany_gt BKVI_FN(bkvi_vany_gt)
-#define bkvi_vpow2 BKVI_FN(bkvi_vpow2)
-#define bkvi_vsum BKVI_FN(bkvi_vsum)
-#define bkvi_vhighest BKVI_FN(bkvi_vhighest)
-#define bkvi_vtranspose BKVI_FN(bkvi_vtranspose)
-#define BKVI_VFN static BKVI_INLINE
-#if BKVI_PASS == BKVI_PASS_SCALAR /* 16 lanes are a loop already, and the exact FMA is long */
-#define BKVI_TILES
-#define BKVI_VCALL static BKVI_UNUSED BKVI_NOINLINE
-#else
-#define BKVI_TILES BKVI_UNROLL
-#define BKVI_VCALL BKVI_VFN
+/* Code for these instructions only here, whatever the compiler flags are. */
+#if BKVI_PASS == BALANCEKV_SIMD_AVX2
+#define BKVI_TARGET "avx2,fma,f16c"
+#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && !defined(BALANCEKV_EMULATED)
+#define BKVI_TARGET "avx512f,avx2,fma,f16c"
 #endif
-
-#ifdef BKVI_TARGET
-#if BKVI_CC_CLANG
-#if BKVI_PASS == BKVI_PASS_AVX2
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma clang attribute push(__attribute__((target("avx512f,avx2,fma,f16c"))), apply_to = function)
-#endif
-#elif BKVI_CC_GCC
+#define BKVI_PRAGMA(x) _Pragma(#x)
+#define BKVI_PRAGMA_OF(x) BKVI_PRAGMA(x)
+#if defined(BKVI_TARGET) && BKVI_CC_CLANG
+BKVI_PRAGMA_OF(clang attribute push(__attribute__((target(BKVI_TARGET))), apply_to = function))
+#elif defined(BKVI_TARGET)
 #pragma GCC push_options
-#pragma GCC diagnostic push /* _mm512_undefined_ps() of gcc's own header, in C++ */
+BKVI_PRAGMA_OF(GCC target(BKVI_TARGET))
+#pragma GCC diagnostic push /* gcc's own _mm512_undefined_ps(), in C++ */
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#if BKVI_PASS == BKVI_PASS_AVX2
-#pragma GCC target("avx2,fma,f16c")
-#elif !defined(BALANCEKV_EMULATED)
-#pragma GCC target("avx512f,avx2,fma,f16c")
-#endif
-#endif
 #endif
 
-#if BKVI_PASS == BKVI_PASS_SCALAR
+/* Register tiles, chosen per backend so that accumulators and operands fit. attend: up to BKVI_TILE
+   rows of BKVI_NV(rows) vectors; kernel matrix: BKVI_GRAM_ROWS rows of up to BKVI_GRAM_VECS. The
+   results do not depend on them. */
+#if BKVI_PASS == BALANCEKV_SIMD_SCALAR
 typedef struct bkvi_vec {
     float x[16];
 } bkvi_vec;
-#define BKVI_EACH(r, expr)                                                                         \
-    bkvi_vec r;                                                                                    \
-    int i;                                                                                         \
-    for (i = 0; i < 16; i++)                                                                       \
-        r.x[i] = (expr);                                                                           \
-    return r
-BKVI_VFN bkvi_vec bkvi_vload(const void *p) {
-    bkvi_vec r;
-    memcpy(&r, p, sizeof r);
-    return r;
-}
-BKVI_VFN void bkvi_vstore(void *p, bkvi_vec a) {
-    memcpy(p, &a, sizeof a);
-}
-BKVI_VCALL bkvi_vec bkvi_vload_f16(const void *p) {
-    uint16_t h[16];
-    memcpy(h, p, sizeof h);
-    BKVI_EACH(r, bkvi_from_f16(h[i]));
-}
-BKVI_VCALL void bkvi_vstore_f16(void *p, bkvi_vec a) {
-    uint16_t h[16];
-    int i;
-    for (i = 0; i < 16; i++)
-        h[i] = bkvi_to_f16(a.x[i]);
-    memcpy(p, h, sizeof h);
-}
-BKVI_VFN bkvi_vec bkvi_vload_bf16(const void *p) {
-    uint16_t h[16];
-    memcpy(h, p, sizeof h);
-    BKVI_EACH(r, bkvi_float((uint32_t)h[i] << 16));
-}
-BKVI_VFN void bkvi_vstore_bf16(void *p, bkvi_vec a) {
-    uint16_t h[16];
-    int i;
-    for (i = 0; i < 16; i++)
-        h[i] = bkvi_to_bf16(a.x[i]);
-    memcpy(p, h, sizeof h);
-}
-BKVI_VFN bkvi_vec bkvi_vset(float a) {
-    BKVI_EACH(r, a);
-}
-BKVI_VFN bkvi_vec bkvi_vadd(bkvi_vec a, bkvi_vec b) {
-    BKVI_EACH(r, a.x[i] + b.x[i]);
-}
-BKVI_VFN bkvi_vec bkvi_vsub(bkvi_vec a, bkvi_vec b) {
-    BKVI_EACH(r, a.x[i] - b.x[i]);
-}
-BKVI_VFN bkvi_vec bkvi_vmul(bkvi_vec a, bkvi_vec b) {
-    BKVI_EACH(r, a.x[i] * b.x[i]);
-}
-BKVI_VFN bkvi_vec bkvi_vdiv(bkvi_vec a, bkvi_vec b) {
-    BKVI_EACH(r, a.x[i] / b.x[i]);
-}
-BKVI_VCALL bkvi_vec bkvi_vfma(bkvi_vec a, bkvi_vec b, bkvi_vec c) {
-    BKVI_EACH(r, bkvi_fma(a.x[i], b.x[i], c.x[i]));
-}
-BKVI_VFN bkvi_vec bkvi_vmax(bkvi_vec a, bkvi_vec b) {
-    BKVI_EACH(r, a.x[i] > b.x[i] ? a.x[i] : b.x[i]);
-}
-BKVI_VFN bkvi_vec bkvi_vmin(bkvi_vec a, bkvi_vec b) {
-    BKVI_EACH(r, a.x[i] < b.x[i] ? a.x[i] : b.x[i]);
-}
-BKVI_VFN bkvi_vec bkvi_vabs(bkvi_vec a) {
-    BKVI_EACH(r, bkvi_float(bkvi_bits(a.x[i]) & 0x7FFFFFFFu));
-}
-BKVI_VFN bkvi_vec bkvi_vpick_gt(bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y) {
-    BKVI_EACH(r, a.x[i] > b.x[i] ? x.x[i] : y.x[i]);
-}
-BKVI_VFN int bkvi_vany_gt(bkvi_vec a, bkvi_vec b) {
-    int i, any = 0;
-    for (i = 0; i < 16; i++)
-        any |= a.x[i] > b.x[i];
-    return any;
-}
-BKVI_VFN bkvi_vec bkvi_vpow2(bkvi_vec a) {
-    BKVI_EACH(r, bkvi_float((bkvi_bits(a.x[i]) << 23) + 0x3F800000u));
-}
-BKVI_VFN float bkvi_vsum(bkvi_vec a) {
-    int i, n;
-    for (n = 8; n > 0; n /= 2)
-        for (i = 0; i < n; i++)
-            a.x[i] += a.x[i + n];
-    return a.x[0];
-}
-BKVI_VFN float bkvi_vhighest(bkvi_vec a) {
-    int i, n;
-    for (n = 8; n > 0; n /= 2)
-        for (i = 0; i < n; i++)
-            a.x[i] = a.x[i] > a.x[i + n] ? a.x[i] : a.x[i + n];
-    return a.x[0];
-}
-BKVI_VFN void bkvi_vtranspose(bkvi_vec *r) {
-    int i, j;
-    for (i = 0; i < 16; i++)
-        for (j = 0; j < i; j++) {
-            float x = r[i].x[j];
-            r[i].x[j] = r[j].x[i];
-            r[j].x[i] = x;
-        }
-}
-#undef BKVI_EACH
-#define BKVI_VPIN(v) ((void)0)
-
-#elif BKVI_PASS == BKVI_PASS_AVX2
-typedef struct bkvi_vec {
-    __m256 a, b; /* lanes 0..7, 8..15 */
-} bkvi_vec;
-#define BKVI_BOTH(expr_a, expr_b)                                                                  \
-    bkvi_vec r;                                                                                    \
-    r.a = (expr_a);                                                                                \
-    r.b = (expr_b);                                                                                \
-    return r
-BKVI_VFN bkvi_vec bkvi_vload(const void *p) {
-    const float *f = (const float *)p;
-    BKVI_BOTH(_mm256_loadu_ps(f), _mm256_loadu_ps(f + 8));
-}
-BKVI_VFN void bkvi_vstore(void *p, bkvi_vec v) {
-    float *f = (float *)p;
-    _mm256_storeu_ps(f, v.a);
-    _mm256_storeu_ps(f + 8, v.b);
-}
-BKVI_VFN bkvi_vec bkvi_vload_f16(const void *p) {
-    const __m128i *h = (const __m128i *)p;
-    BKVI_BOTH(_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1)));
-}
-BKVI_VFN void bkvi_vstore_f16(void *p, bkvi_vec v) {
-    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v.a, 0)); /* 0: to nearest even */
-    _mm_storeu_si128((__m128i *)p + 1, _mm256_cvtps_ph(v.b, 0));
-}
-BKVI_VFN bkvi_vec bkvi_vload_bf16(const void *p) {
-    const __m128i *h = (const __m128i *)p;
-    __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128(h));
-    __m256i b = _mm256_cvtepu16_epi32(_mm_loadu_si128(h + 1));
-    BKVI_BOTH(_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
-              _mm256_castsi256_ps(_mm256_slli_epi32(b, 16)));
-}
-BKVI_VFN __m256i BKVI_FN(bkvi_round_bf16)(__m256 v) {
-    __m256i u = _mm256_castps_si256(v), one = _mm256_set1_epi32(1);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), one);
-    u = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7FFF)), odd);
-    return _mm256_srli_epi32(u, 16);
-}
-BKVI_VFN void bkvi_vstore_bf16(void *p, bkvi_vec v) {
-    __m256i u = _mm256_packus_epi32(BKVI_FN(bkvi_round_bf16)(v.a), BKVI_FN(bkvi_round_bf16)(v.b));
-    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(u, 0xD8));
-}
-BKVI_VFN bkvi_vec bkvi_vset(float x) {
-    BKVI_BOTH(_mm256_set1_ps(x), r.a);
-}
-BKVI_VFN bkvi_vec bkvi_vadd(bkvi_vec x, bkvi_vec y) {
-    BKVI_BOTH(_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b));
-}
-BKVI_VFN bkvi_vec bkvi_vsub(bkvi_vec x, bkvi_vec y) {
-    BKVI_BOTH(_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b));
-}
-BKVI_VFN bkvi_vec bkvi_vmul(bkvi_vec x, bkvi_vec y) {
-    BKVI_BOTH(_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b));
-}
-BKVI_VFN bkvi_vec bkvi_vdiv(bkvi_vec x, bkvi_vec y) {
-    BKVI_BOTH(_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b));
-}
-BKVI_VFN bkvi_vec bkvi_vfma(bkvi_vec x, bkvi_vec y, bkvi_vec z) {
-    BKVI_BOTH(_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b));
-}
-BKVI_VFN bkvi_vec bkvi_vmax(bkvi_vec x, bkvi_vec y) {
-    BKVI_BOTH(_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b));
-}
-BKVI_VFN bkvi_vec bkvi_vmin(bkvi_vec x, bkvi_vec y) {
-    BKVI_BOTH(_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b));
-}
-BKVI_VFN bkvi_vec bkvi_vabs(bkvi_vec x) {
-    __m256 sign = _mm256_set1_ps(-0.0f);
-    BKVI_BOTH(_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b));
-}
-BKVI_VFN bkvi_vec bkvi_vpick_gt(bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y) {
-    BKVI_BOTH(_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ)),
-              _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ)));
-}
-BKVI_VFN int bkvi_vany_gt(bkvi_vec x, bkvi_vec y) {
-    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ),
-                                           _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)));
-}
-BKVI_VFN bkvi_vec bkvi_vpow2(bkvi_vec x) {
-    __m256i one = _mm256_set1_epi32(0x3F800000);
-    __m256i a = _mm256_slli_epi32(_mm256_castps_si256(x.a), 23);
-    __m256i b = _mm256_slli_epi32(_mm256_castps_si256(x.b), 23);
-    BKVI_BOTH(_mm256_castsi256_ps(_mm256_add_epi32(a, one)),
-              _mm256_castsi256_ps(_mm256_add_epi32(b, one)));
-}
-BKVI_VFN float bkvi_vsum(bkvi_vec x) {
-    __m256 s = _mm256_add_ps(x.a, x.b);
-    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
-    return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
-}
-BKVI_VFN float bkvi_vhighest(bkvi_vec x) {
-    __m256 s = _mm256_max_ps(x.a, x.b);
-    __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
-    return _mm_cvtss_f32(_mm_max_ss(t, _mm_shuffle_ps(t, t, 1)));
-}
-/* 8 x 8, from in[0..7] (half h) to out[0..7] (half g). */
-#define BKVI_TRANSPOSE8(in, h, out, g)                                                             \
-    do {                                                                                           \
-        __m256 t[8], u[8];                                                                         \
-        int q;                                                                                     \
-        BKVI_TILES for (q = 0; q < 4; q++) {                                                      \
-            t[2 * q] = _mm256_unpacklo_ps((in)[2 * q].h, (in)[2 * q + 1].h);                       \
-            t[2 * q + 1] = _mm256_unpackhi_ps((in)[2 * q].h, (in)[2 * q + 1].h);                   \
-        }                                                                                          \
-        BKVI_TILES for (q = 0; q < 8; q += 4) {                                                   \
-            u[q] = _mm256_shuffle_ps(t[q], t[q + 2], 0x44);                                        \
-            u[q + 1] = _mm256_shuffle_ps(t[q], t[q + 2], 0xEE);                                    \
-            u[q + 2] = _mm256_shuffle_ps(t[q + 1], t[q + 3], 0x44);                                \
-            u[q + 3] = _mm256_shuffle_ps(t[q + 1], t[q + 3], 0xEE);                                \
-        }                                                                                          \
-        BKVI_TILES for (q = 0; q < 4; q++) {                                                      \
-            (out)[q].g = _mm256_permute2f128_ps(u[q], u[q + 4], 0x20);                             \
-            (out)[q + 4].g = _mm256_permute2f128_ps(u[q], u[q + 4], 0x31);                         \
-        }                                                                                          \
-    } while (0)
-BKVI_VFN void bkvi_vtranspose(bkvi_vec *r) {
-    bkvi_vec o[16];
-    int i;
-    BKVI_TRANSPOSE8(r, a, o, a);
-    BKVI_TRANSPOSE8(r, b, o + 8, a);
-    BKVI_TRANSPOSE8(r + 8, a, o, b);
-    BKVI_TRANSPOSE8(r + 8, b, o + 8, b);
-    for (i = 0; i < 16; i++)
-        r[i] = o[i];
-}
-#undef BKVI_TRANSPOSE8
-#undef BKVI_BOTH
-#define BKVI_VPIN(v)                                                                               \
-    do {                                                                                           \
-        BKVI_PIN((v).a);                                                                           \
-        BKVI_PIN((v).b);                                                                           \
-    } while (0)
-
-#elif BKVI_PASS == BKVI_PASS_AVX512
-typedef __m512 bkvi_vec;
-BKVI_VFN bkvi_vec bkvi_vload(const void *p) {
-    return _mm512_loadu_ps(p);
-}
-BKVI_VFN void bkvi_vstore(void *p, bkvi_vec v) {
-    _mm512_storeu_ps(p, v);
-}
-BKVI_VFN bkvi_vec bkvi_vload_f16(const void *p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-}
-BKVI_VFN void bkvi_vstore_f16(void *p, bkvi_vec v) {
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, 0)); /* 0: to nearest even */
-}
-BKVI_VFN bkvi_vec bkvi_vload_bf16(const void *p) {
-    __m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
-}
-BKVI_VFN void bkvi_vstore_bf16(void *p, bkvi_vec v) {
-    __m512i u = _mm512_castps_si512(v);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    u = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF)), odd);
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(u, 16)));
-}
-BKVI_VFN bkvi_vec bkvi_vset(float x) {
-    return _mm512_set1_ps(x);
-}
-BKVI_VFN bkvi_vec bkvi_vadd(bkvi_vec x, bkvi_vec y) {
-    return _mm512_add_ps(x, y);
-}
-BKVI_VFN bkvi_vec bkvi_vsub(bkvi_vec x, bkvi_vec y) {
-    return _mm512_sub_ps(x, y);
-}
-BKVI_VFN bkvi_vec bkvi_vmul(bkvi_vec x, bkvi_vec y) {
-    return _mm512_mul_ps(x, y);
-}
-BKVI_VFN bkvi_vec bkvi_vdiv(bkvi_vec x, bkvi_vec y) {
-    return _mm512_div_ps(x, y);
-}
-BKVI_VFN bkvi_vec bkvi_vfma(bkvi_vec x, bkvi_vec y, bkvi_vec z) {
-    return _mm512_fmadd_ps(x, y, z);
-}
-BKVI_VFN bkvi_vec bkvi_vmax(bkvi_vec x, bkvi_vec y) {
-    return _mm512_max_ps(x, y);
-}
-BKVI_VFN bkvi_vec bkvi_vmin(bkvi_vec x, bkvi_vec y) {
-    return _mm512_min_ps(x, y);
-}
-BKVI_VFN bkvi_vec bkvi_vabs(bkvi_vec x) {
-    return _mm512_abs_ps(x);
-}
-BKVI_VFN bkvi_vec bkvi_vpick_gt(bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
-}
-BKVI_VFN int bkvi_vany_gt(bkvi_vec x, bkvi_vec y) {
-    return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ) != 0;
-}
-BKVI_VFN bkvi_vec bkvi_vpow2(bkvi_vec x) {
-    __m512i u = _mm512_slli_epi32(_mm512_castps_si512(x), 23);
-    return _mm512_castsi512_ps(_mm512_add_epi32(u, _mm512_set1_epi32(0x3F800000)));
-}
-BKVI_VFN __m256 BKVI_FN(bkvi_high)(bkvi_vec x) {
-    return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
-}
-BKVI_VFN float bkvi_vsum(bkvi_vec x) {
-    __m256 s = _mm256_add_ps(_mm512_castps512_ps256(x), BKVI_FN(bkvi_high)(x));
-    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
-    return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
-}
-BKVI_VFN float bkvi_vhighest(bkvi_vec x) {
-    __m256 s = _mm256_max_ps(_mm512_castps512_ps256(x), BKVI_FN(bkvi_high)(x));
-    __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
-    return _mm_cvtss_f32(_mm_max_ss(t, _mm_shuffle_ps(t, t, 1)));
-}
-BKVI_VFN void bkvi_vtranspose(bkvi_vec *r) {
-    __m512 t[16], u[16];
-    int i, j;
-    BKVI_TILES for (i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    BKVI_TILES for (i = 0; i < 16; i += 4) {
-        BKVI_TILES for (j = 0; j < 2; j++) {
-            __m512d x = _mm512_castps_pd(t[i + j]), y = _mm512_castps_pd(t[i + j + 2]);
-            u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
-            u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
-        }
-    }
-    BKVI_TILES for (i = 0; i < 16; i += 8) {
-        BKVI_TILES for (j = 0; j < 4; j++) {
-            t[i + j] = _mm512_shuffle_f32x4(u[i + j], u[i + j + 4], 0x88);
-            t[i + j + 4] = _mm512_shuffle_f32x4(u[i + j], u[i + j + 4], 0xDD);
-        }
-    }
-    BKVI_TILES for (j = 0; j < 8; j++) {
-        r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
-        r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xDD);
-    }
-}
-#define BKVI_VPIN(v) BKVI_PIN(v)
-
-#else /* BKVI_PASS_NEON */
-/* Named members: gcc -O2 spills an array of four. */
-typedef struct bkvi_vec {
-    float32x4_t a, b, c, d;
-} bkvi_vec;
-#define BKVI_FOUR(expr_a, expr_b, expr_c, expr_d)                                                  \
-    bkvi_vec r;                                                                                    \
-    r.a = (expr_a);                                                                                \
-    r.b = (expr_b);                                                                                \
-    r.c = (expr_c);                                                                                \
-    r.d = (expr_d);                                                                                \
-    return r
-#define BKVI_QUARTERS(op, x, y) BKVI_FOUR(op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d))
-/* Loads by bytes: the only ones that ask for no alignment in C. */
-BKVI_VFN bkvi_vec bkvi_vload(const void *p) {
-    const uint8_t *f = (const uint8_t *)p;
-    BKVI_FOUR(vreinterpretq_f32_u8(vld1q_u8(f)), vreinterpretq_f32_u8(vld1q_u8(f + 16)),
-              vreinterpretq_f32_u8(vld1q_u8(f + 32)), vreinterpretq_f32_u8(vld1q_u8(f + 48)));
-}
-BKVI_VFN void bkvi_vstore(void *p, bkvi_vec x) {
-    uint8_t *f = (uint8_t *)p;
-    vst1q_u8(f, vreinterpretq_u8_f32(x.a));
-    vst1q_u8(f + 16, vreinterpretq_u8_f32(x.b));
-    vst1q_u8(f + 32, vreinterpretq_u8_f32(x.c));
-    vst1q_u8(f + 48, vreinterpretq_u8_f32(x.d));
-}
-BKVI_VFN bkvi_vec bkvi_vload_f16(const void *p) {
-    const uint8_t *h = (const uint8_t *)p;
-    float16x8_t lo = vreinterpretq_f16_u8(vld1q_u8(h));
-    float16x8_t hi = vreinterpretq_f16_u8(vld1q_u8(h + 16));
-    BKVI_FOUR(vcvt_f32_f16(vget_low_f16(lo)), vcvt_high_f32_f16(lo),
-              vcvt_f32_f16(vget_low_f16(hi)), vcvt_high_f32_f16(hi));
-}
-BKVI_VFN void bkvi_vstore_f16(void *p, bkvi_vec x) {
-    uint8_t *h = (uint8_t *)p;
-    vst1q_u8(h, vreinterpretq_u8_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.a), x.b)));
-    vst1q_u8(h + 16, vreinterpretq_u8_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.c), x.d)));
-}
-BKVI_VFN bkvi_vec bkvi_vload_bf16(const void *p) {
-    const uint8_t *h = (const uint8_t *)p;
-    uint16x8_t lo = vreinterpretq_u16_u8(vld1q_u8(h)), hi = vreinterpretq_u16_u8(vld1q_u8(h + 16));
-    BKVI_FOUR(vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(lo), 16)),
-              vreinterpretq_f32_u32(vshll_high_n_u16(lo, 16)),
-              vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(hi), 16)),
-              vreinterpretq_f32_u32(vshll_high_n_u16(hi, 16)));
-}
-BKVI_VFN uint16x4_t BKVI_FN(bkvi_round_bf16)(float32x4_t v) {
-    uint32x4_t u = vreinterpretq_u32_f32(v);
-    uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
-    return vshrn_n_u32(vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7FFF)), odd), 16);
-}
-BKVI_VFN void bkvi_vstore_bf16(void *p, bkvi_vec x) {
-    uint8_t *h = (uint8_t *)p;
-    vst1q_u8(h, vreinterpretq_u8_u16(vcombine_u16(BKVI_FN(bkvi_round_bf16)(x.a),
-                                                  BKVI_FN(bkvi_round_bf16)(x.b))));
-    vst1q_u8(h + 16, vreinterpretq_u8_u16(vcombine_u16(BKVI_FN(bkvi_round_bf16)(x.c),
-                                                       BKVI_FN(bkvi_round_bf16)(x.d))));
-}
-BKVI_VFN bkvi_vec bkvi_vset(float x) {
-    BKVI_FOUR(vdupq_n_f32(x), r.a, r.a, r.a);
-}
-BKVI_VFN bkvi_vec bkvi_vadd(bkvi_vec x, bkvi_vec y) {
-    BKVI_QUARTERS(vaddq_f32, x, y);
-}
-BKVI_VFN bkvi_vec bkvi_vsub(bkvi_vec x, bkvi_vec y) {
-    BKVI_QUARTERS(vsubq_f32, x, y);
-}
-BKVI_VFN bkvi_vec bkvi_vmul(bkvi_vec x, bkvi_vec y) {
-    BKVI_QUARTERS(vmulq_f32, x, y);
-}
-BKVI_VFN bkvi_vec bkvi_vdiv(bkvi_vec x, bkvi_vec y) {
-    BKVI_QUARTERS(vdivq_f32, x, y);
-}
-BKVI_VFN bkvi_vec bkvi_vfma(bkvi_vec x, bkvi_vec y, bkvi_vec z) {
-    BKVI_FOUR(vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b), vfmaq_f32(z.c, x.c, y.c),
-              vfmaq_f32(z.d, x.d, y.d));
-}
-BKVI_VFN bkvi_vec bkvi_vmax(bkvi_vec x, bkvi_vec y) {
-    BKVI_QUARTERS(vmaxq_f32, x, y);
-}
-BKVI_VFN bkvi_vec bkvi_vmin(bkvi_vec x, bkvi_vec y) {
-    BKVI_QUARTERS(vminq_f32, x, y);
-}
-BKVI_VFN bkvi_vec bkvi_vabs(bkvi_vec x) {
-    BKVI_FOUR(vabsq_f32(x.a), vabsq_f32(x.b), vabsq_f32(x.c), vabsq_f32(x.d));
-}
-BKVI_VFN bkvi_vec bkvi_vpick_gt(bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y) {
-    BKVI_FOUR(vbslq_f32(vcgtq_f32(a.a, b.a), x.a, y.a), vbslq_f32(vcgtq_f32(a.b, b.b), x.b, y.b),
-              vbslq_f32(vcgtq_f32(a.c, b.c), x.c, y.c), vbslq_f32(vcgtq_f32(a.d, b.d), x.d, y.d));
-}
-BKVI_VFN int bkvi_vany_gt(bkvi_vec x, bkvi_vec y) {
-    uint32x4_t lo = vorrq_u32(vcgtq_f32(x.a, y.a), vcgtq_f32(x.b, y.b));
-    uint32x4_t hi = vorrq_u32(vcgtq_f32(x.c, y.c), vcgtq_f32(x.d, y.d));
-    return vmaxvq_u32(vorrq_u32(lo, hi)) != 0;
-}
-BKVI_VFN float32x4_t BKVI_FN(bkvi_pow2)(float32x4_t x) {
-    uint32x4_t u = vshlq_n_u32(vreinterpretq_u32_f32(x), 23);
-    return vreinterpretq_f32_u32(vaddq_u32(u, vdupq_n_u32(0x3F800000u)));
-}
-BKVI_VFN bkvi_vec bkvi_vpow2(bkvi_vec x) {
-    BKVI_FOUR(BKVI_FN(bkvi_pow2)(x.a), BKVI_FN(bkvi_pow2)(x.b), BKVI_FN(bkvi_pow2)(x.c),
-              BKVI_FN(bkvi_pow2)(x.d));
-}
-BKVI_VFN float bkvi_vsum(bkvi_vec x) {
-    float32x4_t s = vaddq_f32(vaddq_f32(x.a, x.c), vaddq_f32(x.b, x.d));
-    float32x2_t t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
-    return vget_lane_f32(t, 0) + vget_lane_f32(t, 1);
-}
-BKVI_VFN float bkvi_vhighest(bkvi_vec x) {
-    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.c), vmaxq_f32(x.b, x.d)));
-}
-/* 4 x 4 of quarter h of r[0..3] to quarter g of o[0..3]. */
-#define BKVI_TRANSPOSE4(in, h, out, g)                                                             \
-    do {                                                                                           \
-        float32x4x2_t s = vtrnq_f32((in)[0].h, (in)[1].h), t = vtrnq_f32((in)[2].h, (in)[3].h);    \
-        (out)[0].g = vcombine_f32(vget_low_f32(s.val[0]), vget_low_f32(t.val[0]));                 \
-        (out)[1].g = vcombine_f32(vget_low_f32(s.val[1]), vget_low_f32(t.val[1]));                 \
-        (out)[2].g = vcombine_f32(vget_high_f32(s.val[0]), vget_high_f32(t.val[0]));               \
-        (out)[3].g = vcombine_f32(vget_high_f32(s.val[1]), vget_high_f32(t.val[1]));               \
-    } while (0)
-#define BKVI_TRANSPOSE_ROWS(in, out, g)                                                            \
-    BKVI_TRANSPOSE4(in, a, out, g);                                                                \
-    BKVI_TRANSPOSE4(in, b, (out) + 4, g);                                                          \
-    BKVI_TRANSPOSE4(in, c, (out) + 8, g);                                                          \
-    BKVI_TRANSPOSE4(in, d, (out) + 12, g)
-BKVI_VFN void bkvi_vtranspose(bkvi_vec *r) {
-    bkvi_vec o[16];
-    int i;
-    BKVI_TRANSPOSE_ROWS(r, o, a);
-    BKVI_TRANSPOSE_ROWS(r + 4, o, b);
-    BKVI_TRANSPOSE_ROWS(r + 8, o, c);
-    BKVI_TRANSPOSE_ROWS(r + 12, o, d);
-    for (i = 0; i < 16; i++)
-        r[i] = o[i];
-}
-#undef BKVI_TRANSPOSE_ROWS
-#undef BKVI_TRANSPOSE4
-#undef BKVI_QUARTERS
-#undef BKVI_FOUR
-#define BKVI_VPIN(v) ((void)0)
-#endif
-
-/* Register tiles, chosen per backend so that accumulators + operands fit its registers. attend: up
-   to BKVI_TILE rows of BKVI_NV(rows) vectors; kernel matrix: BKVI_GRAM_ROWS rows of up to
-   BKVI_GRAM_VECS vectors. The results do not depend on them. */
-#if BKVI_PASS == BKVI_PASS_SCALAR
 #define BKVI_TILE 1
 #define BKVI_NV(rows) 1
 #define BKVI_GRAM_ROWS 1
 #define BKVI_GRAM_VECS 1
-#elif BKVI_PASS == BKVI_PASS_AVX512
-#define BKVI_TILE 4
-#define BKVI_NV(rows) 4
-#define BKVI_GRAM_ROWS 8
-#define BKVI_GRAM_VECS 3
-#elif BKVI_PASS == BKVI_PASS_AVX2
+#define BKVI_MAX_ROWS 1
+#define BKVI_MAX_VECS 1
+#define BKVI_TILES /* 16 lanes are a loop already */
+#define BKVI_VPIN(v) ((void)0)
+#define BKVI_VCALL static BKVI_NOINLINE /* inlined they would fill the stack with vectors */
+#define BKVI_EACH(signature, expr)                                                                 \
+    BKVI_VCALL bkvi_vec signature {                                                                \
+        bkvi_vec r;                                                                                \
+        int i;                                                                                     \
+        for (i = 0; i < 16; i++) r.x[i] = (expr);                                                  \
+        return r;                                                                                  \
+    }
+BKVI_EACH(bkvi_v(set)(float a), a)
+BKVI_EACH(bkvi_v(add)(bkvi_vec a, bkvi_vec b), a.x[i] + b.x[i])
+BKVI_EACH(bkvi_v(sub)(bkvi_vec a, bkvi_vec b), a.x[i] - b.x[i])
+BKVI_EACH(bkvi_v(mul)(bkvi_vec a, bkvi_vec b), a.x[i] * b.x[i])
+BKVI_EACH(bkvi_v(div)(bkvi_vec a, bkvi_vec b), a.x[i] / b.x[i])
+BKVI_EACH(bkvi_v(max)(bkvi_vec a, bkvi_vec b), a.x[i] > b.x[i] ? a.x[i] : b.x[i])
+BKVI_EACH(bkvi_v(min)(bkvi_vec a, bkvi_vec b), a.x[i] < b.x[i] ? a.x[i] : b.x[i])
+BKVI_EACH(bkvi_v(abs)(bkvi_vec a), bkvi_float(bkvi_bits(a.x[i]) & 0x7FFFFFFFu))
+BKVI_EACH(bkvi_v(pow2)(bkvi_vec a), bkvi_float((bkvi_bits(a.x[i]) << 23) + 0x3F800000u))
+BKVI_EACH(bkvi_v(pick_gt)(bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y),
+          a.x[i] > b.x[i] ? x.x[i] : y.x[i])
+BKVI_EACH(bkvi_v(fma)(bkvi_vec a, bkvi_vec b, bkvi_vec c), bkvi_fma(a.x[i], b.x[i], c.x[i]))
+#undef BKVI_EACH
+#define BKVI_STORAGE(name, from, to)                                                               \
+    BKVI_VCALL bkvi_vec bkvi_v(load_##name)(const void *p) {                                       \
+        uint16_t h[16];                                                                            \
+        bkvi_vec r;                                                                                \
+        int i;                                                                                     \
+        memcpy(h, p, sizeof h);                                                                    \
+        for (i = 0; i < 16; i++) r.x[i] = from(h[i]);                                              \
+        return r;                                                                                  \
+    }                                                                                              \
+    BKVI_VCALL void bkvi_v(store_##name)(void *p, bkvi_vec a) {                                    \
+        uint16_t h[16];                                                                            \
+        int i;                                                                                     \
+        for (i = 0; i < 16; i++) h[i] = to(a.x[i]);                                                \
+        memcpy(p, h, sizeof h);                                                                    \
+    }
+BKVI_STORAGE(f16, bkvi_from_f16, bkvi_to_f16)
+BKVI_STORAGE(bf16, bkvi_from_bf16, bkvi_to_bf16)
+#undef BKVI_STORAGE
+BKVI_VFN bkvi_vec bkvi_v(load)(const void *p) {
+    bkvi_vec r;
+    memcpy(&r, p, sizeof r);
+    return r;
+}
+BKVI_VFN void bkvi_v(store)(void *p, bkvi_vec a) { memcpy(p, &a, sizeof a); }
+BKVI_VFN int bkvi_v(any_gt)(bkvi_vec a, bkvi_vec b) {
+    int i, any = 0;
+    for (i = 0; i < 16; i++) any |= a.x[i] > b.x[i];
+    return any;
+}
+BKVI_VFN float bkvi_v(sum)(bkvi_vec a) {
+    int i, n;
+    for (n = 8; n > 0; n /= 2)
+        for (i = 0; i < n; i++) a.x[i] += a.x[i + n];
+    return a.x[0];
+}
+BKVI_VFN float bkvi_v(highest)(bkvi_vec a) {
+    int i;
+    for (i = 1; i < 16; i++) a.x[0] = a.x[i] > a.x[0] ? a.x[i] : a.x[0];
+    return a.x[0];
+}
+static void bkvi_v(transpose)(float *m) {
+    int i, j;
+    for (i = 0; i < 16; i++)
+        for (j = 0; j < i; j++) {
+            float x = m[16 * i + j];
+            m[16 * i + j] = m[16 * j + i];
+            m[16 * j + i] = x;
+        }
+}
+
+#else /* vector registers */
+#define BKVI_TILES BKVI_UNROLL
+#define BKVI_MAX_ROWS 8
+#define BKVI_MAX_VECS 4
+#define BKVI_VCALL BKVI_VFN
+
+#if BKVI_PASS == BALANCEKV_SIMD_AVX2
 #define BKVI_TILE 4
 #define BKVI_NV(rows) ((rows) == 1 ? 4 : (rows) == 2 ? 2 : 1)
 #define BKVI_GRAM_ROWS 2
 #define BKVI_GRAM_VECS 3
-#else
+typedef __m256 BKVI_FN(bkvi_reg);
+#define BKVI_2(statement) statement
+#define BKVI_4(statements)
+#define BKVI_R(op) _mm256_##op##_ps
+#define BKVI_R_LOAD(p) _mm256_loadu_ps((const float *)(p))
+#define BKVI_R_STORE(p, x) _mm256_storeu_ps((float *)(p), x)
+#define BKVI_R_LOAD_F16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define BKVI_R_STORE_F16(p, x) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph(x, 0))
+#define BKVI_R_LOAD_BF16(p)                                                                        \
+    _mm256_castsi256_ps(                                                                           \
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define BKVI_R_STORE_BF16(p, x) BKVI_FN(bkvi_store_bf16)(p, _mm256_castps_si256(x))
+#define BKVI_R_SET(x) _mm256_set1_ps(x)
+#define BKVI_R_FMA(x, y, z) _mm256_fmadd_ps(x, y, z)
+#define BKVI_R_ABS(x) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x)
+#define BKVI_R_PICK_GT(a, b, x, y) _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
+#define BKVI_R_ANY_GT(a, b) _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ))
+#define BKVI_R_POW2(x)                                                                             \
+    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(x), 23),            \
+                                         _mm256_set1_epi32(0x3F800000)))
+BKVI_VFN void BKVI_FN(bkvi_store_bf16)(void *p, __m256i u) {
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    u = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7FFF)), odd);
+    u = _mm256_packus_epi32(_mm256_srli_epi32(u, 16), _mm256_setzero_si256());
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(u, 0x08)));
+}
+
+#elif BKVI_PASS == BALANCEKV_SIMD_AVX512
+#define BKVI_TILE 4
+#define BKVI_NV(rows) 4
+#define BKVI_GRAM_ROWS 8
+#define BKVI_GRAM_VECS 3
+typedef __m512 BKVI_FN(bkvi_reg);
+#define BKVI_2(statement)
+#define BKVI_4(statements)
+#define BKVI_R(op) _mm512_##op##_ps
+#define BKVI_R_LOAD(p) _mm512_loadu_ps(p)
+#define BKVI_R_STORE(p, x) _mm512_storeu_ps(p, x)
+#define BKVI_R_LOAD_F16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+#define BKVI_R_STORE_F16(p, x)                                                                     \
+    _mm256_storeu_si256((__m256i *)(p), _mm512_maskz_cvtps_ph((__mmask16)0xFFFF, x, 0))
+#define BKVI_R_LOAD_BF16(p)                                                                        \
+    _mm512_castsi512_ps(                                                                           \
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define BKVI_R_STORE_BF16(p, x) BKVI_FN(bkvi_store_bf16)(p, _mm512_castps_si512(x))
+#define BKVI_R_SET(x) _mm512_set1_ps(x)
+#define BKVI_R_FMA(x, y, z) _mm512_fmadd_ps(x, y, z)
+#define BKVI_R_ABS(x) _mm512_abs_ps(x)
+#define BKVI_R_PICK_GT(a, b, x, y) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x)
+#define BKVI_R_ANY_GT(a, b) (_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0)
+#define BKVI_R_POW2(x)                                                                             \
+    _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(x), 23),            \
+                                         _mm512_set1_epi32(0x3F800000)))
+BKVI_VFN void BKVI_FN(bkvi_store_bf16)(void *p, __m512i u) {
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    u = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF)), odd);
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(u, 16)));
+}
+
+#else /* NEON. Loads and stores by bytes: the only ones that ask for no alignment in C. */
 #define BKVI_TILE 4
 #define BKVI_NV(rows) ((rows) == 1 ? 4 : (rows) == 2 ? 2 : 1)
 #define BKVI_GRAM_ROWS 4
 #define BKVI_GRAM_VECS 1
+typedef float32x4_t BKVI_FN(bkvi_reg);
+#define BKVI_2(statement) statement
+#define BKVI_4(statements) statements
+#define BKVI_R(op) v##op##q_f32
+#define BKVI_R_LOAD(p) vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)(p)))
+#define BKVI_R_STORE(p, x) vst1q_u8((uint8_t *)(p), vreinterpretq_u8_f32(x))
+#define BKVI_R_LOAD_F16(p) vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)(p))))
+#define BKVI_R_STORE_F16(p, x) vst1_u8((uint8_t *)(p), vreinterpret_u8_f16(vcvt_f16_f32(x)))
+#define BKVI_R_LOAD_BF16(p)                                                                        \
+    vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)(p))), 16))
+#define BKVI_R_STORE_BF16(p, x) BKVI_FN(bkvi_store_bf16)(p, vreinterpretq_u32_f32(x))
+#define BKVI_R_SET(x) vdupq_n_f32(x)
+#define BKVI_R_FMA(x, y, z) vfmaq_f32(z, x, y)
+#define BKVI_R_ABS(x) vabsq_f32(x)
+#define BKVI_R_PICK_GT(a, b, x, y) vbslq_f32(vcgtq_f32(a, b), x, y)
+#define BKVI_R_ANY_GT(a, b) (vmaxvq_u32(vcgtq_f32(a, b)) != 0)
+#define BKVI_R_POW2(x)                                                                             \
+    vreinterpretq_f32_u32(                                                                         \
+        vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 23), vdupq_n_u32(0x3F800000u)))
+BKVI_VFN void BKVI_FN(bkvi_store_bf16)(void *p, uint32x4_t u) {
+    uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+    u = vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7FFF)), odd);
+    vst1_u8((uint8_t *)p, vreinterpret_u8_u16(vshrn_n_u32(u, 16)));
+}
+#endif
+
+/* Members, not an array: gcc -O2 spills the array to the stack. BKVI_2 and BKVI_4 keep a statement
+   on backends of at least that many registers a vector. */
+typedef struct bkvi_vec {
+    BKVI_FN(bkvi_reg) a;
+    BKVI_2(BKVI_FN(bkvi_reg) b;)
+    BKVI_4(BKVI_FN(bkvi_reg) c; BKVI_FN(bkvi_reg) d;)
+} bkvi_vec;
+#define BKVI_WIDTH (sizeof(BKVI_FN(bkvi_reg)) / sizeof(float))
+#define BKVI_LIFT_LOAD(name, R, bytes)                                                             \
+    BKVI_VFN bkvi_vec bkvi_v(name)(const void *p) {                                                \
+        const unsigned char *e = (const unsigned char *)p;                                         \
+        bkvi_vec r;                                                                                \
+        r.a = R((const void *)e);                                                                  \
+        BKVI_2(r.b = R((const void *)(e + BKVI_WIDTH * bytes));)                                   \
+        BKVI_4(r.c = R((const void *)(e + 2 * BKVI_WIDTH * bytes));)                               \
+        BKVI_4(r.d = R((const void *)(e + 3 * BKVI_WIDTH * bytes));)                               \
+        return r;                                                                                  \
+    }
+#define BKVI_LIFT_STORE(name, R, bytes)                                                            \
+    BKVI_VFN void bkvi_v(name)(void *p, bkvi_vec x) {                                              \
+        unsigned char *e = (unsigned char *)p;                                                     \
+        R((void *)e, x.a);                                                                         \
+        BKVI_2(R((void *)(e + BKVI_WIDTH * bytes), x.b);)                                          \
+        BKVI_4(R((void *)(e + 2 * BKVI_WIDTH * bytes), x.c);)                                      \
+        BKVI_4(R((void *)(e + 3 * BKVI_WIDTH * bytes), x.d);)                                      \
+    }
+#define BKVI_LIFT1(name, R)                                                                        \
+    BKVI_VFN bkvi_vec bkvi_v(name)(bkvi_vec x) {                                                   \
+        x.a = R(x.a);                                                                              \
+        BKVI_2(x.b = R(x.b);)                                                                      \
+        BKVI_4(x.c = R(x.c); x.d = R(x.d);)                                                        \
+        return x;                                                                                  \
+    }
+#define BKVI_LIFT2(name, R)                                                                        \
+    BKVI_VFN bkvi_vec bkvi_v(name)(bkvi_vec x, bkvi_vec y) {                                       \
+        x.a = R(x.a, y.a);                                                                         \
+        BKVI_2(x.b = R(x.b, y.b);)                                                                 \
+        BKVI_4(x.c = R(x.c, y.c); x.d = R(x.d, y.d);)                                              \
+        return x;                                                                                  \
+    }
+BKVI_LIFT_LOAD(load, BKVI_R_LOAD, 4)
+BKVI_LIFT_LOAD(load_f16, BKVI_R_LOAD_F16, 2)
+BKVI_LIFT_LOAD(load_bf16, BKVI_R_LOAD_BF16, 2)
+BKVI_LIFT_STORE(store, BKVI_R_STORE, 4)
+BKVI_LIFT_STORE(store_f16, BKVI_R_STORE_F16, 2)
+BKVI_LIFT_STORE(store_bf16, BKVI_R_STORE_BF16, 2)
+BKVI_LIFT1(abs, BKVI_R_ABS)
+BKVI_LIFT1(pow2, BKVI_R_POW2)
+BKVI_LIFT2(add, BKVI_R(add))
+BKVI_LIFT2(sub, BKVI_R(sub))
+BKVI_LIFT2(mul, BKVI_R(mul))
+BKVI_LIFT2(div, BKVI_R(div))
+BKVI_LIFT2(max, BKVI_R(max))
+BKVI_LIFT2(min, BKVI_R(min))
+BKVI_VFN bkvi_vec bkvi_v(set)(float x) {
+    bkvi_vec r;
+    r.a = BKVI_R_SET(x);
+    BKVI_2(r.b = r.a;)
+    BKVI_4(r.c = r.a; r.d = r.a;)
+    return r;
+}
+BKVI_VFN bkvi_vec bkvi_v(fma)(bkvi_vec x, bkvi_vec y, bkvi_vec z) {
+    z.a = BKVI_R_FMA(x.a, y.a, z.a);
+    BKVI_2(z.b = BKVI_R_FMA(x.b, y.b, z.b);)
+    BKVI_4(z.c = BKVI_R_FMA(x.c, y.c, z.c); z.d = BKVI_R_FMA(x.d, y.d, z.d);)
+    return z;
+}
+BKVI_VFN bkvi_vec bkvi_v(pick_gt)(bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y) {
+    y.a = BKVI_R_PICK_GT(a.a, b.a, x.a, y.a);
+    BKVI_2(y.b = BKVI_R_PICK_GT(a.b, b.b, x.b, y.b);)
+    BKVI_4(y.c = BKVI_R_PICK_GT(a.c, b.c, x.c, y.c); y.d = BKVI_R_PICK_GT(a.d, b.d, x.d, y.d);)
+    return y;
+}
+BKVI_VFN int bkvi_v(any_gt)(bkvi_vec x, bkvi_vec y) {
+    int any = BKVI_R_ANY_GT(x.a, y.a);
+    BKVI_2(any |= BKVI_R_ANY_GT(x.b, y.b);)
+    BKVI_4(any |= BKVI_R_ANY_GT(x.c, y.c); any |= BKVI_R_ANY_GT(x.d, y.d);)
+    return any;
+}
+#define BKVI_VPIN(v)                                                                               \
+    do {                                                                                           \
+        BKVI_PIN((v).a);                                                                           \
+        BKVI_2(BKVI_PIN((v).b);)                                                                   \
+    } while (0)
+
+#if BKVI_PASS == BALANCEKV_SIMD_NEON
+BKVI_VFN float bkvi_v(sum)(bkvi_vec x) {
+    float32x4_t s = vaddq_f32(vaddq_f32(x.a, x.c), vaddq_f32(x.b, x.d));
+    float32x2_t t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
+    return vget_lane_f32(t, 0) + vget_lane_f32(t, 1);
+}
+BKVI_VFN float bkvi_v(highest)(bkvi_vec x) {
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.c), vmaxq_f32(x.b, x.d)));
+}
+BKVI_VFN void BKVI_FN(bkvi_turn)(float32x4_t *x) {
+    float32x4x2_t s = vtrnq_f32(x[0], x[1]), t = vtrnq_f32(x[2], x[3]);
+    x[0] = vcombine_f32(vget_low_f32(s.val[0]), vget_low_f32(t.val[0]));
+    x[1] = vcombine_f32(vget_low_f32(s.val[1]), vget_low_f32(t.val[1]));
+    x[2] = vcombine_f32(vget_high_f32(s.val[0]), vget_high_f32(t.val[0]));
+    x[3] = vcombine_f32(vget_high_f32(s.val[1]), vget_high_f32(t.val[1]));
+}
+
+#else /* x86 */
+#if BKVI_PASS == BALANCEKV_SIMD_AVX2
+#define BKVI_HALVES(op, x) _mm256_##op##_ps((x).a, (x).b)
+BKVI_VFN void BKVI_FN(bkvi_turn)(__m256 *x) {
+    __m256 t[8], u[8];
+    int q;
+    BKVI_UNROLL for (q = 0; q < 8; q += 2) {
+        t[q] = _mm256_unpacklo_ps(x[q], x[q + 1]);
+        t[q + 1] = _mm256_unpackhi_ps(x[q], x[q + 1]);
+    }
+    BKVI_UNROLL for (q = 0; q < 8; q += 4) {
+        u[q] = _mm256_shuffle_ps(t[q], t[q + 2], 0x44);
+        u[q + 1] = _mm256_shuffle_ps(t[q], t[q + 2], 0xEE);
+        u[q + 2] = _mm256_shuffle_ps(t[q + 1], t[q + 3], 0x44);
+        u[q + 3] = _mm256_shuffle_ps(t[q + 1], t[q + 3], 0xEE);
+    }
+    BKVI_UNROLL for (q = 0; q < 4; q++) {
+        x[q] = _mm256_permute2f128_ps(u[q], u[q + 4], 0x20);
+        x[q + 4] = _mm256_permute2f128_ps(u[q], u[q + 4], 0x31);
+    }
+}
+#else
+#define BKVI_HALVES(op, x)                                                                         \
+    _mm256_##op##_ps(_mm512_castps512_ps256((x).a),                                                \
+                     _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((x).a), 1)))
+BKVI_VFN void BKVI_FN(bkvi_turn)(__m512 *x) {
+    __m512 t[16], u[16];
+    int i, j;
+    BKVI_UNROLL for (i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    BKVI_UNROLL for (i = 0; i < 16; i += 4) {
+        BKVI_UNROLL for (j = 0; j < 2; j++) {
+            __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+            u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    }
+    BKVI_UNROLL for (i = 0; i < 16; i += 8) {
+        BKVI_UNROLL for (j = 0; j < 4; j++) {
+            t[i + j] = _mm512_shuffle_f32x4(u[i + j], u[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_f32x4(u[i + j], u[i + j + 4], 0xDD);
+        }
+    }
+    BKVI_UNROLL for (j = 0; j < 8; j++) {
+        x[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
+        x[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xDD);
+    }
+}
+#endif
+BKVI_VFN float bkvi_v(sum)(bkvi_vec x) {
+    __m256 s = BKVI_HALVES(add, x);
+    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
+}
+BKVI_VFN float bkvi_v(highest)(bkvi_vec x) {
+    __m256 s = BKVI_HALVES(max, x);
+    __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_max_ss(t, _mm_shuffle_ps(t, t, 1)));
+}
+#undef BKVI_HALVES
+#endif
+/* By squares of whole registers, each turned in registers and stored where its mirror image was. */
+static BKVI_NOINLINE void bkvi_v(transpose)(float *m) {
+    enum { SIDE = BKVI_WIDTH };
+    BKVI_FN(bkvi_reg) x[SIDE], y[SIDE];
+    int i, j, k;
+    for (i = 0; i < 16; i += SIDE)
+        for (j = i; j < 16; j += SIDE) {
+            BKVI_UNROLL for (k = 0; k < SIDE; k++) x[k] = BKVI_R_LOAD(m + 16 * (i + k) + j);
+            BKVI_FN(bkvi_turn)(x);
+            if (i != j) {
+                BKVI_UNROLL for (k = 0; k < SIDE; k++) y[k] = BKVI_R_LOAD(m + 16 * (j + k) + i);
+                BKVI_FN(bkvi_turn)(y);
+                BKVI_UNROLL for (k = 0; k < SIDE; k++) BKVI_R_STORE(m + 16 * (i + k) + j, y[k]);
+            }
+            BKVI_UNROLL for (k = 0; k < SIDE; k++) BKVI_R_STORE(m + 16 * (j + k) + i, x[k]);
+        }
+}
 #endif
 
 /* ------------------------------------------------------------------------------------------------
@@ -2334,48 +1900,46 @@ BKVI_VFN void bkvi_vtranspose(bkvi_vec *r) {
    Written once over §11. `const int` parameters are constants at every call, so that the functions
    fold into one loop per case.
    ---------------------------------------------------------------------------------------------- */
-
 /* 16 elements of a cache or tensor type. */
-BKVI_VFN bkvi_vec BKVI_FN(bkvi_vget)(const int type, const void *p) {
-    return type == BKV_F32   ? bkvi_vload(p)
-           : type == BKV_F16 ? bkvi_vload_f16(p)
-                             : bkvi_vload_bf16(p);
+BKVI_VFN bkvi_vec bkvi_v(get)(const int type, const void *p) {
+    return type == BKV_F32   ? bkvi_v(load)(p)
+           : type == BKV_F16 ? bkvi_v(load_f16)(p)
+                             : bkvi_v(load_bf16)(p);
 }
-BKVI_VFN void BKVI_FN(bkvi_vput)(const int type, void *p, bkvi_vec v) {
+BKVI_VFN void bkvi_v(put)(const int type, void *p, bkvi_vec v) {
     if (type == BKV_F32)
-        bkvi_vstore(p, v);
+        bkvi_v(store)(p, v);
     else if (type == BKV_F16)
-        bkvi_vstore_f16(p, v);
+        bkvi_v(store_f16)(p, v);
     else
-        bkvi_vstore_bf16(p, v);
+        bkvi_v(store_bf16)(p, v);
 }
 
 /* Elements i .. i+15 of a caller's row of n, zeros behind its end, any stride. */
-static BKVI_NOINLINE bkvi_vec BKVI_FN(bkvi_vrow)(const unsigned char *p, uint32_t type, size_t stride,
-                                     uint32_t i, uint32_t n) {
+static BKVI_NOINLINE bkvi_vec bkvi_v(row)(const unsigned char *p, uint32_t type, size_t stride,
+                                          uint32_t i, uint32_t n) {
     unsigned char part[64];
     size_t bytes = bkvi_type_bytes(type);
     uint32_t j, count = bkvi_min(BKVI_LANES, n - i);
     p += (size_t)i * stride;
     if (stride != bytes || count < BKVI_LANES) {
         memset(part, 0, sizeof part);
-        for (j = 0; j < count; j++)
-            memcpy(part + j * bytes, p + j * stride, bytes);
+        for (j = 0; j < count; j++) memcpy(part + j * bytes, p + j * stride, bytes);
         p = part;
     }
-    return BKVI_FN(bkvi_vget)((int)type, p);
+    return bkvi_v(get)((int)type, p);
 }
 
 /* 1 if every |x| < limit; NaN is not. */
 static int BKVI_FN(bkvi_scan)(const unsigned char *p, uint32_t type, size_t stride, uint32_t n,
                               float limit) {
-    bkvi_vec zero = bkvi_vset(0.0f), one = bkvi_vset(1.0f), bad = zero;
+    bkvi_vec zero = bkvi_v(set)(0.0f), one = bkvi_v(set)(1.0f), bad = zero;
     uint32_t i;
     for (i = 0; i < n; i += BKVI_LANES) {
-        bkvi_vec x = bkvi_vabs(BKVI_FN(bkvi_vrow)(p, type, stride, i, n));
-        bad = bkvi_vmax(bad, bkvi_vpick_gt(bkvi_vset(limit), x, zero, one));
+        bkvi_vec x = bkvi_v(abs)(bkvi_v(row)(p, type, stride, i, n));
+        bad = bkvi_v(max)(bad, bkvi_v(pick_gt)(bkvi_v(set)(limit), x, zero, one));
     }
-    return !bkvi_vany_gt(bad, zero);
+    return !bkvi_v(any_gt)(bad, zero);
 }
 
 /* Stores a caller's row, elements `step` apart: 1 for a value (then padded with zeros to whole
@@ -2385,9 +1949,9 @@ static void BKVI_FN(bkvi_put)(unsigned char *dst, size_t step, uint32_t kv_type,
     size_t bytes = bkvi_type_bytes(kv_type);
     uint32_t i, j;
     for (i = 0; i < n; i += BKVI_LANES) {
-        bkvi_vec x = BKVI_FN(bkvi_vrow)(src, type, stride, i, n);
+        bkvi_vec x = bkvi_v(row)(src, type, stride, i, n);
         unsigned char part[64], *to = step == 1 ? dst + i * bytes : part;
-        BKVI_FN(bkvi_vput)((int)kv_type, to, x);
+        bkvi_v(put)((int)kv_type, to, x);
         if (step != 1)
             for (j = 0; j < bkvi_min(BKVI_LANES, n - i); j++)
                 memcpy(dst + (i + j) * step * bytes, part + j * bytes, bytes);
@@ -2396,122 +1960,149 @@ static void BKVI_FN(bkvi_put)(unsigned char *dst, size_t step, uint32_t kv_type,
 
 /* 2^t; exactly 0 below 2^-125, so that no denormal arises. t <= 127. Minimax of degree 6, fitted by
    us: relative error below 1e-7 (1 ulp) on [-0.5, 0.5]. */
-BKVI_VCALL bkvi_vec BKVI_FN(bkvi_vexp2)(bkvi_vec t) {
-    const bkvi_vec magic = bkvi_vset(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    bkvi_vec low = bkvi_vset(-126.0f), n, f, p;
-    t = bkvi_vmax(t, low);
-    n = bkvi_vadd(t, magic);
-    f = bkvi_vsub(t, bkvi_vsub(n, magic));
-    p = bkvi_vfma(bkvi_vset(1.534581243e-4f), f, bkvi_vset(1.339993090e-3f));
-    p = bkvi_vfma(p, f, bkvi_vset(9.618489072e-3f));
-    p = bkvi_vfma(p, f, bkvi_vset(5.550328642e-2f));
-    p = bkvi_vfma(p, f, bkvi_vset(2.402264625e-1f));
-    p = bkvi_vfma(p, f, bkvi_vset(6.931471825e-1f));
-    p = bkvi_vfma(p, f, bkvi_vset(1.0f));
-    p = bkvi_vmul(p, bkvi_vpow2(n));
-    return bkvi_vpick_gt(t, bkvi_vset(-125.0f), p, bkvi_vset(0.0f));
+BKVI_VCALL bkvi_vec bkvi_v(exp2)(bkvi_vec t) {
+    static const float c[6] = {1.339993090e-3f, 9.618489072e-3f, 5.550328642e-2f,
+                               2.402264625e-1f, 6.931471825e-1f, 1.0f};
+    const bkvi_vec magic = bkvi_v(set)(12582912.0f); /* 1.5 * 2^23: adding it rounds to integers */
+    bkvi_vec n, f, p = bkvi_v(set)(1.534581243e-4f);
+    int i;
+    t = bkvi_v(max)(t, bkvi_v(set)(-126.0f));
+    n = bkvi_v(add)(t, magic);
+    f = bkvi_v(sub)(t, bkvi_v(sub)(n, magic));
+    BKVI_TILES for (i = 0; i < 6; i++) p = bkvi_v(fma)(p, f, bkvi_v(set)(c[i]));
+    p = bkvi_v(mul)(p, bkvi_v(pow2)(n));
+    return bkvi_v(pick_gt)(t, bkvi_v(set)(-125.0f), p, bkvi_v(set)(0.0f));
+}
+
+/* ---- register tile ---- */
+
+/* The one register tile: acc[r][v] += sum over i of coefficient (r, i) * vector (i, v),
+   for `rows` rows of `vecs` vectors. x: (i, v) at i * step + v * apart, in elements of the cache;
+   c: coefficient at r * c_row + i * c_step; acc: rows `acc_row` floats apart, set to 0 if `fresh`.
+   ahead: memory to prefetch at the pace of x, or NULL. */
+BKVI_VFN void BKVI_FN(bkvi_tile_fma)(const int type, const int rows, const int vecs,
+                                     const unsigned char *x, size_t step, size_t apart, uint32_t n,
+                                     const float *c, size_t c_row, size_t c_step, const int fresh,
+                                     float *acc_mem, size_t acc_row, const unsigned char *ahead) {
+    const size_t es = type == BKV_F32 ? 4 : 2;
+    bkvi_vec acc[BKVI_MAX_ROWS][BKVI_MAX_VECS];
+    uint32_t i;
+    int r, v;
+    BKVI_TILES for (r = 0; r < rows; r++) BKVI_TILES for (v = 0; v < vecs; v++) acc[r][v] =
+        fresh ? bkvi_v(set)(0.0f)
+              : bkvi_v(load)(acc_mem + (size_t)r * acc_row + (size_t)v * BKVI_LANES);
+    for (i = 0; i < n; i++, x += step * es, c += c_step) {
+        bkvi_vec a[BKVI_MAX_VECS];
+        BKVI_TILES for (v = 0; v < vecs; v++) {
+            a[v] = bkvi_v(get)(type, x + (size_t)v * apart * es);
+            if (type == BKV_F32 && rows > 1) BKVI_VPIN(a[v]);
+        }
+        if (ahead) {
+            BKVI_TILES for (v = 0; v < (vecs * (int)es + 3) / 4; v++)
+                __builtin_prefetch(ahead + 64 * v);
+            ahead += (size_t)vecs * BKVI_LANES * es;
+        }
+        BKVI_TILES for (r = 0; r < rows; r++) {
+            bkvi_vec s = bkvi_v(set)(c[(size_t)r * c_row]);
+            BKVI_TILES for (v = 0; v < vecs; v++) acc[r][v] = bkvi_v(fma)(s, a[v], acc[r][v]);
+        }
+    }
+    BKVI_TILES for (r = 0; r < rows; r++) BKVI_TILES for (v = 0; v < vecs; v++)
+        bkvi_v(store)(acc_mem + (size_t)r * acc_row + (size_t)v * BKVI_LANES, acc[r][v]);
 }
 
 /* ---- kernel matrix ---- */
 
 /* The block's keys minus their mean, as f32 panels [8][dim][16], and their squared norms. */
-BKVI_VFN void BKVI_FN(bkvi_pack_keys)(const int type, const bkvi_gram_job *job) {
-    uint32_t dim = BKVI_DIM(job->dim), i, p;
-    size_t es = type == BKV_F32 ? 4 : 2, panel = (size_t)dim * BKVI_LANES;
-    for (p = 0; p < 8; p++)
-        bkvi_vstore(job->diagonal + p * BKVI_LANES, bkvi_vset(0.0f));
+static BKVI_NOINLINE void BKVI_FN(bkvi_pack_keys)(const bkv_cache *c, const bkvi_block *block) {
+    const int type = (int)BKVI_TYPE(c->cfg.kv_type);
+    uint32_t dim = BKVI_DIM(c->cfg.head_dim), i, p;
+    size_t panel = (size_t)dim * BKVI_LANES;
+    for (p = 0; p < 8; p++) bkvi_v(store)(block->diagonal + p * BKVI_LANES, bkvi_v(set)(0.0f));
     for (i = 0; i < dim; i++) {
-        bkvi_vec x[8], mean;
-        BKVI_TILES for (p = 0; p < 8; p++)
-            x[p] = BKVI_FN(bkvi_vget)(type, job->k[p / 4] +
-                                                ((p % 4) * panel + i * (size_t)BKVI_LANES) * es);
-        mean = bkvi_vadd(bkvi_vadd(bkvi_vadd(x[0], x[1]), bkvi_vadd(x[2], x[3])),
-                         bkvi_vadd(bkvi_vadd(x[4], x[5]), bkvi_vadd(x[6], x[7])));
-        mean = bkvi_vset(bkvi_vsum(mean) * (1.0f / 128.0f));
-        BKVI_TILES for (p = 0; p < 8; p++) {
-            float *norm = job->diagonal + p * BKVI_LANES;
-            x[p] = bkvi_vsub(x[p], mean);
-            bkvi_vstore(job->panels + p * panel + i * (size_t)BKVI_LANES, x[p]);
-            bkvi_vstore(norm, bkvi_vfma(x[p], x[p], bkvi_vload(norm)));
+        float *to = block->panels + i * (size_t)BKVI_LANES, *norm = block->diagonal;
+        bkvi_vec sum = bkvi_v(set)(0.0f), x;
+        for (p = 0; p < 8; p++) {
+            size_t at = ((p % 4) * panel + i * (size_t)BKVI_LANES) * c->elem_bytes;
+            x = bkvi_v(get)(type, block->k[p / 4] + at);
+            bkvi_v(store)(to + p * panel, x);
+            sum = bkvi_v(add)(sum, x);
+        }
+        sum = bkvi_v(set)(bkvi_v(sum)(sum) * (1.0f / 128.0f));
+        for (p = 0; p < 8; p++, norm += BKVI_LANES) {
+            x = bkvi_v(sub)(bkvi_v(load)(to + p * panel), sum);
+            bkvi_v(store)(to + p * panel, x);
+            bkvi_v(store)(norm, bkvi_v(fma)(x, x, bkvi_v(load)(norm)));
         }
     }
 }
 
 /* The same for values, not centred: rows of the cache, transposed. */
-BKVI_VFN void BKVI_FN(bkvi_pack_values)(const int type, const bkvi_gram_job *job) {
-    uint32_t dim = job->v_dim_pad, i, p, j;
+static BKVI_NOINLINE void BKVI_FN(bkvi_pack_values)(const bkv_cache *c, const bkvi_block *block) {
+    const int type = (int)BKVI_TYPE(c->cfg.kv_type);
+    uint32_t dim = c->v_dim_pad, i, p, j;
     size_t es = type == BKV_F32 ? 4 : 2;
     for (p = 0; p < 8; p++) {
-        const unsigned char *row = job->v[p / 4] + (size_t)(p % 4) * BKVI_LANES * dim * es;
-        float *to = job->panels + (size_t)p * dim * BKVI_LANES;
-        bkvi_vec norm = bkvi_vset(0.0f);
+        const unsigned char *row = block->v[p / 4] + (size_t)(p % 4) * BKVI_LANES * dim * es;
+        float *to = block->panels + (size_t)p * dim * BKVI_LANES;
+        bkvi_vec norm = bkvi_v(set)(0.0f);
         for (i = 0; i < dim; i += BKVI_LANES, to += BKVI_LANES * BKVI_LANES) {
-            bkvi_vec r[16];
-            BKVI_TILES for (j = 0; j < 16; j++)
-                r[j] = BKVI_FN(bkvi_vget)(type, row + ((size_t)j * dim + i) * es);
-            bkvi_vtranspose(r);
-            BKVI_TILES for (j = 0; j < 16; j++) {
-                norm = bkvi_vfma(r[j], r[j], norm);
-                bkvi_vstore(to + j * BKVI_LANES, r[j]);
+            for (j = 0; j < 16; j++)
+                bkvi_v(store)(to + j * BKVI_LANES,
+                              bkvi_v(get)(type, row + ((size_t)j * dim + i) * es));
+            bkvi_v(transpose)(to);
+            for (j = 0; j < 16; j++) {
+                bkvi_vec x = bkvi_v(load)(to + j * BKVI_LANES);
+                norm = bkvi_v(fma)(x, x, norm);
             }
         }
-        bkvi_vstore(job->diagonal + p * BKVI_LANES, norm);
+        bkvi_v(store)(block->diagonal + p * BKVI_LANES, norm);
     }
 }
 
 BKVI_VFN float BKVI_FN(bkvi_largest)(const float *diagonal) {
-    bkvi_vec m = bkvi_vload(diagonal);
+    bkvi_vec m = bkvi_v(load)(diagonal);
     uint32_t p;
-    for (p = 1; p < 8; p++)
-        m = bkvi_vmax(m, bkvi_vload(diagonal + p * BKVI_LANES));
-    return bkvi_vhighest(m);
+    for (p = 1; p < 8; p++) m = bkvi_v(max)(m, bkvi_v(load)(diagonal + p * BKVI_LANES));
+    return bkvi_v(highest)(m);
+}
+
+/* The two factors of the kernel; the exponent is at most 0 but for rounding. */
+BKVI_VCALL bkvi_vec bkvi_v(of_keys)(bkvi_vec product, float a, float b) {
+    bkvi_vec x = bkvi_v(fma)(product, bkvi_v(set)(a), bkvi_v(set)(-b));
+    return bkvi_v(exp2)(bkvi_v(min)(x, bkvi_v(set)(0.0f)));
+}
+BKVI_VCALL bkvi_vec bkvi_v(times_values)(bkvi_vec product, float row, const float *col,
+                                         const float *keys) {
+    bkvi_vec x = bkvi_v(add)(product, bkvi_v(set)(BKVI_CONSTANT));
+    x = bkvi_v(mul)(x, bkvi_v(set)(row));
+    return bkvi_v(mul)(bkvi_v(mul)(x, bkvi_v(load)(col)), bkvi_v(load)(keys));
 }
 
 /* Rows i .. i+BKVI_GRAM_ROWS-1 of `vecs` panels from `first` on, of the products of the packed
    vectors; keys: 2^(product * a - b), values: times (product + c) * w_i * w_j * a. */
-BKVI_VFN void BKVI_FN(bkvi_gram_tile)(const int values, const int vecs, const bkvi_gram_job *job,
+BKVI_VFN void BKVI_FN(bkvi_gram_tile)(const int values, const int vecs, const bkvi_block *block,
                                       uint32_t dim, uint32_t i, uint32_t first, float a, float b) {
-    const float *row = job->panels + (size_t)(i / BKVI_LANES) * dim * BKVI_LANES + i % BKVI_LANES;
-    const float *col = job->panels + (size_t)first * dim * BKVI_LANES;
-    bkvi_vec acc[BKVI_GRAM_ROWS][BKVI_GRAM_VECS];
-    uint32_t k;
-    int r, v;
-    BKVI_TILES for (r = 0; r < BKVI_GRAM_ROWS; r++)
-        BKVI_TILES for (v = 0; v < vecs; v++)
-            acc[r][v] = bkvi_vset(0.0f);
-    for (k = 0; k < dim; k++, row += BKVI_LANES, col += BKVI_LANES) {
-        bkvi_vec x[BKVI_GRAM_VECS];
-        BKVI_TILES for (v = 0; v < vecs; v++) {
-            x[v] = bkvi_vload(col + (size_t)v * dim * BKVI_LANES);
-            BKVI_VPIN(x[v]);
+    const size_t panel = (size_t)dim * BKVI_LANES;
+    const unsigned char *col = (const unsigned char *)(block->panels + first * panel);
+    uint32_t n, j;
+    BKVI_FN(bkvi_tile_fma)
+    (BKV_F32, BKVI_GRAM_ROWS, vecs, col, BKVI_LANES, panel, dim,
+     block->panels + i / BKVI_LANES * panel + i % BKVI_LANES, 1, BKVI_LANES, 1, block->tile,
+     BKVI_PAGE, NULL);
+    for (n = 0; n < BKVI_GRAM_ROWS; n++)
+        for (j = 0; j < (uint32_t)vecs * BKVI_LANES; j += BKVI_LANES) {
+            float *to = block->matrix + (size_t)(i + n) * BKVI_BLOCK + first * BKVI_LANES + j;
+            bkvi_vec x = bkvi_v(load)(block->tile + n * BKVI_PAGE + j);
+            x = values ? bkvi_v(times_values)(x, block->weight[i + n] * a,
+                                              block->weight + first * BKVI_LANES + j, to)
+                       : bkvi_v(of_keys)(x, a, b);
+            bkvi_v(store)(to, x);
         }
-        BKVI_TILES for (r = 0; r < BKVI_GRAM_ROWS; r++) {
-            bkvi_vec s = bkvi_vset(row[r]);
-            BKVI_TILES for (v = 0; v < vecs; v++)
-                acc[r][v] = bkvi_vfma(s, x[v], acc[r][v]);
-        }
-    }
-    BKVI_TILES for (r = 0; r < BKVI_GRAM_ROWS; r++) {
-        uint32_t n = i + (uint32_t)r;
-        bkvi_vec row_weight = bkvi_vset(values ? job->weight[n] * a : 0.0f);
-        BKVI_TILES for (v = 0; v < vecs; v++) {
-            uint32_t j = (first + (uint32_t)v) * BKVI_LANES;
-            float *to = job->matrix + (size_t)n * BKVI_BLOCK + j;
-            bkvi_vec x = acc[r][v];
-            if (!values) { /* at most 0 but for rounding */
-                x = bkvi_vmin(bkvi_vfma(x, bkvi_vset(a), bkvi_vset(-b)), bkvi_vset(0.0f));
-                x = BKVI_FN(bkvi_vexp2)(x);
-            } else {
-                x = bkvi_vmul(bkvi_vadd(x, bkvi_vset(BKVI_CONSTANT)), row_weight);
-                x = bkvi_vmul(bkvi_vmul(x, bkvi_vload(job->weight + j)), bkvi_vload(to));
-            }
-            bkvi_vstore(to, x);
-        }
-    }
 }
 
 /* The upper triangle: columns in groups of BKVI_GRAM_VECS panels, rows down to the diagonal. */
-BKVI_VFN void BKVI_FN(bkvi_gram_all)(const int values, const bkvi_gram_job *job, uint32_t dim,
+BKVI_VFN void BKVI_FN(bkvi_gram_all)(const int values, const bkvi_block *block, uint32_t dim,
                                      float a, float b) {
     uint32_t group, end, i, first;
     for (group = 0; group < 8; group = end) {
@@ -2520,60 +2111,35 @@ BKVI_VFN void BKVI_FN(bkvi_gram_all)(const int values, const bkvi_gram_job *job,
             first = bkvi_max(group, i / BKVI_LANES);
 #if BKVI_GRAM_VECS == 3
             if (end - first == 3)
-                BKVI_FN(bkvi_gram_tile)(values, 3, job, dim, i, first, a, b);
+                BKVI_FN(bkvi_gram_tile)(values, 3, block, dim, i, first, a, b);
             else if (end - first == 2)
-                BKVI_FN(bkvi_gram_tile)(values, 2, job, dim, i, first, a, b);
+                BKVI_FN(bkvi_gram_tile)(values, 2, block, dim, i, first, a, b);
             else
 #endif
-                BKVI_FN(bkvi_gram_tile)(values, 1, job, dim, i, first, a, b);
+                BKVI_FN(bkvi_gram_tile)(values, 1, block, dim, i, first, a, b);
         }
     }
 }
 
-static void BKVI_FN(bkvi_gram)(const bkvi_gram_job *job) {
-    float largest;
-    switch (job->kv_type) {
-#define BKVI_CASE(t)                                                                               \
-    case t:                                                                                        \
-        if (BKVI_KV_TYPE_IN(t))                                                                    \
-            BKVI_FN(bkvi_pack_keys)(t, job);                                                       \
-        break
-        BKVI_CASE(BKV_F32);
-        BKVI_CASE(BKV_F16);
-        BKVI_CASE(BKV_BF16);
-#undef BKVI_CASE
-    default:
-        break;
-    }
-    largest = BKVI_FN(bkvi_largest)(job->diagonal);
-    BKVI_FN(bkvi_gram_all)(0, job, BKVI_DIM(job->dim), job->log2_scale, largest * job->log2_scale);
-    switch (job->kv_type) {
-#define BKVI_CASE(t)                                                                               \
-    case t:                                                                                        \
-        if (BKVI_KV_TYPE_IN(t))                                                                    \
-            BKVI_FN(bkvi_pack_values)(t, job);                                                     \
-        break
-        BKVI_CASE(BKV_F32);
-        BKVI_CASE(BKV_F16);
-        BKVI_CASE(BKV_BF16);
-#undef BKVI_CASE
-    default:
-        break;
-    }
+static void BKVI_FN(bkvi_gram)(const bkv_cache *c, const bkvi_block *block) {
+    float scale = c->cfg.scale * c->cfg.temp * BKVI_LOG2E, largest;
+    BKVI_FN(bkvi_pack_keys)(c, block);
+    largest = BKVI_FN(bkvi_largest)(block->diagonal);
+    BKVI_FN(bkvi_gram_all)(0, block, BKVI_DIM(c->cfg.head_dim), scale, largest * scale);
+    BKVI_FN(bkvi_pack_values)(c, block);
     /* All entries at most about 1, whatever the size of the values. */
-    largest = BKVI_FN(bkvi_largest)(job->diagonal) + BKVI_CONSTANT;
-    BKVI_FN(bkvi_gram_all)(1, job, job->v_dim_pad, 1.0f / largest, 0.0f);
+    largest = BKVI_FN(bkvi_largest)(block->diagonal) + BKVI_CONSTANT;
+    BKVI_FN(bkvi_gram_all)(1, block, c->v_dim_pad, 1.0f / largest, 0.0f);
 }
-
 /* ---- signed sums ---- */
 
 /* f += s * row i, for the columns that come after i. */
-BKVI_VFN void BKVI_FN(bkvi_add_row)(float *f, const float *matrix, uint32_t i, float s) {
-    bkvi_vec sv = bkvi_vset(s);
+BKVI_VCALL void BKVI_FN(bkvi_add_row)(float *f, const float *matrix, uint32_t i, float s) {
+    bkvi_vec sv = bkvi_v(set)(s);
     uint32_t j;
     matrix += (size_t)i * BKVI_BLOCK;
     for (j = i / BKVI_LANES * BKVI_LANES; j < BKVI_BLOCK; j += BKVI_LANES)
-        bkvi_vstore(f + j, bkvi_vfma(sv, bkvi_vload(matrix + j), bkvi_vload(f + j)));
+        bkvi_v(store)(f + j, bkvi_v(fma)(sv, bkvi_v(load)(matrix + j), bkvi_v(load)(f + j)));
 }
 
 static void BKVI_FN(bkvi_walk)(const float *matrix, const float *threshold, unsigned char *keep) {
@@ -2612,301 +2178,201 @@ static void BKVI_FN(bkvi_pair)(const float *matrix, const float *weight, const f
 #define BKVI_MASKED (-3e38f) /* the score of a slot that a row does not see */
 #define BKVI_LOWEST (-1e38f) /* below every score, above BKVI_MASKED */
 
-/* Where a row tile keeps its data; `rows` rows side by side. */
-typedef struct BKVI_FN(bkvi_tile) {
-    const float *q;       /* [dim][rows], scaled */
-    float *out;           /* [rows][v_dim_pad] */
-    float *lanes;         /* [rows][16] sums of weights, lane by lane */
-    float *max;           /* [rows] */
-    float *scores;        /* [rows][64] */
-    const uint32_t *seen; /* [rows] slots of this block that the row sees */
-} BKVI_FN(bkvi_tile);
-
-/* One block as attend sees it, and what to prefetch while at it (NULL: nothing). */
-typedef struct BKVI_FN(bkvi_span) {
-    const unsigned char *k, *v, *weight, *next_k;
-    uint32_t slots;
-    int warm; /* a later row tile: the block is in the cache already */
-} BKVI_FN(bkvi_span);
-
-/* Scores of `vecs` panels of keys for `rows` rows. */
-BKVI_VFN void BKVI_FN(bkvi_scores)(const int type, const int rows, const int vecs,
-                                   const unsigned char *k, uint32_t dim, const float *q,
-                                   float *scores, const unsigned char *ahead) {
-    const size_t es = type == BKV_F32 ? 4 : 2;
-    bkvi_vec acc[BKVI_TILE][4];
-    uint32_t i;
-    int r, v;
-    BKVI_TILES for (r = 0; r < rows; r++)
-        BKVI_TILES for (v = 0; v < vecs; v++)
-            acc[r][v] = bkvi_vset(0.0f);
-    for (i = 0; i < dim; i++, k += BKVI_LANES * es, q += rows) {
-        bkvi_vec x[4];
-        BKVI_TILES for (v = 0; v < vecs; v++) {
-            x[v] = BKVI_FN(bkvi_vget)(type, k + (size_t)v * dim * BKVI_LANES * es);
-            if (type == BKV_F32 && rows > 1)
-                BKVI_VPIN(x[v]);
-        }
-        if (ahead) { /* as many bytes of values as this step reads of keys */
-            BKVI_TILES for (v = 0; v < (vecs * (int)es + 3) / 4; v++)
-                BKVI_PREFETCH(ahead + 64 * v);
-            ahead += (size_t)vecs * BKVI_LANES * es;
-        }
-        BKVI_TILES for (r = 0; r < rows; r++) {
-            bkvi_vec s = bkvi_vset(q[r]);
-            BKVI_TILES for (v = 0; v < vecs; v++)
-                acc[r][v] = bkvi_vfma(s, x[v], acc[r][v]);
-        }
-    }
-    BKVI_TILES for (r = 0; r < rows; r++)
-        BKVI_TILES for (v = 0; v < vecs; v++)
-            bkvi_vstore(scores + (size_t)r * BKVI_PAGE + (size_t)v * BKVI_LANES, acc[r][v]);
+/* c * tanh(z / c) * log2 e with tanh(y) = 1 - 2 / (1 + e^2y); the queries carry 2 log2(e) / c. */
+BKVI_VCALL bkvi_vec bkvi_v(cap)(bkvi_vec x, float softcap) {
+    const bkvi_vec one = bkvi_v(set)(1.0f);
+    x = bkvi_v(exp2)(bkvi_v(min)(x, bkvi_v(set)(126.0f)));
+    x = bkvi_v(sub)(one, bkvi_v(div)(bkvi_v(set)(2.0f), bkvi_v(add)(one, x)));
+    return bkvi_v(mul)(x, bkvi_v(set)(softcap * BKVI_LOG2E));
 }
 
-/* out += sum over slots of score * value, for `vecs` vectors of each row. */
-BKVI_VFN void BKVI_FN(bkvi_mix)(const int type, const int rows, const int vecs,
-                                const unsigned char *v0, uint32_t slots, uint32_t v_dim_pad,
-                                const float *scores, float *out, const unsigned char *ahead) {
-    const size_t es = type == BKV_F32 ? 4 : 2;
-    bkvi_vec acc[BKVI_TILE][8];
+/* Weights of slots i .. i+15 of the block, 0 for those from `limit` on. */
+BKVI_VCALL bkvi_vec bkvi_v(weights)(const bkvi_span *span, uint32_t i, float limit) {
+    static const float lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    bkvi_vec left = bkvi_v(set)(limit - (float)i);
+    return bkvi_v(pick_gt)(left, bkvi_v(load)(lane), bkvi_v(load)(span->weight + 4 * (size_t)i),
+                           bkvi_v(set)(0.0f));
+}
+
+/* A higher maximum of row r: what was summed so far shrinks. */
+BKVI_VCALL void bkvi_v(raise)(const bkvi_tile *tile, int r, uint32_t v_dim_pad, float higher) {
+    float *out = tile->out + (size_t)r * v_dim_pad, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
+    bkvi_vec shrink = bkvi_v(exp2)(bkvi_v(set)(tile->max[r] - higher));
     uint32_t i;
-    int r, v;
-    BKVI_TILES for (r = 0; r < rows; r++)
-        BKVI_TILES for (v = 0; v < vecs; v++)
-            acc[r][v] = bkvi_vload(out + (size_t)r * v_dim_pad + (size_t)v * BKVI_LANES);
-    for (i = 0; i < slots; i++, v0 += (size_t)v_dim_pad * es) {
-        bkvi_vec x[8];
-        BKVI_TILES for (v = 0; v < vecs; v++) {
-            x[v] = BKVI_FN(bkvi_vget)(type, v0 + (size_t)v * BKVI_LANES * es);
-            if (type == BKV_F32 && rows > 1)
-                BKVI_VPIN(x[v]);
-        }
-        if (ahead) {
-            BKVI_TILES for (v = 0; v < (vecs * (int)es + 3) / 4; v++)
-                BKVI_PREFETCH(ahead + 64 * v);
-            ahead += (size_t)vecs * BKVI_LANES * es;
-        }
-        BKVI_TILES for (r = 0; r < rows; r++) {
-            bkvi_vec s = bkvi_vset(scores[(size_t)r * BKVI_PAGE + i]);
-            BKVI_TILES for (v = 0; v < vecs; v++)
-                acc[r][v] = bkvi_vfma(s, x[v], acc[r][v]);
-        }
-    }
-    BKVI_TILES for (r = 0; r < rows; r++)
-        BKVI_TILES for (v = 0; v < vecs; v++)
-            bkvi_vstore(out + (size_t)r * v_dim_pad + (size_t)v * BKVI_LANES, acc[r][v]);
+    tile->max[r] = higher;
+    bkvi_v(store)(lanes, bkvi_v(mul)(bkvi_v(load)(lanes), shrink));
+    for (i = 0; i < v_dim_pad; i += BKVI_LANES)
+        bkvi_v(store)(out + i, bkvi_v(mul)(bkvi_v(load)(out + i), shrink));
+}
+
+/* Scores become weights relative to the maximum, and are added up. */
+BKVI_VCALL void bkvi_v(weigh)(float *s, bkvi_vec w, float max, float *lanes) {
+    bkvi_vec x = bkvi_v(exp2)(bkvi_v(sub)(bkvi_v(load)(s), bkvi_v(set)(max)));
+    bkvi_v(store)(lanes, bkvi_v(fma)(x, w, bkvi_v(load)(lanes)));
+    bkvi_v(store)(s, bkvi_v(mul)(x, w));
 }
 
 /* Online softmax of one row: scores become weights relative to the row's maximum so far. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_soften)(const BKVI_FN(bkvi_tile) * tile,
-                                   const BKVI_FN(bkvi_span) * span, int r, uint32_t v_dim_pad,
-                                   float softcap) {
-    static const float lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const bkvi_vec zero = bkvi_vset(0.0f), one = bkvi_vset(1.0f);
+static BKVI_NOINLINE void BKVI_FN(bkvi_soften)(const bkvi_tile *tile, const bkvi_span *span, int r,
+                                               uint32_t v_dim_pad, float softcap) {
+    const float limit = tile->limit ? tile->limit[r] : (float)BKVI_PAGE;
     float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
-    bkvi_vec highest = bkvi_vset(BKVI_MASKED), seen = bkvi_vset((float)tile->seen[r]), sum, max;
+    bkvi_vec x, w, most = bkvi_v(set)(BKVI_MASKED);
     uint32_t i;
     for (i = 0; i < span->slots; i += BKVI_LANES) {
-        bkvi_vec x = bkvi_vload(s + i), w = bkvi_vload(span->weight + 4 * (size_t)i);
-        if (softcap > 0.0f) { /* tanh(z) = 1 - 2 / (1 + e^2z); the queries carry 2 log2(e) / cap */
-            x = BKVI_FN(bkvi_vexp2)(bkvi_vmin(x, bkvi_vset(126.0f)));
-            x = bkvi_vsub(one, bkvi_vdiv(bkvi_vset(2.0f), bkvi_vadd(one, x)));
-            x = bkvi_vmul(x, bkvi_vset(softcap * BKVI_LOG2E));
-        }
-        w = bkvi_vpick_gt(seen, bkvi_vadd(bkvi_vload(lane), bkvi_vset((float)i)), w, zero);
-        x = bkvi_vpick_gt(w, zero, x, bkvi_vset(BKVI_MASKED));
-        highest = bkvi_vmax(highest, x);
-        bkvi_vstore(s + i, x);
+        x = bkvi_v(load)(s + i);
+        w = bkvi_v(weights)(span, i, limit);
+        if (softcap > 0.0f) x = bkvi_v(cap)(x, softcap);
+        x = bkvi_v(pick_gt)(w, bkvi_v(set)(0.0f), x, bkvi_v(set)(BKVI_MASKED));
+        most = bkvi_v(max)(most, x);
+        bkvi_v(store)(s + i, x);
     }
-    if (bkvi_vany_gt(highest, bkvi_vset(tile->max[r]))) {
-        float *out = tile->out + (size_t)r * v_dim_pad, higher = bkvi_vhighest(highest);
-        bkvi_vec shrink = BKVI_FN(bkvi_vexp2)(bkvi_vset(tile->max[r] - higher));
-        tile->max[r] = higher;
-        bkvi_vstore(lanes, bkvi_vmul(bkvi_vload(lanes), shrink));
-        for (i = 0; i < v_dim_pad; i += BKVI_LANES)
-            bkvi_vstore(out + i, bkvi_vmul(bkvi_vload(out + i), shrink));
-    }
-    max = bkvi_vset(tile->max[r]);
-    sum = bkvi_vload(lanes);
-    for (i = 0; i < span->slots; i += BKVI_LANES) {
-        bkvi_vec e = BKVI_FN(bkvi_vexp2)(bkvi_vsub(bkvi_vload(s + i), max));
-        bkvi_vec w = bkvi_vload(span->weight + 4 * (size_t)i);
-        w = bkvi_vpick_gt(seen, bkvi_vadd(bkvi_vload(lane), bkvi_vset((float)i)), w, zero);
-        sum = bkvi_vfma(e, w, sum);
-        bkvi_vstore(s + i, bkvi_vmul(e, w));
-    }
-    bkvi_vstore(lanes, sum);
+    if (bkvi_v(any_gt)(most, bkvi_v(set)(tile->max[r])))
+        bkvi_v(raise)(tile, r, v_dim_pad, bkvi_v(highest)(most));
+    for (i = 0; i < span->slots; i += BKVI_LANES)
+        bkvi_v(weigh)(s + i, bkvi_v(weights)(span, i, limit), tile->max[r], lanes);
 }
 
-/* A tile of rows over one block. */
-BKVI_VFN void BKVI_FN(bkvi_attend_tile)(const int type, const int rows,
-                                        const BKVI_FN(bkvi_tile) * tile,
-                                        const BKVI_FN(bkvi_span) * span, uint32_t dim,
-                                        uint32_t v_dim_pad, float softcap) {
-    const size_t es = type == BKV_F32 ? 4 : 2;
-    const int nv = BKVI_NV(rows);
-    uint32_t i = 0, panels = (span->slots + BKVI_LANES - 1) / BKVI_LANES, vecs;
-    size_t panel = (size_t)dim * BKVI_LANES * es;
+/* A tile of rows over one block: scores, softmax, sum of values. The values are prefetched during
+   the scores, the keys of the next block during the sum. */
+BKVI_VFN void BKVI_FN(bkvi_attend_tile)(const int type, const int rows, const bkvi_tile *tile,
+                                        const bkvi_span *span, uint32_t dim, uint32_t v_dim_pad,
+                                        float softcap) {
+    const size_t es = type == BKV_F32 ? 4 : 2, panel = (size_t)dim * BKVI_LANES;
+    const uint32_t panels = (span->slots + BKVI_LANES - 1) / BKVI_LANES,
+                   vecs = v_dim_pad / BKVI_LANES;
+    uint32_t i;
     int r;
-    for (; i + (uint32_t)nv <= panels; i += (uint32_t)nv)
-        BKVI_FN(bkvi_scores)(type, rows, nv, span->k + i * panel, dim, tile->q,
-                             tile->scores + (size_t)i * BKVI_LANES,
-                             span->warm ? NULL : span->v + i * panel);
-    for (; nv > 1 && i < panels; i++)
-        BKVI_FN(bkvi_scores)(type, rows, 1, span->k + i * panel, dim, tile->q,
-                             tile->scores + (size_t)i * BKVI_LANES, NULL);
-    for (r = 0; r < rows; r++)
-        BKVI_FN(bkvi_soften)(tile, span, r, v_dim_pad, softcap);
+#define BKVI_SCORES(vectors)                                                                       \
+    for (; i + (vectors) <= panels; i += (vectors)) BKVI_FN(bkvi_tile_fma)                         \
+    (type, rows, vectors, span->k + i * panel * es, BKVI_LANES, panel, dim, tile->q, 1,            \
+     (size_t)rows, 1, tile->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,                            \
+     span->warm ? NULL : span->v + i * panel * es)
+#define BKVI_VALUES(vectors)                                                                       \
+    for (; i + (vectors) <= vecs; i += (vectors)) BKVI_FN(bkvi_tile_fma)                           \
+    (type, rows, vectors, span->v + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES,            \
+     span->slots, tile->scores, BKVI_PAGE, 1, 0, tile->out + (size_t)i * BKVI_LANES, v_dim_pad,    \
+     span->warm || !span->next_k ? NULL : span->next_k + (size_t)i * BKVI_LANES * BKVI_PAGE * es)
     i = 0;
-    vecs = v_dim_pad / BKVI_LANES;
-#define BKVI_MIX(n)                                                                                \
-    for (; i + (n) <= vecs; i += (n))                                                              \
-    BKVI_FN(bkvi_mix)(type, rows, n, span->v + (size_t)i * BKVI_LANES * es, span->slots,           \
-                      v_dim_pad, tile->scores, tile->out + (size_t)i * BKVI_LANES,                 \
-                      span->next_k && !span->warm                                                  \
-                          ? span->next_k + (size_t)i * BKVI_LANES * BKVI_PAGE * es                 \
-                          : NULL)
-    if (BKVI_NV(rows) == 4)
-        BKVI_MIX(4);
-    if (BKVI_NV(rows) >= 2)
-        BKVI_MIX(2);
-    BKVI_MIX(1);
-#undef BKVI_MIX
+    if (BKVI_NV(rows) == 4) BKVI_SCORES(4);
+    if (BKVI_NV(rows) >= 2) BKVI_SCORES(2);
+    BKVI_SCORES(1);
+    for (r = 0; r < rows; r++) BKVI_FN(bkvi_soften)(tile, span, r, v_dim_pad, softcap);
+    i = 0;
+    if (BKVI_NV(rows) == 4) BKVI_VALUES(4);
+    if (BKVI_NV(rows) >= 2) BKVI_VALUES(2);
+    BKVI_VALUES(1);
+#undef BKVI_SCORES
+#undef BKVI_VALUES
 }
 
-/* One function per row count and type, so that the dispatch is a call, not a nest of loops. */
-#define BKVI_TILE_FN(rows, type, suffix)                                                           \
-    static BKVI_NOINLINE void BKVI_FN(bkvi_attend_##rows##suffix)(                                 \
-        const BKVI_FN(bkvi_tile) * tile, const BKVI_FN(bkvi_span) * span, uint32_t dim,            \
-        uint32_t v_dim_pad, float softcap) {                                                       \
+/* One function per type and row count, so that each keeps a small frame. */
+#if BKVI_TILE == 1
+#define BKVI_ROW_COUNTS(X, type) X(type, 1)
+#else
+#define BKVI_ROW_COUNTS(X, type) X(type, 1) X(type, 2) X(type, 3) X(type, 4)
+#endif
+#ifdef BALANCEKV_KV_TYPE
+#define BKVI_EACH_TILE(X) BKVI_ROW_COUNTS(X, BALANCEKV_KV_TYPE)
+#else
+#define BKVI_EACH_TILE(X) BKVI_ROW_COUNTS(X, 1) BKVI_ROW_COUNTS(X, 2) BKVI_ROW_COUNTS(X, 3)
+#endif
+#define BKVI_X(type, rows)                                                                         \
+    static BKVI_NOINLINE void BKVI_FN(bkvi_attend_tile_##type##_##rows)(                           \
+        const bkvi_tile *tile, const bkvi_span *span, uint32_t dim, uint32_t v_dim_pad,            \
+        float softcap) {                                                                           \
         BKVI_FN(bkvi_attend_tile)(type, rows, tile, span, BKVI_DIM(dim), v_dim_pad, softcap);      \
     }
-#define BKVI_TILE_CASE(rows, type, suffix)                                                         \
-    case type * 8 + rows:                                                                          \
-        BKVI_FN(bkvi_attend_##rows##suffix)(tile, span, dim, v_dim_pad, softcap);                  \
-        break;
-#if BKVI_TILE == 1
-#define BKVI_EACH_TILE(X, type, suffix) X(1, type, suffix)
-#else
-#define BKVI_EACH_TILE(X, type, suffix)                                                            \
-    X(1, type, suffix) X(2, type, suffix) X(3, type, suffix) X(4, type, suffix)
-#endif
-#if !defined(BALANCEKV_KV_TYPE) || BALANCEKV_KV_TYPE == BALANCEKV_F32
-BKVI_EACH_TILE(BKVI_TILE_FN, BKV_F32, _f32)
-#endif
-#if !defined(BALANCEKV_KV_TYPE) || BALANCEKV_KV_TYPE == BALANCEKV_F16
-BKVI_EACH_TILE(BKVI_TILE_FN, BKV_F16, _f16)
-#endif
-#if !defined(BALANCEKV_KV_TYPE) || BALANCEKV_KV_TYPE == BALANCEKV_BF16
-BKVI_EACH_TILE(BKVI_TILE_FN, BKV_BF16, _bf16)
-#endif
-static void BKVI_FN(bkvi_attend_any)(uint32_t type, uint32_t rows,
-                                     const BKVI_FN(bkvi_tile) * tile,
-                                     const BKVI_FN(bkvi_span) * span, uint32_t dim,
-                                     uint32_t v_dim_pad, float softcap) {
-    switch (type * 8 + rows) {
-#if !defined(BALANCEKV_KV_TYPE) || BALANCEKV_KV_TYPE == BALANCEKV_F32
-        BKVI_EACH_TILE(BKVI_TILE_CASE, BKV_F32, _f32)
-#endif
-#if !defined(BALANCEKV_KV_TYPE) || BALANCEKV_KV_TYPE == BALANCEKV_F16
-        BKVI_EACH_TILE(BKVI_TILE_CASE, BKV_F16, _f16)
-#endif
-#if !defined(BALANCEKV_KV_TYPE) || BALANCEKV_KV_TYPE == BALANCEKV_BF16
-        BKVI_EACH_TILE(BKVI_TILE_CASE, BKV_BF16, _bf16)
-#endif
-    default:
-        break;
+BKVI_EACH_TILE(BKVI_X)
+#undef BKVI_X
+
+/* One scaled query, its elements `width` floats apart. */
+static BKVI_NOINLINE void BKVI_FN(bkvi_load_query)(float *to, uint32_t width,
+                                                   const unsigned char *row, const bkv_tensor *q,
+                                                   uint32_t dim, float scale) {
+    float part[16];
+    uint32_t i, j;
+    for (i = 0; i < dim; i += BKVI_LANES) {
+        bkvi_vec x = bkvi_v(row)(row, q->type, q->elem_stride, i, dim);
+        bkvi_v(store)(part, bkvi_v(mul)(x, bkvi_v(set)(scale)));
+        for (j = 0; j < bkvi_min(BKVI_LANES, dim - i); j++, to += width) *to = part[j];
     }
 }
-#undef BKVI_EACH_TILE
-#undef BKVI_TILE_CASE
-#undef BKVI_TILE_FN
 
-/* First slot and number of slots of block b: sinks in steps of a page, then pages. */
-BKVI_VFN uint32_t BKVI_FN(bkvi_span_of)(const bkvi_attend_job *job, uint32_t b, uint32_t *slots) {
-    uint32_t n_sinks = (job->sinks + BKVI_PAGE - 1) / BKVI_PAGE, page = b - n_sinks;
-    if (b < n_sinks) {
-        *slots = bkvi_min(job->sinks - b * BKVI_PAGE, BKVI_PAGE);
-        return b * BKVI_PAGE;
-    }
-    *slots = page + 1 == job->used ? job->fill : BKVI_PAGE;
-    return job->sink_slots + BKVI_PAGE * bkvi_get32(job->pages + 8 * (size_t)page);
-}
-
-static void BKVI_FN(bkvi_attend)(const bkvi_attend_job *job) {
-    const uint32_t dim = BKVI_DIM(job->dim), v_dim_pad = job->v_dim_pad;
-    const size_t es = bkvi_type_bytes(job->kv_type);
-    const uint32_t n_blocks = (job->sinks + BKVI_PAGE - 1) / BKVI_PAGE + job->used;
-    const bkvi_vec q_scale = bkvi_vset(job->softcap > 0.0f
-                                           ? job->scale * (2.0f * BKVI_LOG2E / job->softcap)
-                                           : job->scale * BKVI_LOG2E);
-    float *q = job->scratch, *out = q + (size_t)BKVI_ROWS * dim;
+static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_queries *run) {
+    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = c->v_dim_pad, group = c->group;
+    const uint32_t n_blocks = bkvi_n_blocks(h);
+    unsigned char *mem = bkvi_head_mem(c, run->head), *pages = mem + c->off_pages;
+    const float softcap = c->cfg.softcap;
+    const float scale = c->cfg.scale * (softcap > 0.0f ? 2.0f * BKVI_LOG2E / softcap : BKVI_LOG2E);
+    float *q = run->scratch, *out = q + (size_t)BKVI_ROWS * dim;
     float *lanes = out + (size_t)BKVI_ROWS * v_dim_pad, *max = lanes + BKVI_ROWS * BKVI_LANES;
-    float *scores = max + BKVI_ROWS;
-    uint32_t begin, b, r, i, j, seen[BKVI_ROWS], all[BKVI_ROWS];
-    for (r = 0; r < BKVI_ROWS; r++)
-        all[r] = BKVI_PAGE;
-
-    for (begin = 0; begin < job->n_rows; begin += BKVI_ROWS) {
-        uint32_t n = bkvi_min(BKVI_ROWS, job->n_rows - begin), tile_rows, size;
-        /* Rows in tiles of equal size, at most BKVI_TILE; the queries of a tile side by side. */
+    float *limit = max + BKVI_ROWS, *scores = limit + BKVI_ROWS;
+    uint32_t begin, b, r, i;
+    /* Row r: token r / group, query head r % group of this KV head. */
+    for (begin = 0; begin < run->n * group; begin += BKVI_ROWS) {
+        uint32_t n = bkvi_min(BKVI_ROWS, run->n * group - begin), tile_rows, size;
+        /* Tiles of equal size, at most BKVI_TILE rows; the queries of a tile side by side. */
         size = (n + BKVI_TILE - 1) / BKVI_TILE;
         size = (n + size - 1) / size;
         for (r = 0; r < n; r++) {
-            uint32_t token = (begin + r) / job->group, g = (begin + r) % job->group;
-            uint32_t tile = r / size * size, width = bkvi_min(size, n - tile);
-            const unsigned char *row = job->q + token * job->q_token_stride + g * job->q_head_stride;
-            seen[r] = job->first_valid + token;
+            uint32_t token = (begin + r) / group, tile = r / size * size;
+            uint32_t width = bkvi_min(size, n - tile);
+            const unsigned char *row = bkvi_at(run->q, run->first + token,
+                                               (size_t)run->head * group + (begin + r) % group);
+            limit[r] = (float)(bkvi_last_fill(h) - run->n + 1 + token);
             max[r] = BKVI_LOWEST;
-            for (i = 0; i < dim; i += BKVI_LANES) {
-                float part[16];
-                bkvi_vec x = BKVI_FN(bkvi_vrow)(row, job->q_type, job->q_elem_stride, i, dim);
-                bkvi_vstore(part, bkvi_vmul(x, q_scale));
-                for (j = 0; j < bkvi_min(BKVI_LANES, dim - i); j++)
-                    q[(size_t)tile * dim + (size_t)(i + j) * width + (r - tile)] = part[j];
-            }
+            BKVI_FN(bkvi_load_query)
+            (q + (size_t)tile * dim + (r - tile), width, row, run->q, dim, scale);
         }
         memset(out, 0, (size_t)n * v_dim_pad * sizeof *out);
         memset(lanes, 0, (size_t)n * BKVI_LANES * sizeof *lanes);
 
         for (b = 0; b < n_blocks; b++) {
-            BKVI_FN(bkvi_span) span;
-            uint32_t slot = BKVI_FN(bkvi_span_of)(job, b, &span.slots), next_slots;
-            span.k = job->k + (size_t)slot * dim * es;
-            span.v = job->v + (size_t)slot * v_dim_pad * es;
-            span.weight = job->weight + 4 * (size_t)slot;
+            bkvi_span span;
+            uint32_t slot = bkvi_block_slot(c, h, pages, b, &span.slots), unused;
+            span.k = bkvi_key_page(c, mem, slot);
+            span.v = bkvi_value_row(c, mem, slot);
+            span.weight = mem + c->off_weight + 4 * (size_t)slot;
             span.next_k = NULL;
             if (b + 1 < n_blocks)
-                span.next_k =
-                    job->k + (size_t)BKVI_FN(bkvi_span_of)(job, b + 1, &next_slots) * dim * es;
+                span.next_k = bkvi_key_page(c, mem, bkvi_block_slot(c, h, pages, b + 1, &unused));
             for (r = 0; r < n; r += tile_rows) {
-                BKVI_FN(bkvi_tile) tile;
+                bkvi_tile tile;
                 tile_rows = bkvi_min(size, n - r);
                 tile.q = q + (size_t)r * dim;
                 tile.out = out + (size_t)r * v_dim_pad;
                 tile.lanes = lanes + (size_t)r * BKVI_LANES;
                 tile.max = max + r;
                 tile.scores = scores;
-                tile.seen = b + 1 < n_blocks ? all + r : seen + r;
+                tile.limit = b + 1 < n_blocks ? NULL : limit + r;
                 span.warm = r > 0;
-                BKVI_FN(bkvi_attend_any)(job->kv_type, tile_rows, &tile, &span, dim, v_dim_pad,
-                                         job->softcap);
+                switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
+#define BKVI_X(type, rows)                                                                         \
+    case (type)*8 + (rows):                                                                        \
+        BKVI_FN(bkvi_attend_tile_##type##_##rows)(&tile, &span, dim, v_dim_pad, softcap);          \
+        break;
+                    BKVI_EACH_TILE(BKVI_X)
+#undef BKVI_X
+                default: break;
+                }
             }
         }
 
         for (r = 0; r < n; r++) {
-            uint32_t token = (begin + r) / job->group, g = (begin + r) % job->group;
-            float sum = bkvi_vsum(bkvi_vload(lanes + (size_t)r * BKVI_LANES)), part[16];
-            float *to = job->out + token * job->out_token_stride + (size_t)g * job->v_dim;
-            bkvi_vec factor = bkvi_vset(job->max ? 1.0f : 1.0f / sum);
-            if (job->max) {
-                job->max[g] = max[r] * BKVI_LN2;
-                job->sum[g] = sum;
+            size_t head = (size_t)run->head * group + (begin + r) % group, v_dim = c->cfg.value_dim;
+            size_t token = run->first + (begin + r) / group;
+            float sum = bkvi_v(sum)(bkvi_v(load)(lanes + (size_t)r * BKVI_LANES)), part[16];
+            float *to = run->out + (token * c->cfg.n_q_heads + head) * v_dim;
+            bkvi_vec factor = bkvi_v(set)(run->max ? 1.0f : 1.0f / sum);
+            if (run->max) {
+                run->max[head] = max[r] * BKVI_LN2;
+                run->sum[head] = sum;
             }
-            for (i = 0; i < job->v_dim; i += BKVI_LANES) { /* + 0 turns -0 into 0 */
-                bkvi_vec x = bkvi_vload(out + (size_t)r * v_dim_pad + i);
-                bkvi_vstore(part, bkvi_vfma(x, factor, bkvi_vset(0.0f)));
-                memcpy(to + i, part, bkvi_min(BKVI_LANES, job->v_dim - i) * sizeof *to);
+            for (i = 0; i < v_dim; i += BKVI_LANES) { /* + 0 turns -0 into 0 */
+                bkvi_vec x = bkvi_v(load)(out + (size_t)r * v_dim_pad + i);
+                bkvi_v(store)(part, bkvi_v(fma)(x, factor, bkvi_v(set)(0.0f)));
+                memcpy(to + i, part, bkvi_min(BKVI_LANES, (uint32_t)v_dim - i) * sizeof *to);
             }
         }
     }
@@ -2926,60 +2392,79 @@ static bkvi_kernels BKVI_FN(bkvi_kernels)(void) {
     return k;
 }
 
-#ifdef BKVI_TARGET
-#if BKVI_CC_CLANG
+#if defined(BKVI_TARGET) && BKVI_CC_CLANG
 #pragma clang attribute pop
-#elif BKVI_CC_GCC
+#elif defined(BKVI_TARGET)
 #pragma GCC diagnostic pop
 #pragma GCC pop_options
 #endif
+#ifdef BKVI_TARGET
 #undef BKVI_TARGET
 #endif
-#undef BKVI_FN
+#undef BKVI_PRAGMA
+#undef BKVI_PRAGMA_OF
+#undef bkvi_v
+#undef bkvi_vec
 #undef BKVI_VFN
+#undef BKVI_FN
+#undef BKVI_ROW_COUNTS
+#undef BKVI_EACH_TILE
 #undef BKVI_TILE
-#undef BKVI_VCALL
-#undef BKVI_TILES
-#undef BKVI_VPIN
 #undef BKVI_NV
 #undef BKVI_GRAM_ROWS
 #undef BKVI_GRAM_VECS
-#undef bkvi_vec
-#undef bkvi_vload
-#undef bkvi_vstore
-#undef bkvi_vload_f16
-#undef bkvi_vstore_f16
-#undef bkvi_vload_bf16
-#undef bkvi_vstore_bf16
-#undef bkvi_vset
-#undef bkvi_vadd
-#undef bkvi_vsub
-#undef bkvi_vmul
-#undef bkvi_vdiv
-#undef bkvi_vfma
-#undef bkvi_vmax
-#undef bkvi_vmin
-#undef bkvi_vabs
-#undef bkvi_vpick_gt
-#undef bkvi_vany_gt
-#undef bkvi_vpow2
-#undef bkvi_vsum
-#undef bkvi_vhighest
-#undef bkvi_vtranspose
+#undef BKVI_TILES
+#undef BKVI_MAX_ROWS
+#undef BKVI_MAX_VECS
+#undef BKVI_VPIN
+#undef BKVI_VCALL
+#undef BKVI_2
+#undef BKVI_4
+#undef BKVI_R
+#undef BKVI_R_LOAD
+#undef BKVI_R_STORE
+#undef BKVI_R_LOAD_F16
+#undef BKVI_R_STORE_F16
+#undef BKVI_R_LOAD_BF16
+#undef BKVI_R_STORE_BF16
+#undef BKVI_R_SET
+#undef BKVI_R_FMA
+#undef BKVI_R_ABS
+#undef BKVI_R_PICK_GT
+#undef BKVI_R_ANY_GT
+#undef BKVI_R_POW2
+#undef BKVI_WIDTH
+#undef BKVI_LIFT_LOAD
+#undef BKVI_LIFT_STORE
+#undef BKVI_LIFT1
+#undef BKVI_LIFT2
 #endif /* BKVI_PASS */
 
+/* Once, behind all passes. */
+#if defined(BKVI_HARDWARE_FMA) && !defined(BKVI_NESTED)
+static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
+    bkvi_kernels k = {NULL, NULL, NULL, NULL, NULL, NULL};
+#if BKVI_HAVE_SCALAR
+    if (backend == BKV_BACKEND_SCALAR) k = bkvi_kernels_scalar();
+#endif
+#if BKVI_HAVE_AVX2
+    if (backend == BKV_BACKEND_AVX2) k = bkvi_kernels_avx2();
+#endif
+#if BKVI_HAVE_AVX512
+    if (backend == BKV_BACKEND_AVX512) k = bkvi_kernels_avx512();
+#endif
+#if BKVI_HAVE_NEON
+    if (backend == BKV_BACKEND_NEON) k = bkvi_kernels_neon();
+#endif
+    return k;
+}
+
 /* No macro of ours survives the #include. */
-#if defined(BKVI_MAGIC) && !defined(BKVI_NESTED)
 #undef BKVI_ARCH_X86
 #undef BKVI_ARCH_ARM64
 #undef BKVI_CC_CLANG
-#undef BKVI_CC_GCC
 #undef BKVI_DIM
-#undef BKVI_KV_TYPE_IN
-#undef BKVI_PASS_SCALAR
-#undef BKVI_PASS_AVX2
-#undef BKVI_PASS_AVX512
-#undef BKVI_PASS_NEON
+#undef BKVI_TYPE
 #undef BKVI_HAVE_SCALAR
 #undef BKVI_HAVE_AVX2
 #undef BKVI_HAVE_AVX512
@@ -2987,43 +2472,25 @@ static bkvi_kernels BKVI_FN(bkvi_kernels)(void) {
 #undef BKVI_ONLY
 #undef BKVI_INLINE
 #undef BKVI_NOINLINE
-#undef BKVI_UNUSED
-#undef BKVI_UNLIKELY
-#undef BKVI_PREFETCH
 #undef BKVI_UNROLL
 #undef BKVI_PIN
 #undef BKVI_HARDWARE_FMA
-#undef BKVI_PAGE
-#undef BKVI_BLOCK
-#undef BKVI_LANES
-#undef BKVI_ROWS
-#undef BKVI_TILE_MAX
-#undef BKVI_HEADER_BYTES
-#undef BKVI_MAGIC
-#undef BKVI_STATE_VERSION
-#undef BKVI_LOG2E
-#undef BKVI_LN2
-#undef BKVI_HUGE
-#undef BKVI_CONSTANT
-#undef BKVI_GOLDEN
-#undef BKVI_PASS
 #endif
 
 /* ------------------------------------------------------------------------------------------------
    §13 LICENCE                                                                            >>licence
-   Choose whichever you prefer; the full texts stand in the file LICENSE.
-   A - MIT License. Copyright (c) 2026 the balancekv.h authors.
-   Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-   associated documentation files (the "Software"), to deal in the Software without restriction,
-   including without limitation the rights to use, copy, modify, merge, publish, distribute,
-   sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
-   furnished to do so, subject to the following conditions: The above copyright notice and this
-   permission notice shall be included in all copies or substantial portions of the Software.
-   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
-   NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
-   NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
-   DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
-   OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-   B - Public domain (unlicense.org). Anyone is free to copy, modify, publish, use, compile, sell, or
-   distribute this software, in source or binary form, for any purpose, and by any means.
+   Choose whichever you prefer (full texts: LICENSE).
+   A - Public domain (unlicense.org): free for any purpose, commercial or not, by any means.
+   B - MIT License. Copyright (c) 2026 the balancekv.h authors. Permission is hereby granted, free
+   of charge, to any person obtaining a copy of this software and associated documentation files
+   (the "Software"), to deal in the Software without restriction, including without limitation the
+   rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the
+   Software, and to permit persons to whom the Software is furnished to do so, subject to the
+   following conditions: The above copyright notice and this permission notice shall be included in
+   all copies or substantial portions of the Software. THE SOFTWARE IS PROVIDED "AS IS", WITHOUT
+   WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF
+   MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+   AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
+   ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE
+   OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
    ---------------------------------------------------------------------------------------------- */

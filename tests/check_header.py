@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""The form of balancekv.h, and that the other files say the same as it does.
+
+    check_header.py
+"""
+import re
+
+from bad_config import ROOT, Tally
+
+MAX_LINES, MAX_COLUMNS = 2500, 100
+# What only section 4 may name. But section 3 decorates its functions before §4 is read: there, from
+# the one line to the other, two of the names are allowed.
+PLATFORM = re.compile(r"\b(?:__[A-Z0-9]+(?:_[A-Z0-9]+)*(?:__)?|_M_[A-Z0-9_]+|_MSC_\w+|_WIN\d\d"
+                      r"|__(?:has_|x86_64|i\d86|amd64|aarch64|arm|clang|riscv|wasm|powerpc|s390)\w*)"
+                      r"(?!\w)")
+DECORATION = "#ifndef BALANCEKV_API", "#ifdef __cplusplus"
+ALLOWED = {"__GNUC__", "__clang__"}
+
+
+def read(name):
+    """The text of a file, or None."""
+    try:
+        with open(ROOT + "/" + name, encoding="utf-8", newline="") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def check_lines(tally, lines):
+    tally.check(len(lines) <= MAX_LINES, "%d lines, more than %d" % (len(lines), MAX_LINES))
+    for fault, found in (
+            ("longer than %d columns" % MAX_COLUMNS, lambda line: len(line) > MAX_COLUMNS),
+            ("tabs", lambda line: "\t" in line),
+            ("trailing space", lambda line: line != line.rstrip()),
+            ("unfinished work", lambda line: re.search(r"\b(TODO|FIXME|XXX)\b", line))):
+        tally.check_none(fault, ["balancekv.h:%d: %s" % (number, line)
+                                 for number, line in enumerate(lines, 1) if found(line)])
+
+
+def check_contents(tally, lines):
+    """Table of contents and banners agree; returns the section of each line."""
+    listed = [match.groups() for match in (re.match(r"\s+§(\d+)\s+>>(\w+)(?:\s|$)", line)
+                                           for line in lines) if match]
+    banners, section, sections = [], "0", []
+    for line in lines:
+        match = re.match(r"\s+§(\d+) \S.*\s>>(\w+)$", line)
+        if match:
+            banners.append(match.groups())
+            section = match.group(1)
+        sections.append(section)
+    tally.check(listed == banners, "the table of contents and the section banners differ",
+                "listed:  %s\nbanners: %s" % (listed, banners))
+    tally.check([number for number, _ in listed] == [str(i + 1) for i in range(len(listed))]
+                and len(listed) >= 10, "sections are not numbered 1, 2, 3 ..", str(listed))
+    tags = re.findall(r">>([a-z]\w*)", "\n".join(lines))
+    tally.check(sorted(tags) == sorted([tag for _, tag in listed] * 2),
+                "a >>tag must stand in the contents and at its banner, nowhere else", str(tags))
+    return sections
+
+
+def check_platform(tally, lines, sections):
+    first, last = map(lines.index, DECORATION)
+    tally.check({*sections[first:last]} == {"3"}, "the decoration is not in section 3")
+    named = [set(PLATFORM.findall(line)) for line in lines]
+    tally.check_none("compiler or CPU macros outside section 4", [
+        "balancekv.h:%d: %s" % (i + 1, line) for i, line in enumerate(lines)
+        if sections[i] != "4" and named[i] - (ALLOWED if first < i < last else set())])
+    tally.check(any(names for names, section in zip(named, sections) if section == "4"),
+                "section 4 names no compiler: is this check still looking?")
+
+
+def check_readme(tally):
+    """Each C block that a preceding line calls examples/minimal.c is that file."""
+    readme, example = read("README.md"), read("examples/minimal.c")
+    if not tally.check(readme is not None, "README.md is missing") or \
+            not tally.check(example is not None, "examples/minimal.c is missing"):
+        return
+    blocks = [code for before, code in re.findall(r"([^\n]*)\n+```c\n(.*?)```", readme, re.S)
+              if "examples/minimal.c" in before]
+    tally.check(blocks, "README.md shows no C block as examples/minimal.c")
+    for code in blocks:
+        tally.check(code == example, "README.md and examples/minimal.c differ")
+
+
+def check_version(tally, text):
+    version = ".".join(re.findall(r"#define BKV_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", text))
+    tally.check(text.startswith("/* balancekv.h - v%s - " % version), "line 1 is not " + version)
+    for name, pattern in (("meson.build", r"\bversion\s*:\s*'([^']*)'"),
+                          ("CHANGELOG.md", r"(?m)^## \[?v?(\d+\.\d+\.\d+)\b")):
+        other = read(name)
+        if tally.check(other is not None, name + " is missing"):
+            found = re.search(pattern, other)
+            tally.check(found and found.group(1) == version,
+                        "%s is not at version %s" % (name, version))
+
+
+def main():
+    tally = Tally()
+    text = read("balancekv.h")
+    lines = text.split("\n")
+    tally.check(lines.pop() == "", "the last line is not ended")
+    check_lines(tally, lines)
+    sections = check_contents(tally, lines)
+    check_platform(tally, lines, sections)
+    check_version(tally, text)
+    check_readme(tally)
+    tally.done()
+
+
+if __name__ == "__main__":
+    main()

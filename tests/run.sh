@@ -1,0 +1,197 @@
+#!/bin/sh
+# Runs every test, from any folder:  sh tests/run.sh
+# Sets up Meson and NumPy in build/venv where they are missing; installs nothing anywhere else.
+# Without them (no network) a plain compiler does what it can. Ends with what ran on which backend,
+# what was left out and why, and the line "N passed, N failed".
+# Environment: CC; BKV_EXPECT=scalar,avx2,.. names backends that the native runs must have besides
+# those this CPU reports; CI=true counts everything left out as a failure.
+set -u
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+cd "$root" || exit 1
+logs=build/logs
+mkdir -p "$logs" || exit 1
+PATH=$root/build/venv/bin:$PATH
+passed=0 failed=0 ran='' left_out=''
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+leave_out() { # what, why
+    left_out="$left_out  $1: $2
+"
+    [ "${CI:-}" != true ] || failed=$((failed + 1))
+}
+
+# Runs a command and adds its last line "N passed, N failed". A command that prints none, or that
+# fails although nothing it counted did, counts as one test.
+step() { # name, command...
+    name=$1 log=$logs/$(echo "$1" | tr -cs 'A-Za-z0-9\n' _).log start=$(date +%s) code=0
+    shift
+    printf '%-34s' "$name"
+    "$@" >"$log" 2>&1 </dev/null || code=$?
+    counts=$(sed -n 's/^\([0-9][0-9]*\) passed, \([0-9][0-9]*\) failed$/\1 \2/p' "$log" | tail -n 1)
+    [ -n "$counts" ] || counts="$((code == 0)) 0"
+    good=${counts% *} bad=${counts#* }
+    [ "$code" -eq 0 ] || [ "$bad" -gt 0 ] || bad=1
+    echo "$good passed, $bad failed ($(($(date +%s) - start)) s)"
+    if [ "$bad" -gt 0 ]; then
+        tail -n 40 "$log" | sed 's/^/    /'
+        echo "    all of it: $log"
+    fi
+    passed=$((passed + good)) failed=$((failed + bad))
+    backends=$(sed -n 's/^backends whose hash was compared: //p' "$log")
+    [ -z "$backends" ] || ran="$ran  $name: $backends
+"
+}
+
+# A Meson run in lines of ours: the tests, the backends, the sum. A test without a line of its own
+# counts as one, so does an expected backend whose hash nobody compared.
+summary='
+import json, re, sys
+total, backends = [0, 0], []
+for line in open(sys.argv[1], encoding="utf-8"):
+    test = json.loads(line)
+    name, ok = re.split("[ /:]+", test["name"])[-1], test["result"] == "OK"
+    counts = re.findall(r"^(\d+) passed, (\d+) failed$", test.get("stdout") or "", re.M)
+    good, bad = map(int, counts[-1]) if counts else (int(ok), 0)
+    bad = max(bad, int(not ok))
+    if bad:
+        print("%s\n%s" % (test.get("stdout") or "", test.get("stderr") or ""))
+    print("%-20s %-8s %6.1f s  %d passed, %d failed"
+          % (name, test["result"], test["duration"], good, bad))
+    total = [total[0] + good, total[1] + bad]
+    if name.startswith("hash-") and not bad:
+        backends.append(name[5:])
+for name in set(sys.argv[2].split(",")) - set(backends):
+    print("the hash of backend %s was not compared" % name)
+    total[1] += 1
+print("backends whose hash was compared: " + " ".join(backends))
+print("%d passed, %d failed" % tuple(total))
+sys.exit(total[1] > 0)
+'
+
+# Configures if anything changed, builds, tests.
+meson_run() { # folder, expected backends, options for meson setup, arguments of meson test
+    setup="Meson $(meson --version), CC=$CC, $3"
+    if [ "$(cat "$1/setup" 2>/dev/null)" != "$setup" ]; then
+        rm -rf "$1/build.ninja" "$1/meson-private" "$1/meson-info" "$1/setup"
+        # shellcheck disable=SC2086 # options are meant to split
+        meson setup "$1" -Dwerror=true $3 && echo "$setup" >"$1/setup" || return 1
+    fi
+    rm -f "$1/meson-logs/testlog.json"
+    meson compile -C "$1" || return 1
+    # shellcheck disable=SC2086
+    BKV_EXPECT=$2 meson test -C "$1" --no-rebuild --quiet $4
+    python3 -c "$summary" "$1/meson-logs/testlog.json" "$2"
+}
+
+plain_run() { # C file, arguments of the program
+    program=build/plain/$(basename "$1" .c)
+    mkdir -p build/plain || return 1
+    $CC -std=c99 -O2 -I. "$1" -o "$program" -lm -lpthread || return 1
+    shift
+    "$program" "$@"
+}
+
+plain_hashes() {
+    for backend in $(echo "$native" | tr , ' '); do
+        plain_run bench/hash.c --backend "$backend" --expect "$(cat bench/hash.golden)" || return 1
+    done
+    echo "backends whose hash was compared: $native"
+}
+
+# What this CPU has, found without the header's own detection, which is to be tested.
+cpu_has() {
+    for flag; do grep -qw -- "$flag" /proc/cpuinfo 2>/dev/null || return 1; done
+}
+machine=$(uname -m)
+case $machine in
+x86_64 | amd64)
+    native=scalar
+    ! cpu_has avx2 fma f16c || native=$native,avx2
+    ! cpu_has avx512f || native=$native,avx512
+    ;;
+aarch64 | arm64) native=neon ;;
+*) native=scalar ;;
+esac
+native=$native${BKV_EXPECT:+,$BKV_EXPECT}
+
+if [ -z "${CC:-}" ]; then
+    CC=cc
+    ! have gcc || CC=gcc
+fi
+native_cc=$CC
+export CC
+
+numpy_there() { python3 -c 'import numpy' 2>/dev/null; }
+no_tools='not installed'
+if ! have meson || ! have ninja || ! numpy_there; then
+    echo 'setting up Meson and NumPy in build/venv ..'
+    { python3 -m venv build/venv && build/venv/bin/pip install -r tests/requirements.txt; } \
+        >"$logs/venv.log" 2>&1 || no_tools=$(tail -n 1 "$logs/venv.log")
+fi
+
+if have meson && have ninja; then
+    step "native, $CC" meson_run build "$native" '' ''
+    numpy_there || leave_out 'golden vectors against the model' "no NumPy: $no_tools"
+
+    if have clang; then
+        CC=clang
+        step 'native, clang' meson_run build/clang "$native" '' '--suite core'
+        CC=$native_cc
+    else
+        leave_out 'clang' 'no clang'
+    fi
+
+    # From here on it is about the instructions and the memory, not about every size.
+    export BKV_QUICK=1
+    step 'address, undefined sanitizers' meson_run build/sanitize "$native" \
+        '-Db_sanitize=address,undefined -Dexamples=disabled' '--suite core'
+
+    case $machine in
+    x86_64 | amd64)
+        if ! echo '#include <simde/x86/avx512.h>' | $CC -E - >/dev/null 2>&1; then
+            leave_out 'AVX-512 block through SIMDe' 'no libsimde-dev'
+        elif ! cpu_has avx2 fma f16c; then
+            leave_out 'AVX-512 block through SIMDe' 'this CPU lacks AVX2, FMA or F16C'
+        else
+            step 'AVX-512 block through SIMDe' meson_run build/simde scalar,avx512 \
+                '-Dsimde=true -Dexamples=disabled' '--suite core'
+        fi
+        if ! have aarch64-linux-gnu-gcc || ! have qemu-aarch64; then
+            leave_out 'AArch64 under qemu' 'no aarch64-linux-gnu-gcc or no qemu-aarch64'
+        else
+            for backend in neon scalar; do
+                simd=$(echo $backend | tr '[:lower:]' '[:upper:]')
+                step "AArch64 under qemu, $backend" meson_run build/aarch64-$backend $backend \
+                    "--cross-file tests/cross/aarch64.ini -Dexamples=disabled
+                    -Dc_args=-DBALANCEKV_SIMD=BALANCEKV_SIMD_$simd" \
+                    "hash-$backend kernels golden convert"
+            done
+        fi
+        ;;
+    esac
+else
+    leave_out 'clang, sanitizers, SIMDe, AArch64' "no Meson: $no_tools"
+    step 'hash' plain_hashes
+    export BKV_EXPECT="$native"
+    for source in tests/test_*.c; do
+        step "$(basename "$source" .c)" plain_run "$source"
+    done
+    for script in tests/bad_config.py tests/check_*.py tests/test_examples.py; do
+        if have python3; then
+            step "$(basename "$script" .py)" python3 "$script"
+        else
+            leave_out "$script" 'no python3'
+        fi
+    done
+fi
+
+echo
+echo 'Backends that gave bench/hash.golden:'
+printf '%s' "${ran:-  see the logs
+}"
+echo "Left out:"
+printf '%s' "${left_out:-  nothing
+}"
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]

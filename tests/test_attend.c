@@ -1,0 +1,309 @@
+/* Attention against its formula in double precision, over the keys and values as they are stored:
+   exact until the budget is full, the weighted formula of the manual afterwards. */
+#include "test.h"
+#define BALANCEKV_IMPLEMENTATION
+#include "balancekv.h"
+
+#define BOUND 2e-5 /* the manual's, times the largest value */
+
+typedef struct stream {
+    tensor k, v, q;
+} stream;
+
+static stream stream_of(const bkv_config *cfg, size_t n, uint32_t type, double q_deviation) {
+    uint32_t value_dim = cfg->value_dim ? cfg->value_dim : cfg->head_dim;
+    stream s = {tensor_random(n, cfg->n_kv_heads, cfg->head_dim, type),
+                tensor_random(n, cfg->n_kv_heads, value_dim, type),
+                tensor_new(1, cfg->n_q_heads, cfg->head_dim, type, DENSE, 0)};
+    tensor_randomise(&s.q, q_deviation);
+    return s;
+}
+
+static void stream_free(stream *s) { tensor_free(&s->k), tensor_free(&s->v), tensor_free(&s->q); }
+
+static void append(bkv_cache *c, const stream *s, size_t from, size_t n) {
+    OK(bkv_append(c, tensor_from(&s->k, from), tensor_from(&s->v, from), n, 0, 0, 1));
+}
+
+/* ---- the reference --------------------------------------------------------------------------- */
+
+typedef struct errors {
+    double out;   /* |out - reference|, largest, over the largest |v| of the head's kept tokens */
+    double logit; /* largest |logit|: says how exact the logits can be in f32 */
+    int exact;    /* 1: all tokens of the stream, each with weight 1 */
+} errors;
+
+/* Compares out with sum_i w_i e^(s_i) v_i / sum_i w_i e^(s_i) over the kept tokens of c, whose rows
+   are those of the stream at their positions, rounded to the type of the cache. */
+static errors compare(const bkv_cache *c, const stream *s, const float *out) {
+    const bkv_config *cfg = &c->cfg;
+    bkv_stats_info st = cache_stats(c);
+    uint32_t n = st.tokens_held, group = cfg->n_q_heads / cfg->n_kv_heads;
+    errors e = {0, 0, n == st.tokens_seen};
+    size_t d = cfg->head_dim, dv = cfg->value_dim;
+    double *k = (double *)checked(malloc(n * d * sizeof *k));
+    double *v = (double *)checked(malloc(n * dv * sizeof *v));
+    double *p = (double *)checked(malloc(n * sizeof *p)),
+           *w = (double *)checked(malloc(n * sizeof *w));
+    for (uint32_t head = 0; head < cfg->n_kv_heads; head++) {
+        double largest = 0;
+        for (uint32_t i = 0; i < n; i++) {
+            bkv_token_info t = cache_token(c, head, i);
+            w[i] = (double)t.weight;
+            e.exact &= t.position == i && t.weight == 1;
+            for (size_t j = 0; j < d; j++)
+                k[i * d + j] = round_to(tensor_get(&s->k, t.position, head, j), cfg->kv_type);
+            for (size_t j = 0; j < dv; j++) {
+                v[i * dv + j] = round_to(tensor_get(&s->v, t.position, head, j), cfg->kv_type);
+                largest = fmax(largest, fabs(v[i * dv + j]));
+            }
+        }
+        for (uint32_t h = head * group; h < (head + 1) * group; h++) {
+            double max = -INFINITY, sum = 0;
+            for (uint32_t i = 0; i < n; i++) {
+                double x = 0, cap = (double)cfg->softcap;
+                for (size_t j = 0; j < d; j++) x += tensor_get(&s->q, 0, h, j) * k[i * d + j];
+                x *= (double)cfg->scale;
+                p[i] = cap > 0 ? cap * tanh(x / cap) : x;
+                max = fmax(max, p[i]);
+                e.logit = fmax(e.logit, fabs(p[i]));
+            }
+            for (uint32_t i = 0; i < n; i++) sum += p[i] = w[i] * exp(p[i] - max);
+            for (size_t j = 0; j < dv; j++) {
+                double want = 0, got = (double)out[h * dv + j];
+                for (uint32_t i = 0; i < n; i++) want += p[i] * v[i * dv + j];
+                want /= sum;
+                CHECKF(isfinite(got), "%g", got);
+                if (largest > 0)
+                    e.out = fmax(e.out, fabs(got - want) / largest);
+                else
+                    CHECK(got == 0);
+            }
+        }
+    }
+    free(k), free(v), free(p), free(w);
+    return e;
+}
+
+/* attend() and attend_partial() of the cache as it is now. */
+static errors attend_and_compare(bkv_cache *c, const stream *s) {
+    size_t n_q = c->cfg.n_q_heads, dv = c->cfg.value_dim;
+    float *out = new_floats(n_q * dv), *part = new_floats(n_q * dv);
+    float *max = new_floats(n_q), *sum = new_floats(n_q);
+    OK(bkv_attend(c, s->q.view, out, 0, 1));
+    OK(bkv_attend_partial(c, s->q.view, part, max, sum, 0, 1));
+    for (size_t i = 0; i < n_q * dv; i++) {
+        double whole = (double)out[i], merged = (double)part[i] / (double)sum[i / dv];
+        CHECKF(fabs(merged - whole) <= 1e-6 * fabs(whole) + 1e-44, "%.9g, not %.9g", merged, whole);
+        CHECK(sum[i / dv] >= 1);
+    }
+    errors e = compare(c, s, out);
+    free(out), free(part), free(max), free(sum);
+    return e;
+}
+
+/* ---- logits of every size -------------------------------------------------------------------- */
+
+static void check_stream(bkv_config cfg, uint32_t in_type, double q_deviation, const size_t *at,
+                         size_t n_at) {
+    bkv_cache c = cache_new(&cfg);
+    stream s = stream_of(&cfg, at[n_at - 1], in_type, q_deviation);
+    double worst = 0;
+    for (size_t i = 0, seen = 0; i < n_at; seen = at[i++]) {
+        append(&c, &s, seen, at[i] - seen);
+        errors e = attend_and_compare(&c, &s);
+        worst = fmax(worst, e.out);
+        CHECKF(e.logit <= 30, "the test's own logits: %g", e.logit);
+        CHECKF(e.out <= BOUND, "error %.3g at %zu: d %u, %u, %s from %s, group %u, rule %u, cap %g",
+               e.out, at[i], cfg.head_dim, cfg.value_dim, type_name(c.cfg.kv_type),
+               type_name(in_type), cfg.n_q_heads / cfg.n_kv_heads, cfg.rule, (double)cfg.softcap);
+        CHECK(e.exact == (at[i] <= c.slots));
+    }
+    stream_free(&s);
+    cache_free(&c);
+}
+
+static bkv_config config(uint32_t group, uint32_t d, uint32_t dv, uint32_t kv_type,
+                         uint32_t budget) {
+    bkv_config cfg = bkv_config_default(2 * group, 2, d, budget);
+    cfg.value_dim = dv;
+    cfg.kv_type = kv_type;
+    return cfg;
+}
+
+static void exact_until_full(void) {
+    static const uint32_t dims[][2] = {{1, 1},   {7, 3},    {16, 40}, {64, 64},
+                                       {80, 80}, {128, 96}, {200, 17}};
+    static const uint32_t groups[] = {1, 2, 3, 4, 7, 8, 16};
+    static const float caps[] = {1, 5, 30, 50, 100};
+    static const size_t at[] = {1, 2, 15, 16, 17, 80, 81, 160, 336};
+    uint32_t n = 0;
+    for (size_t i = 0; i < COUNT(dims); i++)
+        for (size_t t = 0; t < COUNT(test_types); t++)
+            for (int form = 0; form < 4; form++, n++) { /* plain; scale; softcap; both */
+                uint32_t group = groups[n % COUNT(groups)];
+                bkv_config cfg = config(group, dims[i][0], dims[i][1], test_types[t], 336);
+                if (form & 1) cfg.scale = 0.5f / sqrtf((float)cfg.head_dim);
+                if (form & 2) cfg.softcap = caps[n / 2 % COUNT(caps)];
+                if (!test_quick() || n % 5 == 0)
+                    check_stream(cfg, test_types[(t + n) % 3], 2.4, at, COUNT(at));
+            }
+}
+
+static void weighted_after_halving(void) {
+    static const size_t at[] = {272, 273, 400, 700, 1100};
+    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+        for (uint32_t seed = 0; seed < (test_quick() ? 1 : 3); seed++) {
+            bkv_config cfg =
+                config(1 + seed, 32 + 13 * seed, 40, test_types[(rule + seed) % 3], 272);
+            cfg.rule = rule;
+            cfg.seed = seed;
+            cfg.softcap = seed == 2 ? 20.0f : 0;
+            check_stream(cfg, test_types[(rule + 2 * seed) % 3], 4, at, COUNT(at));
+        }
+}
+
+/* Caches that share a stream out among them give, merged, the attention of one over all of it. */
+static void partials_merge(void) {
+    enum { N_Q = 6, DIM = 48, N = 300 };
+    for (size_t split = 1; split < N; split += 59) {
+        bkv_config cfg = config(3, DIM, DIM, BKV_F16, 336);
+        bkv_cache one = cache_new(&cfg), part[2] = {cache_new(&cfg), cache_new(&cfg)};
+        stream s = stream_of(&cfg, N, BKV_F32, 5);
+        static float want[N_Q * DIM], out[2][N_Q * DIM], max[2][N_Q], sum[2][N_Q];
+        append(&one, &s, 0, N);
+        append(&part[0], &s, 0, split);
+        append(&part[1], &s, split, N - split);
+        OK(bkv_attend(&one, s.q.view, want, 0, 1));
+        for (int i = 0; i < 2; i++)
+            OK(bkv_attend_partial(&part[i], s.q.view, out[i], max[i], sum[i], 0, 1));
+        for (size_t h = 0; h < N_Q; h++) {
+            double top = fmax((double)max[0][h], (double)max[1][h]);
+            double a = exp((double)max[0][h] - top), b = exp((double)max[1][h] - top);
+            double total = a * (double)sum[0][h] + b * (double)sum[1][h];
+            for (size_t i = h * DIM; i < (h + 1) * DIM; i++) {
+                double merged = (a * (double)out[0][i] + b * (double)out[1][i]) / total;
+                CHECKF(fabs(merged - (double)want[i]) <= 1e-5, "%.9g, not %.9g", merged,
+                       (double)want[i]);
+            }
+        }
+        stream_free(&s);
+        cache_free(&one), cache_free(&part[0]), cache_free(&part[1]);
+    }
+}
+
+/* ---- extremes -------------------------------------------------------------------------------- */
+
+enum { SAME_KEYS, VERY_NEGATIVE, LARGE, ONE_HUGE, DENORMALS, LARGEST, ZERO_VALUES, N_EXTREMES };
+
+static const char *const extreme_names[N_EXTREMES] = {
+    "same keys", "very negative", "large", "one huge", "denormals", "largest", "zero values"};
+
+/* Small whole numbers where the logits are large: their products are exact in f32. */
+static void make_extreme(const stream *s, int kind) {
+    for (size_t t = 0; t < s->k.n_tokens; t++)
+        for (size_t h = 0; h < s->k.n_heads; h++)
+            for (size_t i = 0; i < s->k.dim; i++) {
+                double k = tensor_get(&s->k, t, h, i), v = tensor_get(&s->v, t, h, i);
+                double sign = random_below(2) ? 1 : -1;
+                int tiny = s->v.view.type == BKV_F16 ? -20 : -130;
+                switch (kind) {
+                case SAME_KEYS: k = 0.5; break;
+                case VERY_NEGATIVE: k = i ? 0 : -10000.0 + random_below(4); break;
+                case LARGE: k = sign * 10000; break;
+                case ONE_HUGE: k = t == 100 ? 30000 : k; break;
+                case DENORMALS: k = ldexp(k, tiny), v = ldexp(v, tiny); break;
+                case LARGEST: k = sign * ldexp(1.9, 55), v = sign * ldexp(1.9, 55); break;
+                default: v = 0;
+                }
+                tensor_set(&s->k, t, h, i, k);
+                tensor_set(&s->v, t, h, i, v);
+            }
+    for (size_t h = 0; h < s->q.n_heads; h++)
+        for (size_t i = 0; i < s->q.dim; i++)
+            if (kind == VERY_NEGATIVE || kind == ONE_HUGE)
+                tensor_set(&s->q, 0, h, i, 1);
+            else if (kind == LARGE)
+                tensor_set(&s->q, 0, h, i, (double)random_below(7) - 3);
+            else if (kind == LARGEST)
+                tensor_set(&s->q, 0, h, i, ldexp(1.9, 55));
+}
+
+/* Logits of size L are only known to about L * 2^-22, and so is the output. */
+static void extremes(void) {
+    for (int kind = 0; kind < N_EXTREMES; kind++)
+        for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+            for (size_t t = 0; t < COUNT(test_types); t++) {
+                bkv_config cfg = config(2, 24, 24, test_types[t], 208);
+                cfg.rule = rule;
+                cfg.scale = 1;
+                if (kind == LARGEST && cfg.kv_type == BKV_F16) /* such numbers are refused there */
+                    continue;
+                bkv_cache c = cache_new(&cfg);
+                stream s = stream_of(&cfg, 600, test_types[t], 1);
+                make_extreme(&s, kind);
+                for (size_t seen = 0; seen < 600; seen += 200) {
+                    append(&c, &s, seen, 200);
+                    errors e = attend_and_compare(&c, &s);
+                    CHECKF(e.out <= BOUND + e.logit * ldexp(1, -22) || kind == LARGEST,
+                           "%s, rule %u, %s: %.3g with logits up to %.3g", extreme_names[kind],
+                           rule, type_name(cfg.kv_type), e.out, e.logit);
+                }
+                bkv_stats_info st = cache_stats(&c);
+                CHECK(isfinite(st.max_weight) && st.max_weight <= 600);
+                stream_free(&s);
+                cache_free(&c);
+            }
+}
+
+/* ---- what a larger budget buys --------------------------------------------------------------- */
+
+/* Keys and values scattered around a few centres that come and go, as topics do in a text. */
+static void make_topics(const stream *s) {
+    enum { TOPICS = 8 };
+    size_t d = s->k.dim;
+    double *centre = (double *)checked(malloc(2 * TOPICS * d * sizeof *centre));
+    for (size_t i = 0; i < 2 * TOPICS * d; i++) centre[i] = random_normal();
+    for (size_t h = 0; h < s->k.n_heads; h++)
+        for (size_t t = 0, topic = 0; t < s->k.n_tokens; t++) {
+            if (random_below(20) == 0) topic = random_below(TOPICS);
+            for (size_t i = 0; i < d; i++) {
+                const double *at = centre + 2 * topic * d + 2 * i;
+                tensor_set(&s->k, t, h, i, at[0] + 0.5 * random_normal());
+                tensor_set(&s->v, t, h, i, at[1] + 0.5 * random_normal());
+            }
+        }
+    free(centre);
+}
+
+static void larger_budgets_err_less(void) {
+    enum { SEEDS = 4, BUDGETS = 4, N = 2048, N_Q = 8, DIM = 32 };
+    static const uint32_t budgets[BUDGETS] = {208, 464, 976, N};
+    double error[BUDGETS] = {0};
+    for (uint32_t seed = 0; seed < SEEDS; seed++) {
+        static float out[BUDGETS][N_Q * DIM];
+        bkv_config cfg = config(N_Q / 2, DIM, DIM, BKV_F32, N);
+        stream s = stream_of(&cfg, N, BKV_F32, 1);
+        make_topics(&s);
+        for (int b = BUDGETS; b-- > 0;) { /* the last holds all tokens: the truth */
+            cfg = config(N_Q / 2, DIM, DIM, BKV_F32, budgets[b]);
+            cfg.rule = BKV_RULE_PAIR;
+            cfg.seed = seed;
+            bkv_cache c = cache_new(&cfg);
+            append(&c, &s, 0, N);
+            OK(bkv_attend(&c, s.q.view, out[b], 0, 1));
+            for (size_t i = 0; i < N_Q * DIM; i++)
+                error[b] += fabs((double)out[b][i] - (double)out[BUDGETS - 1][i]) / SEEDS;
+            cache_free(&c);
+        }
+        stream_free(&s);
+    }
+    for (int b = 0; b + 1 < BUDGETS; b++)
+        CHECKF(error[b] > error[b + 1], "budget %u: %g, budget %u: %g", budgets[b], error[b],
+               budgets[b + 1], error[b + 1]);
+}
+
+int main(int argc, char **argv) {
+    TEST_MAIN(T(exact_until_full), T(weighted_after_halving), T(partials_merge), T(extremes),
+              T(larger_budgets_err_less));
+}

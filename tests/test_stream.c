@@ -1,0 +1,488 @@
+/* Streams: the same tokens give the same bytes however they are fed, and the state is at any time
+   what the manual says (a small model of the pages in this file decides). */
+#include "test.h"
+#define BALANCEKV_IMPLEMENTATION
+#include "balancekv.h"
+#include <pthread.h>
+
+enum { N_KV = 3, GROUP = 2, DIM = 24, VALUE_DIM = 20, MOST_THREADS = 5 };
+
+typedef struct stream {
+    size_t n;
+    tensor k, v, q;
+} stream;
+
+static stream stream_new(size_t n, uint32_t type) {
+    stream s = {n, tensor_random(n, N_KV, DIM, type), tensor_random(n, N_KV, VALUE_DIM, type),
+                tensor_random(n, N_KV * GROUP, DIM, type)};
+    return s;
+}
+
+static void stream_free(stream *s) { tensor_free(&s->k), tensor_free(&s->v), tensor_free(&s->q); }
+
+static bkv_config config(uint32_t rule, uint32_t kv_type, uint32_t budget) {
+    bkv_config cfg = bkv_config_default(N_KV * GROUP, N_KV, DIM, budget);
+    cfg.value_dim = VALUE_DIM;
+    cfg.kv_type = kv_type;
+    cfg.rule = rule;
+    cfg.n_threads = MOST_THREADS;
+    cfg.seed = 7;
+    return cfg;
+}
+
+static void append(bkv_cache *c, const stream *s, size_t from, size_t n) {
+    OK(bkv_append(c, tensor_from(&s->k, from), tensor_from(&s->v, from), n, 0, 0, 1));
+}
+
+/* ---- ways to feed n tokens: each fills out[n][N_KV * GROUP][VALUE_DIM] or only its last row -- */
+
+enum { ROW = N_KV * GROUP * VALUE_DIM };
+
+typedef struct job {
+    bkv_cache *c;
+    const stream *s;
+    size_t from, n;
+    float *out;
+    uint32_t ith, nth;
+    bkv_result result;
+} job;
+
+static void *job_run(void *p) {
+    job *j = (job *)p;
+    j->result = bkv_prefill(j->c, tensor_from(&j->s->k, j->from), tensor_from(&j->s->v, j->from),
+                            tensor_from(&j->s->q, j->from), j->out, j->n, 0, j->ith, j->nth);
+    return 0;
+}
+
+/* The shares of a job, in threads or one after the other, last first. */
+static void in_shares(bkv_cache *c, const stream *s, size_t from, size_t n, float *out,
+                      uint32_t nth, int threads) {
+    job jobs[MOST_THREADS];
+    pthread_t ids[MOST_THREADS];
+    for (uint32_t i = nth; i-- > 0;) {
+        job j = {c, s, from, n, out, i, nth, BKV_OK};
+        jobs[i] = j;
+        if (!threads)
+            (void)job_run(&jobs[i]);
+        else if (pthread_create(&ids[i], 0, job_run, &jobs[i]))
+            (void)checked(0);
+    }
+    for (uint32_t i = 0; i < nth; i++) {
+        if (threads) (void)pthread_join(ids[i], 0);
+        OK(jobs[i].result);
+    }
+}
+
+static void feed_singly(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
+    for (size_t t = 0; t < n; t++) {
+        append(c, s, from + t, 1);
+        OK(bkv_attend(c, tensor_from(&s->q, from + t), out + t * ROW, 0, 1));
+    }
+}
+
+static void feed_chunk(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
+    append(c, s, from, n);
+    OK(bkv_attend(c, tensor_from(&s->q, from + n - 1), out + (n - 1) * ROW, 0, 1));
+}
+
+/* append() and attend() in shares of their own, more shares than KV heads among them. */
+static void feed_chunk_shared(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
+    for (uint32_t i = 0; i < 4; i++)
+        OK(bkv_append(c, tensor_from(&s->k, from), tensor_from(&s->v, from), n, 0, i, 4));
+    for (uint32_t i = 2; i-- > 0;)
+        OK(bkv_attend(c, tensor_from(&s->q, from + n - 1), out + (n - 1) * ROW, i, 2));
+}
+
+static void feed_prefill(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
+    in_shares(c, s, from, n, out, 1, 0);
+}
+
+static void feed_shares_2(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
+    in_shares(c, s, from, n, out, 2, 0);
+}
+
+static void feed_shares_3(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
+    in_shares(c, s, from, n, out, 3, 0);
+}
+
+static void feed_shares_5(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
+    in_shares(c, s, from, n, out, 5, 0);
+}
+
+static void feed_threads(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
+    in_shares(c, s, from, n, out, 2 + (uint32_t)n % 3, 1);
+}
+
+/* Takes the cache to another address, of any alignment, with only its state copied. */
+static void move(bkv_cache *c) {
+    static unsigned char *old; /* the block before: the new one cannot get its address */
+    size_t odd = random_below(64);
+    unsigned char *block = (unsigned char *)checked(malloc(c->bytes + 64));
+    memset(block, 0xEE, c->bytes + 64);
+    memmove(block, c->mem, c->state_bytes);
+    memset(c->mem, 0xEE, c->state_bytes);
+    memmove(block + odd, block, c->state_bytes);
+    bkv_cache moved;
+    OK(bkv_attach(&moved, block + odd, c->bytes, c->cfg.backend));
+    free(old);
+    old = block;
+    *c = moved;
+}
+
+static void feed_moving(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
+    feed_chunk(c, s, from, n, out);
+    move(c);
+}
+
+static const struct feeder {
+    const char *name;
+    void (*feed)(bkv_cache *c, const stream *s, size_t from, size_t n, float *out);
+    int last_row_only;
+} feeders[] = {
+    {"one by one", feed_singly, 0},
+    {"chunks", feed_chunk, 1},
+    {"chunks in shares", feed_chunk_shared, 1},
+    {"prefill", feed_prefill, 0},
+    {"2 shares", feed_shares_2, 0},
+    {"3 shares", feed_shares_3, 0},
+    {"5 shares", feed_shares_5, 0},
+    {"threads", feed_threads, 0},
+    {"moving", feed_moving, 1},
+};
+
+/* Sizes at which something could go wrong, and any other. */
+static size_t chunk_size(size_t left) {
+    static const size_t special[] = {1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300};
+    size_t n = random_below(2) ? special[random_below(COUNT(special))] : 1 + random_below(90);
+    return n < left ? n : left;
+}
+
+static void lockstep(bkv_config cfg, const stream *s) {
+    bkv_cache c[COUNT(feeders)];
+    float *out[COUNT(feeders)];
+    unsigned char *first_block[COUNT(feeders)];
+    for (size_t f = 0; f < COUNT(feeders); f++) {
+        c[f] = cache_new(&cfg);
+        first_block[f] = c[f].mem;
+        out[f] = new_floats(300 * ROW);
+    }
+    for (size_t from = 0, n; from < s->n; from += n) {
+        n = chunk_size(s->n - from);
+        for (size_t f = 0; f < COUNT(feeders); f++) {
+            size_t skip = feeders[f].last_row_only ? n - 1 : 0;
+            feeders[f].feed(&c[f], s, from, n, out[f]);
+            CHECKF(same_state(&c[0], &c[f]), "state: rule %u, %s: %s, tokens %zu to %zu", cfg.rule,
+                   type_name(cfg.kv_type), feeders[f].name, from, from + n - 1);
+            CHECKF(memcmp(out[0] + skip * ROW, out[f] + skip * ROW,
+                          (n - skip) * ROW * sizeof(float)) == 0,
+                   "output: rule %u, %s: %s, tokens %zu to %zu", cfg.rule, type_name(cfg.kv_type),
+                   feeders[f].name, from, from + n - 1);
+        }
+    }
+    CHECK(cache_stats(&c[0]).halvings >= 4 * N_KV);
+    for (size_t f = 0; f < COUNT(feeders); f++) {
+        free(first_block[f]);
+        free(out[f]);
+    }
+}
+
+static void ways_to_feed(void) {
+    size_t n = test_quick() ? 560 : 1500;
+    for (size_t t = 0; t < COUNT(test_types); t++) {
+        stream s = stream_new(n, test_types[t]);
+        for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+            if (!test_quick() || t == rule % 3)
+                lockstep(config(rule, test_types[(t + rule) % 3], 300), &s);
+        stream_free(&s);
+    }
+}
+
+/* ---- the state at any time, against a model of the manual's "The stream" --------------------- */
+
+enum { MOST_PAGES = 64, MOST_SLOTS = 2048 };
+
+typedef struct model {
+    uint32_t sinks, n_pages, window_pages, rule;
+    uint32_t level[MOST_PAGES]; /* of the pages in use, oldest first */
+    uint32_t pages, newest;     /* pages in use, tokens in the newest of them */
+    uint64_t seen, halvings;
+} model;
+
+static void model_halve(model *m) {
+    uint32_t best = 0, best_level = UINT32_MAX;
+    for (uint32_t i = 0; i + 1 < m->pages - m->window_pages; i++) {
+        uint32_t level = m->level[i] > m->level[i + 1] ? m->level[i] : m->level[i + 1];
+        if (level < best_level) best = i, best_level = level;
+    }
+    m->level[best] = best_level + (m->rule != BKV_RULE_WINDOW);
+    for (uint32_t i = best + 1; i + 1 < m->pages; i++) m->level[i] = m->level[i + 1];
+    m->pages--;
+    m->halvings++;
+}
+
+static void model_append(model *m) {
+    if (m->seen++ < m->sinks) return;
+    if (m->pages == 0 || m->newest == 64) {
+        if (m->pages == m->n_pages) model_halve(m);
+        m->level[m->pages++] = 0;
+        m->newest = 0;
+    }
+    m->newest++;
+}
+
+static uint32_t model_held(const model *m) {
+    uint32_t in_sinks = m->seen < m->sinks ? (uint32_t)m->seen : m->sinks;
+    return in_sinks + (m->pages ? (m->pages - 1) * 64 + m->newest : 0);
+}
+
+static bkv_token_info kept[MOST_SLOTS];
+
+/* All that is promised of the tokens of a head; returns the largest weight. was: 1 for every position
+   that was held at the last look or is newer. */
+static float check_head(const bkv_cache *c, const model *m, uint32_t head, unsigned char *was) {
+    bkv_stats_info s = cache_stats(c);
+    double mass = 0;
+    float heaviest = 0;
+    uint32_t n = s.tokens_held;
+    for (uint32_t i = 0; i < n; i++) {
+        bkv_token_info t = kept[i] = cache_token(c, head, i);
+        uint32_t page = i < m->sinks ? 0 : (i - m->sinks) / 64;
+        mass += (double)t.weight;
+        CHECK(i == 0 || t.position > kept[i - 1].position);
+        CHECK(t.position < m->seen && was[t.position]);
+        CHECK(t.weight >= 1 && t.weight <= s.max_weight && t.use == 0);
+        heaviest = t.weight > heaviest ? t.weight : heaviest;
+        CHECK((t.kind == BKV_KIND_SINK) == (i < m->sinks));
+        CHECK(t.kind >= BKV_KIND_SINK && t.kind <= BKV_KIND_WINDOW);
+        CHECK(t.kind == BKV_KIND_PAGE || (t.weight == 1 && t.level == 0));
+        CHECKF(t.level == (i < m->sinks ? 0 : m->level[page]),
+               "rule %u, seen %u, token %u: level %u", m->rule, (unsigned)m->seen, i, t.level);
+        CHECK(t.weight == 1 || t.level > 0);
+        CHECK(i >= m->sinks || (t.position == i && t.weight == 1));
+    }
+    for (uint32_t i = 0; i < n && i < s.window; i++) /* from the newest back */
+        CHECK(kept[n - 1 - i].position == m->seen - 1 - i && kept[n - 1 - i].weight == 1 &&
+              kept[n - 1 - i].kind != BKV_KIND_PAGE);
+    if (m->rule == BKV_RULE_WINDOW)
+        for (uint32_t i = 0; i + m->sinks < n; i++)
+            CHECK(kept[n - 1 - i].position == m->seen - 1 - i && kept[n - 1 - i].weight == 1);
+    else if (m->rule == BKV_RULE_PAIR || m->rule == BKV_RULE_STRIDE)
+        CHECK(mass == (double)m->seen);
+    else
+        CHECKF(fabs(mass - (double)m->seen) <= 1e-5 * (double)m->seen, "mass %.9g", mass);
+    memset(was, 0, (size_t)m->seen);
+    for (uint32_t i = 0; i < n; i++) was[kept[i].position] = 1;
+    return heaviest;
+}
+
+static uint32_t round_up(uint32_t x, uint32_t to) { return (x + to - 1) / to * to; }
+
+static void stream_against_model(bkv_config cfg, const stream *s) {
+    uint32_t slots = cfg.budget / 16 * 16;
+    uint32_t sinks = cfg.sinks == BKV_NONE ? 0 : round_up(cfg.sinks ? cfg.sinks : 4, 16);
+    uint32_t window = cfg.window == BKV_NONE ? 0 : round_up(cfg.window, 64);
+    model m;
+    memset(&m, 0, sizeof m);
+    m.rule = cfg.rule;
+    if (slots < sinks + window + 128) {
+        RESULT(bkv_check(&cfg), BKV_E_BUDGET);
+        return;
+    }
+    bkv_cache c = cache_new(&cfg);
+    bkv_stats_info st = cache_stats(&c);
+    m.n_pages = (slots - sinks) / 64;
+    m.sinks = slots - m.n_pages * 64;
+    m.window_pages = cfg.window ? window / 64 : st.window / 64;
+    CHECK(st.slots == slots && st.n_pages == m.n_pages && st.sinks == m.sinks);
+    CHECK(cfg.window == 0 || st.window == window);
+    CHECK(st.rule == cfg.rule && st.bytes == bkv_size(&cfg) && st.state_bytes <= st.bytes);
+    CHECK(st.tokens_seen == 0 && st.tokens_held == 0 && st.halvings == 0 && st.max_level == 0);
+
+    unsigned char *was = (unsigned char *)checked(calloc(N_KV, s->n));
+    for (size_t t = 0; t < s->n; t++) {
+        uint32_t top = 0;
+        append(&c, s, t, 1);
+        model_append(&m);
+        st = cache_stats(&c);
+        for (uint32_t i = 0; i < m.pages; i++) top = m.level[i] > top ? m.level[i] : top;
+        CHECK(st.tokens_seen == m.seen && st.tokens_held == model_held(&m));
+        CHECK(st.tokens_held <= st.slots && st.max_level == top);
+        CHECKF(st.halvings == N_KV * m.halvings, "%u halvings after %u tokens",
+               (unsigned)st.halvings, (unsigned)m.seen);
+        CHECK(m.seen > slots || (st.tokens_held == m.seen && st.max_weight == 1));
+        int look = t % 61 < 2 || t % 64 == slots % 64; /* also right after a halving */
+        float heaviest = 0;
+        for (uint32_t h = 0; h < N_KV; h++) {
+            was[h * s->n + t] = 1;
+            if (look) heaviest = fmaxf(heaviest, check_head(&c, &m, h, was + h * s->n));
+        }
+        CHECK(!look || heaviest == st.max_weight);
+    }
+    CHECK(m.halvings >= 4);
+    free(was);
+    cache_free(&c);
+}
+
+static void state_at_any_time(void) {
+    static const uint32_t sinks[] = {0, BKV_NONE, 16, 20}, window[] = {0, BKV_NONE, 64, 100, 200};
+    static const uint32_t budgets[] = {128, 143, 144, 300, 350, 511};
+    stream s = stream_new(test_quick() ? 850 : 1100, BKV_F32);
+    uint32_t n = 0;
+    for (size_t b = 0; b < COUNT(budgets); b++)
+        for (size_t i = 0; i < COUNT(sinks); i++)
+            for (size_t w = 0; w < COUNT(window); w++) {
+                bkv_config cfg = config(BKV_RULE_WALK + n++ % 5, BKV_F16, budgets[b]);
+                cfg.sinks = sinks[i];
+                cfg.window = window[w];
+                if (!test_quick() || n % 4 == 0) stream_against_model(cfg, &s);
+            }
+    stream_free(&s);
+}
+
+static void long_streams(void) {
+    stream s = stream_new(test_quick() ? 1000 : 3000, BKV_BF16);
+    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+        stream_against_model(config(rule, BKV_F32, 208), &s);
+    stream_free(&s);
+}
+
+/* ---- other promises -------------------------------------------------------------------------- */
+
+static void reset_is_init(void) {
+    stream s = stream_new(700, BKV_F32);
+    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++) {
+        bkv_config cfg = config(rule, BKV_F16, 300);
+        bkv_cache used = cache_new(&cfg), fresh = cache_new(&cfg);
+        append(&used, &s, 0, 700);
+        append(&fresh, &s, 0, 450);
+        CHECK(!same_state(&used, &fresh));
+        OK(bkv_reset(&used));
+        OK(bkv_init(&fresh, &cfg, memset(fresh.mem, 0x11, fresh.bytes), fresh.bytes));
+        CHECK(same_state(&used, &fresh));
+        append(&used, &s, 0, 700);
+        append(&fresh, &s, 0, 700);
+        CHECK(same_state(&used, &fresh));
+        cache_free(&used), cache_free(&fresh);
+    }
+    stream_free(&s);
+}
+
+/* A copy of the state is a branch: what one does is nothing to the other. */
+static void branches(void) {
+    stream s = stream_new(1000, BKV_F32), other = stream_new(1000, BKV_F32);
+    bkv_config cfg = config(BKV_RULE_WALK, BKV_F16, 300);
+    bkv_cache trunk = cache_new(&cfg), twin = cache_new(&cfg), straight = cache_new(&cfg);
+    append(&straight, &s, 0, 1000);
+    append(&trunk, &s, 0, 500);
+    memcpy(twin.mem, trunk.mem, trunk.state_bytes);
+    OK(bkv_attach(&twin, twin.mem, twin.bytes, 0));
+    append(&twin, &other, 500, 500);
+    append(&trunk, &s, 500, 500);
+    CHECK(same_state(&trunk, &straight));
+    CHECK(!same_state(&twin, &straight));
+    cache_free(&trunk), cache_free(&twin), cache_free(&straight);
+    stream_free(&s), stream_free(&other);
+}
+
+/* How many of the tokens that two heads hold are not held by both; n_seen <= 1000. */
+static unsigned differing(const bkv_cache *a, uint32_t head_a, const bkv_cache *b,
+                          uint32_t head_b) {
+    unsigned char held[1000] = {0};
+    unsigned n = 0;
+    for (uint32_t i = 0; i < cache_stats(a).tokens_held; i++)
+        held[cache_token(a, head_a, i).position] = 1;
+    for (uint32_t i = 0; i < cache_stats(b).tokens_held; i++)
+        n += !held[cache_token(b, head_b, i).position];
+    return n;
+}
+
+static void seeds(void) {
+    stream s = stream_new(1000, BKV_F32);
+    for (size_t t = 0; t < s.n; t++) /* head 1 sees what head 0 sees */
+        for (size_t i = 0; i < DIM; i++) {
+            tensor_set(&s.k, t, 1, i, tensor_get(&s.k, t, 0, i));
+            if (i < VALUE_DIM) tensor_set(&s.v, t, 1, i, tensor_get(&s.v, t, 0, i));
+        }
+    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++) {
+        bkv_config cfg = config(rule, BKV_F16, 300);
+        bkv_cache a = cache_new(&cfg), b = cache_new(&cfg);
+        cfg.seed++;
+        bkv_cache c = cache_new(&cfg);
+        append(&a, &s, 0, s.n), append(&b, &s, 0, s.n), append(&c, &s, 0, s.n);
+        CHECK(same_state(&a, &b));
+        CHECK(!same_state(&a, &c));
+        int random = rule != BKV_RULE_WINDOW;
+        CHECKF((differing(&a, 0, &c, 0) > 0) == random, "rule %u: another seed", rule);
+        CHECKF((differing(&a, 0, &a, 1) > 0) == random, "rule %u: another head", rule);
+        cache_free(&a), cache_free(&b), cache_free(&c);
+    }
+    stream_free(&s);
+}
+
+/* Positions are only carried along: with the count of tokens seen moved on, as if the stream were
+   longer than it is (beyond 2^32, too), every output stays as it was. The count is the first word
+   of a head's state, little-endian (section 8 of the header). */
+static void positions_do_not_matter(void) {
+    static const uint64_t shifts[] = {1, 1000003, 0xFFFFFFFFu - 1200, 0x123456789ABCDEFu};
+    enum { SPLIT = 500, N = 1000 };
+    stream s = stream_new(N, BKV_F32);
+    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+        for (size_t i = 0; i < COUNT(shifts); i++) {
+            bkv_config cfg = config(rule, BKV_F16, 300);
+            bkv_cache a = cache_new(&cfg), b = cache_new(&cfg);
+            append(&a, &s, 0, SPLIT), append(&b, &s, 0, SPLIT);
+            for (uint32_t h = 0; h < N_KV; h++) {
+                unsigned char *seen = b.mem + b.state_bytes - (N_KV - h) * b.head_bytes;
+                for (int byte = 0; byte < 8; byte++)
+                    seen[byte] = (unsigned char)((SPLIT + shifts[i]) >> 8 * byte);
+            }
+            CHECK(cache_stats(&b).tokens_seen == SPLIT + shifts[i]);
+            for (size_t t = SPLIT; t < N; t += 50) {
+                float out[2][ROW];
+                append(&a, &s, t, 50), append(&b, &s, t, 50);
+                OK(bkv_attend(&a, tensor_from(&s.q, t), out[0], 0, 1));
+                OK(bkv_attend(&b, tensor_from(&s.q, t), out[1], 0, 1));
+                CHECK(memcmp(out[0], out[1], sizeof out[0]) == 0);
+            }
+            for (uint32_t n = 0; n < cache_stats(&a).tokens_held; n++) {
+                bkv_token_info x = cache_token(&a, 1, n), y = cache_token(&b, 1, n);
+                uint64_t moved = x.position < SPLIT ? 0 : shifts[i];
+                CHECK(y.position == (uint32_t)(x.position + moved) && x.weight == y.weight);
+            }
+            cache_free(&a), cache_free(&b);
+        }
+    stream_free(&s);
+}
+
+/* Two caches of other shapes and types in turns: each is as if it were alone. */
+static void two_caches(void) {
+    enum { N = 600 };
+    bkv_config narrow = config(BKV_RULE_PAIR, BKV_BF16, 300), wide = narrow;
+    wide.head_dim = 96, wide.value_dim = 33, wide.kv_type = BKV_F32, wide.rule = BKV_RULE_WALK;
+    stream s = stream_new(N, BKV_F32),
+           w = {N, tensor_random(N, N_KV, 96, BKV_F16), tensor_random(N, N_KV, 33, BKV_F16),
+                tensor_random(1, N_KV * GROUP, 96, BKV_F16)};
+    bkv_cache c[4] = {cache_new(&narrow), cache_new(&wide), cache_new(&narrow), cache_new(&wide)};
+    append(&c[2], &s, 0, N);
+    append(&c[3], &w, 0, N);
+    for (size_t t = 0, n; t < N; t += n) {
+        n = chunk_size(N - t);
+        append(&c[t % 2], t % 2 ? &w : &s, t, n);
+        append(&c[!(t % 2)], t % 2 ? &s : &w, t, n);
+    }
+    for (int i = 0; i < 2; i++) {
+        float out[2][N_KV * GROUP * 33];
+        memset(out, 0, sizeof out);
+        CHECK(same_state(&c[i], &c[i + 2]));
+        OK(bkv_attend(&c[i], i ? w.q.view : s.q.view, out[0], 0, 1));
+        OK(bkv_attend(&c[i + 2], i ? w.q.view : s.q.view, out[1], 0, 1));
+        CHECK(memcmp(out[0], out[1], sizeof out[0]) == 0);
+    }
+    for (int i = 0; i < 4; i++) cache_free(&c[i]);
+    stream_free(&s), stream_free(&w);
+}
+
+int main(int argc, char **argv) {
+    TEST_MAIN(T(ways_to_feed), T(state_at_any_time), T(long_streams), T(reset_is_init), T(branches),
+              T(seeds), T(positions_do_not_matter), T(two_caches));
+}
