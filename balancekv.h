@@ -496,7 +496,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define BKVI_CC_CLANG 0
-#define BKVI_UNROLL _Pragma("GCC unroll 16")
+#define BKVI_UNROLL _Pragma("GCC unroll 32")
 #endif
 #define BKVI_INLINE inline __attribute__((always_inline, unused))
 #define BKVI_NOINLINE __attribute__((noinline))
@@ -733,8 +733,9 @@ static size_t bkvi_halving_floats(uint32_t dim, uint32_t v_dim_pad) {
 }
 
 /* keep[i] = 1 for the 64 survivors; weight [128]: the weights, then those after the halving. */
-static void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels, bkvi_block *block,
-                        uint64_t key, float *scratch, float *weight, unsigned char *keep) {
+static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels,
+                                      bkvi_block *block, uint64_t key, float *scratch,
+                                      float *weight, unsigned char *keep) {
     float *u = scratch, heaviest = 0.0f;
     double all = 0.0, kept = 0.0;
     uint32_t i, rule = c->cfg.rule;
@@ -877,8 +878,8 @@ static uint32_t bkvi_pick_pair(const bkv_cache *c, const unsigned char *pages) {
 }
 
 /* Two pages become one; the freed page is the new, empty, newest one. All pages are in use. */
-static void bkvi_halve(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head, bkvi_head *h,
-                       float *scratch) {
+static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
+                                     bkvi_head *h, float *scratch) {
     unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages, *entry;
     unsigned char keep[BKVI_BLOCK];
     float *weight = scratch;
@@ -1533,7 +1534,7 @@ typedef struct bkvi_vec {
 #define BKVI_NV(rows) 1
 #define BKVI_GRAM_ROWS 1
 #define BKVI_GRAM_VECS 1
-#define BKVI_MAX_ROWS 1
+#define BKVI_MAX_ACC 1
 #define BKVI_MAX_VECS 1
 #define BKVI_TILES /* 16 lanes are a loop already */
 #define BKVI_VPIN(v) ((void)0)
@@ -1610,15 +1611,15 @@ static void bkvi_v(transpose)(float *m) {
 
 #else /* vector registers */
 #define BKVI_TILES BKVI_UNROLL
-#define BKVI_MAX_ROWS 8
+#define BKVI_MAX_ACC 24 /* 8 x 3 in the kernel matrix, 4 x 4 in attend */
 #define BKVI_MAX_VECS 4
 #define BKVI_VCALL BKVI_VFN
 
 #if BKVI_PASS == BALANCEKV_SIMD_AVX2
 #define BKVI_TILE 4
 #define BKVI_NV(rows) ((rows) == 1 ? 4 : (rows) == 2 ? 2 : 1)
-#define BKVI_GRAM_ROWS 2
-#define BKVI_GRAM_VECS 3
+#define BKVI_GRAM_ROWS 4
+#define BKVI_GRAM_VECS 1
 typedef __m256 BKVI_FN(bkvi_reg);
 #define BKVI_2(statement) statement
 #define BKVI_4(statements)
@@ -1985,12 +1986,13 @@ BKVI_VFN void BKVI_FN(bkvi_tile_fma)(const int type, const int rows, const int v
                                      const float *c, size_t c_row, size_t c_step, const int fresh,
                                      float *acc_mem, size_t acc_row, const unsigned char *ahead) {
     const size_t es = type == BKV_F32 ? 4 : 2;
-    bkvi_vec acc[BKVI_MAX_ROWS][BKVI_MAX_VECS];
+    bkvi_vec acc[BKVI_MAX_ACC];
     uint32_t i;
-    int r, v;
-    BKVI_TILES for (r = 0; r < rows; r++) BKVI_TILES for (v = 0; v < vecs; v++) acc[r][v] =
-        fresh ? bkvi_v(set)(0.0f)
-              : bkvi_v(load)(acc_mem + (size_t)r * acc_row + (size_t)v * BKVI_LANES);
+    int t, v; /* accumulator t: row t / vecs, vector t % vecs */
+    BKVI_TILES for (t = 0; t < rows * vecs; t++) {
+        float *from = acc_mem + (size_t)(t / vecs) * acc_row + (size_t)(t % vecs) * BKVI_LANES;
+        acc[t] = fresh ? bkvi_v(set)(0.0f) : bkvi_v(load)(from);
+    }
     for (i = 0; i < n; i++, x += step * es, c += c_step) {
         bkvi_vec a[BKVI_MAX_VECS];
         BKVI_TILES for (v = 0; v < vecs; v++) {
@@ -2002,13 +2004,11 @@ BKVI_VFN void BKVI_FN(bkvi_tile_fma)(const int type, const int rows, const int v
                 __builtin_prefetch(ahead + 64 * v);
             ahead += (size_t)vecs * BKVI_LANES * es;
         }
-        BKVI_TILES for (r = 0; r < rows; r++) {
-            bkvi_vec s = bkvi_v(set)(c[(size_t)r * c_row]);
-            BKVI_TILES for (v = 0; v < vecs; v++) acc[r][v] = bkvi_v(fma)(s, a[v], acc[r][v]);
-        }
+        BKVI_TILES for (t = 0; t < rows * vecs; t++) acc[t] =
+            bkvi_v(fma)(bkvi_v(set)(c[(size_t)(t / vecs) * c_row]), a[t % vecs], acc[t]);
     }
-    BKVI_TILES for (r = 0; r < rows; r++) BKVI_TILES for (v = 0; v < vecs; v++)
-        bkvi_v(store)(acc_mem + (size_t)r * acc_row + (size_t)v * BKVI_LANES, acc[r][v]);
+    BKVI_TILES for (t = 0; t < rows * vecs; t++) bkvi_v(store)(
+        acc_mem + (size_t)(t / vecs) * acc_row + (size_t)(t % vecs) * BKVI_LANES, acc[t]);
 }
 
 /* ---- kernel matrix ---- */
@@ -2079,19 +2079,14 @@ BKVI_VCALL bkvi_vec bkvi_v(times_values)(bkvi_vec product, float row, const floa
     return bkvi_v(mul)(bkvi_v(mul)(x, bkvi_v(load)(col)), bkvi_v(load)(keys));
 }
 
-/* Rows i .. i+BKVI_GRAM_ROWS-1 of `vecs` panels from `first` on, of the products of the packed
-   vectors; keys: 2^(product * a - b), values: times (product + c) * w_i * w_j * a. */
-BKVI_VFN void BKVI_FN(bkvi_gram_tile)(const int values, const int vecs, const bkvi_block *block,
-                                      uint32_t dim, uint32_t i, uint32_t first, float a, float b) {
-    const size_t panel = (size_t)dim * BKVI_LANES;
-    const unsigned char *col = (const unsigned char *)(block->panels + first * panel);
+/* Products of a tile become entries of the kernel. Inlined, gcc would keep the constants of 2^x in
+   registers during the products, and spill. */
+static BKVI_NOINLINE void BKVI_FN(bkvi_gram_entries)(const bkvi_block *block, int values,
+                                                     uint32_t i, uint32_t first, uint32_t vecs,
+                                                     float a, float b) {
     uint32_t n, j;
-    BKVI_FN(bkvi_tile_fma)
-    (BKV_F32, BKVI_GRAM_ROWS, vecs, col, BKVI_LANES, panel, dim,
-     block->panels + i / BKVI_LANES * panel + i % BKVI_LANES, 1, BKVI_LANES, 1, block->tile,
-     BKVI_PAGE, NULL);
     for (n = 0; n < BKVI_GRAM_ROWS; n++)
-        for (j = 0; j < (uint32_t)vecs * BKVI_LANES; j += BKVI_LANES) {
+        for (j = 0; j < vecs * BKVI_LANES; j += BKVI_LANES) {
             float *to = block->matrix + (size_t)(i + n) * BKVI_BLOCK + first * BKVI_LANES + j;
             bkvi_vec x = bkvi_v(load)(block->tile + n * BKVI_PAGE + j);
             x = values ? bkvi_v(times_values)(x, block->weight[i + n] * a,
@@ -2101,22 +2096,31 @@ BKVI_VFN void BKVI_FN(bkvi_gram_tile)(const int values, const int vecs, const bk
         }
 }
 
-/* The upper triangle: columns in groups of BKVI_GRAM_VECS panels, rows down to the diagonal. */
-BKVI_VFN void BKVI_FN(bkvi_gram_all)(const int values, const bkvi_block *block, uint32_t dim,
-                                     float a, float b) {
-    uint32_t group, end, i, first;
+/* The upper triangle, in tiles of BKVI_GRAM_ROWS rows and `vecs` panels: columns in groups of
+   BKVI_GRAM_VECS panels, rows down to the diagonal. Keys: 2^(product * a - b); values: times
+   (product + constant) * w_i * w_j * a. */
+static BKVI_NOINLINE void BKVI_FN(bkvi_gram_all)(int values, const bkvi_block *block, uint32_t dim,
+                                                 float a, float b) {
+    const size_t panel = (size_t)dim * BKVI_LANES;
+    uint32_t group, end, i;
     for (group = 0; group < 8; group = end) {
         end = bkvi_min(group + BKVI_GRAM_VECS, 8);
         for (i = 0; i < end * BKVI_LANES; i += BKVI_GRAM_ROWS) {
-            first = bkvi_max(group, i / BKVI_LANES);
-#if BKVI_GRAM_VECS == 3
-            if (end - first == 3)
-                BKVI_FN(bkvi_gram_tile)(values, 3, block, dim, i, first, a, b);
-            else if (end - first == 2)
-                BKVI_FN(bkvi_gram_tile)(values, 2, block, dim, i, first, a, b);
+            uint32_t first = bkvi_max(group, i / BKVI_LANES), vecs = end - first;
+            const float *row = block->panels + i / BKVI_LANES * panel + i % BKVI_LANES;
+            const float *col = block->panels + first * panel;
+#define BKVI_PRODUCTS(n)                                                                           \
+    BKVI_FN(bkvi_tile_fma)                                                                         \
+    (BKV_F32, BKVI_GRAM_ROWS, n, (const unsigned char *)col, BKVI_LANES, panel, dim, row, 1,       \
+     BKVI_LANES, 1, block->tile, BKVI_PAGE, NULL)
+            if (BKVI_GRAM_VECS >= 3 && vecs == 3)
+                BKVI_PRODUCTS(BKVI_GRAM_VECS);
+            else if (BKVI_GRAM_VECS >= 2 && vecs == 2)
+                BKVI_PRODUCTS(BKVI_GRAM_VECS >= 2 ? 2 : 1);
             else
-#endif
-                BKVI_FN(bkvi_gram_tile)(values, 1, block, dim, i, first, a, b);
+                BKVI_PRODUCTS(1);
+#undef BKVI_PRODUCTS
+            BKVI_FN(bkvi_gram_entries)(block, values, i, first, vecs, a, b);
         }
     }
 }
@@ -2414,7 +2418,7 @@ static bkvi_kernels BKVI_FN(bkvi_kernels)(void) {
 #undef BKVI_GRAM_ROWS
 #undef BKVI_GRAM_VECS
 #undef BKVI_TILES
-#undef BKVI_MAX_ROWS
+#undef BKVI_MAX_ACC
 #undef BKVI_MAX_VECS
 #undef BKVI_VPIN
 #undef BKVI_VCALL
