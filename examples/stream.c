@@ -29,12 +29,12 @@ static const char help[] =
     "usage: stream [TRACE_DIR] [options]\n"
     "Streams q.npy [n, n_q_heads, d], k.npy [n, n_kv_heads, d] and v.npy [n, n_kv_heads, dv]\n"
     "(f16 or f32) of TRACE_DIR (default: examples/trace) through caches of fixed size.\n"
-    "  --budget B[,B...]  slots per KV head (default 256,512,1024)\n"
+    "  --budget B[,B...]  slots per KV head (default 512,1024,2048)\n"
     "  --rule NAME        default, walk, pair, uniform, stride or window\n"
     "  --type NAME        storage: f16 (default), f32 or bf16\n"
     "  --seed S           of the halvings (default 1)\n"
     "  --backend NAME     auto (default), scalar, avx2, avx512 or neon\n"
-    "  --svg FILE         the picture (default survivors.svg): KV head 0, the middle budget\n"
+    "  --svg FILE         the picture (default survivors.svg): KV head 0, the first budget\n"
     "  --csv FILE         the table again, for programs\n"
     "  --help             this text\n"
     "Of an option given twice the last one counts. Exit code 2: wrong options or input.\n";
@@ -93,7 +93,7 @@ static uint32_t parse_name(const char *text, const char *const *names, uint32_t 
 }
 
 static options parse_options(int argc, char **argv) {
-    options o = {"examples/trace", "survivors.svg", NULL, {256, 512, 1024}, 3, 0, 0, 0, 1};
+    options o = {"examples/trace", "survivors.svg", NULL, {512, 1024, 2048}, 3, 0, 0, 0, 1};
     for (int i = 1; i < argc; i++) {
         const char *option = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(option, "--help")) {
@@ -607,7 +607,7 @@ static run make_run(const options *o, const npy_trace *t, const char *method, ui
 
 int main(int argc, char **argv) {
     run runs[2 * MAX_BUDGETS + 1];
-    const run *middle, *full;
+    const run *shown, *full;
     char err[NPY_ERROR];
     size_t n_runs = 0;
     picture *pic;
@@ -630,7 +630,7 @@ int main(int argc, char **argv) {
     }
     /* Room for every token: whole rows of 16, and not less than the smallest cache. */
     runs[n_runs++] = make_run(&o, &t, "full", ((uint32_t)t.n + 15) / 16 * 16, BKV_RULE_DEFAULT);
-    middle = &runs[o.n_budgets / 2 * 2];
+    shown = &runs[0]; /* the first budget: in the growth table and in the picture */
     full = &runs[n_runs - 1];
 
     printf("trace     %s: %zu tokens\n"
@@ -640,18 +640,18 @@ int main(int argc, char **argv) {
     e = make_exact(&t);
     pic = (picture *)get_memory(sizeof *pic);
     for (size_t i = 0; i < n_runs; i++)
-        stream_trace(&runs[i], &t, &e, &runs[i] == middle ? pic : NULL);
+        stream_trace(&runs[i], &t, &e, &runs[i] == shown ? pic : NULL);
 
     printf("cache     rule %s, %s storage, backend %s, seed %" PRIu64 ", balancekv.h %s\n",
-           rule_names[middle->stats.rule], type_names[middle->cfg.kv_type],
-           bkv_backend_name(middle->stats.backend), o.seed, bkv_version());
+           rule_names[shown->stats.rule], type_names[shown->cfg.kv_type],
+           bkv_backend_name(shown->stats.backend), o.seed, bkv_version());
     printf("error     |out - exact| / |exact|, exact softmax in double, mean and 95th percentile\n"
            "          of %zu outputs: one position in %zu of the second half, all heads\n",
            e.n * t.n_q_heads, e.step);
     print_table(runs, n_runs, &t);
-    print_growth(middle, full, &t);
-    print_words(runs, o.n_budgets, middle, full, &t);
-    draw_picture(o.svg, pic, &middle->cfg, &middle->stats, t.n);
+    print_growth(shown, full, &t);
+    print_words(runs, o.n_budgets, shown, full, &t);
+    draw_picture(o.svg, pic, &shown->cfg, &shown->stats, t.n);
     printf("\npicture   %s\n", o.svg);
     if (o.csv) {
         write_csv(o.csv, runs, n_runs, &t);
