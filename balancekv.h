@@ -95,7 +95,7 @@
 
    Memory. bkv_size() bytes, of which all but n_threads * scratch are state. The state holds no
      pointer: it may be copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is
-     fastest. Frames stay below 1 KiB. The library calls memcpy, memset, memmove and nothing else.
+     fastest. Frames stay below 1 KiB. The library calls mem{cpy,set,move,cmp} and nothing else.
 
    Threads. No thread inside, no global mutable state. A call with (ith, nth) does its share of the
      KV heads; all nth calls must be made, with equal arguments, on any threads, before the next
@@ -135,6 +135,7 @@
                               BKV_E_KV_TYPE.  Values: BALANCEKV_F32, _F16, _BF16.  Default: any.
    BALANCEKV_HEADER_NAME      Affects: how the file includes itself (DISPATCH 1). Set it if you
                               rename the file.  Default: "balancekv.h".
+   BALANCEKV_EMULATED         Affects: takes AVX-512 for present, as tests/simde provides it.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
 
    No switch changes a public type, so files compiled with different switches can be linked.
@@ -255,7 +256,7 @@ typedef struct bkv_config {
     uint32_t n_threads;  /* most threads that share one call, 1..1024; 0: 1 */
     float gamma;         /* strength of BKV_RULE_WALK, 1e-6..1e6; 0: BKV_GAMMA_DEFAULT */
     float temp;          /* temperature of the kernel of §1, a factor on its logits; 0: 1 */
-    float scale;         /* factor on <q, k>, up to 8, as is scale * temp; 0: 1/sqrt(head_dim) */
+    float scale;         /* factor on <q, k>, 1e-6..8, as is scale * temp; 0: 1/sqrt(head_dim) */
     float softcap;       /* logit softcap as in Gemma 2, 1..100; 0: none */
     uint32_t reserved;   /* 0 */
     uint64_t seed;       /* of the halvings; give each layer its own */
@@ -348,7 +349,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv
                                                  uint32_t nth);
 
 /* Attention of one position. q: [n_q_heads][head_dim] (its token_stride is not used); query head h
-   reads KV head h / group. out: f32 [n_q_heads][value_dim], must not overlap the cache.
+   reads KV head h / group. out: f32 [n_q_heads][value_dim], must overlap neither cache nor q.
    Returns BKV_E_NULL, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE, _EMPTY.
    Cost: proportional to the slots in use. Threads: heads split by (ith, nth). */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_attend(bkv_cache *c, bkv_tensor q, float *out,
@@ -408,12 +409,15 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #if defined(__FAST_MATH__) && !defined(BALANCEKV_ALLOW_FAST_MATH)
 #error "balancekv.h: -ffast-math breaks the arithmetic contract; see BALANCEKV_ALLOW_FAST_MATH"
 #endif
+#if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0
+#error "balancekv.h: floats have excess precision here; on 32-bit x86 use -msse2 -mfpmath=sse"
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #define BKVI_ARCH_X86 1
 #else
 #define BKVI_ARCH_X86 0
 #endif
-#if defined(__aarch64__)
+#if defined(__aarch64__) && !defined(__AARCH64EB__)
 #define BKVI_ARCH_ARM64 1
 #else
 #define BKVI_ARCH_ARM64 0
@@ -421,7 +425,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #ifndef BALANCEKV_SIMD
 #define BALANCEKV_SIMD BALANCEKV_SIMD_AUTO
 #endif
-#if BALANCEKV_SIMD < BALANCEKV_SIMD_AUTO || BALANCEKV_SIMD > BALANCEKV_SIMD_NEON
+#if (BALANCEKV_SIMD + 0) < BALANCEKV_SIMD_AUTO || (BALANCEKV_SIMD + 0) > BALANCEKV_SIMD_NEON
 #error "balancekv.h: BALANCEKV_SIMD must be BALANCEKV_SIMD_AUTO, _SCALAR, _AVX2, _AVX512 or _NEON"
 #endif
 #if (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2 || BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512) &&          \
@@ -434,11 +438,11 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #ifndef BALANCEKV_DISPATCH
 #define BALANCEKV_DISPATCH BKVI_ARCH_X86
 #endif
-#if BALANCEKV_DISPATCH != 0 && BALANCEKV_DISPATCH != 1
+#if (BALANCEKV_DISPATCH - 0) != 0 && (BALANCEKV_DISPATCH - 0) != 1
 #error "balancekv.h: BALANCEKV_DISPATCH must be 0 or 1"
 #endif
 #ifdef BALANCEKV_HEAD_DIM
-#if BALANCEKV_HEAD_DIM < 1 || BALANCEKV_HEAD_DIM > 512
+#if (BALANCEKV_HEAD_DIM + 0) < 1 || (BALANCEKV_HEAD_DIM + 0) > 512
 #error "balancekv.h: BALANCEKV_HEAD_DIM must be 1..512"
 #endif
 #define BKVI_DIM(x) ((uint32_t)(BALANCEKV_HEAD_DIM) + 0u * (x)) /* a constant, and x is used */
@@ -446,7 +450,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_DIM(x) (x)
 #endif
 #ifdef BALANCEKV_KV_TYPE
-#if BALANCEKV_KV_TYPE < BALANCEKV_F32 || BALANCEKV_KV_TYPE > BALANCEKV_BF16
+#if (BALANCEKV_KV_TYPE + 0) < BALANCEKV_F32 || (BALANCEKV_KV_TYPE + 0) > BALANCEKV_BF16
 #error "balancekv.h: BALANCEKV_KV_TYPE must be BALANCEKV_F32, BALANCEKV_F16 or BALANCEKV_BF16"
 #endif
 #define BKVI_TYPE(t) ((uint32_t)(BALANCEKV_KV_TYPE) + 0u * (t))
@@ -521,6 +525,7 @@ enum {
     BKVI_TILE_MAX = 4,       /* rows that share a register tile, at most */
     BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
     BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
+    BKVI_COUNTER_BYTES = 28, /* of bkvi_head in the state */
     BKVI_MAGIC = 0x4B564B42, /* "BKVK" */
     BKVI_STATE_VERSION = 1
 };
@@ -1063,8 +1068,8 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (r->temp == 0.0f) r->temp = 1.0f;
     if (r->scale == 0.0f) r->scale = bkvi_default_scale(r->head_dim);
     /* Written so that NaN fails. The bounds keep every logit below 2^127 for inputs below 2^56. */
-    if (!(r->gamma >= 1e-6f && r->gamma <= 1e6f) || !(r->temp > 0.0f) || !(r->scale > 0.0f) ||
-        !(r->scale <= 8.0f) || !(r->temp <= 8.0f / r->scale) ||
+    if (!(r->gamma >= 1e-6f && r->gamma <= 1e6f) || !(r->temp >= 1e-6f && r->temp <= 1e6f) ||
+        !(r->scale >= 1e-6f && r->scale <= 8.0f) || !(r->scale * r->temp <= 8.0f) ||
         !(r->softcap == 0.0f || (r->softcap >= 1.0f && r->softcap <= 100.0f)) || r->reserved)
         return BKV_E_PARAM;
     if (!r->n_threads) r->n_threads = 1;
@@ -1135,7 +1140,8 @@ static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
     uint32_t i, base, n_bits = 8 * sizeof taken;
     if (h.sinks > c->sink_slots || h.used > c->n_pages || h.fill > BKVI_PAGE) return 0;
     if (h.used ? h.fill == 0 || h.sinks != c->sink_slots : h.fill != 0) return 0;
-    if (h.seen != bkvi_held(&h) + BKVI_PAGE * h.halvings) return 0;
+    if (h.seen != bkvi_held(&h) + BKVI_PAGE * h.halvings || (h.halvings && h.used < c->n_pages))
+        return 0;
     for (base = 0; base < h.used; base += n_bits) {
         memset(taken, 0, sizeof taken);
         for (i = 0; i < h.used; i++) {
@@ -1169,7 +1175,6 @@ BALANCEKV_API bkv_result bkv_check(const bkv_config *cfg) {
     bkv_cache c;
     return cfg ? bkvi_plan(cfg, &c) : BKV_E_NULL;
 }
-
 BALANCEKV_API size_t bkv_size(const bkv_config *cfg) {
     bkv_cache c;
     return cfg && bkvi_plan(cfg, &c) == BKV_OK ? c.bytes : 0;
@@ -1205,7 +1210,9 @@ BALANCEKV_API bkv_result bkv_attach(bkv_cache *c, void *mem, size_t mem_bytes, u
     if (mem_bytes < made.bytes) return BKV_E_MEMORY;
     made.mem = (unsigned char *)mem;
     for (head = 0; head < made.cfg.n_kv_heads; head++)
-        if (!bkvi_head_sound(&made, head)) return BKV_E_STATE;
+        if (!bkvi_head_sound(&made, head) ||
+            memcmp(bkvi_head_mem(&made, head), bkvi_head_mem(&made, 0), BKVI_COUNTER_BYTES))
+            return BKV_E_STATE; /* all heads have seen the same tokens */
     *c = made;
     return BKV_OK;
 }
@@ -1325,7 +1332,6 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor
     }
     return BKV_OK;
 }
-
 BALANCEKV_API bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v, size_t n_tokens,
                                     uint32_t flags, uint32_t ith, uint32_t nth) {
     return bkvi_feed(c, k, v, NULL, NULL, n_tokens, flags, ith, nth);
@@ -1349,17 +1355,14 @@ static bkv_result bkvi_attend_one(bkv_cache *c, bkv_tensor q, float *out, float 
     }
     return BKV_OK;
 }
-
 BALANCEKV_API bkv_result bkv_attend(bkv_cache *c, bkv_tensor q, float *out, uint32_t ith,
                                     uint32_t nth) {
     return bkvi_attend_one(c, q, out, NULL, NULL, ith, nth);
 }
-
 BALANCEKV_API bkv_result bkv_attend_partial(bkv_cache *c, bkv_tensor q, float *out, float *max,
                                             float *sum, uint32_t ith, uint32_t nth) {
     return max && sum ? bkvi_attend_one(c, q, out, max, sum, ith, nth) : BKV_E_NULL;
 }
-
 BALANCEKV_API bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor q,
                                      float *out, size_t n_tokens, uint32_t flags, uint32_t ith,
                                      uint32_t nth) {
@@ -1430,11 +1433,8 @@ BALANCEKV_API const char *bkv_result_string(bkv_result r) {
     default: return "unknown result";
     }
 }
-
 BALANCEKV_API const char *bkv_version(void) { return BKV_VERSION; }
-
 BALANCEKV_API uint32_t bkv_backends(void) { return bkvi_backends(); }
-
 BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
     switch (backend) {
     case BKV_BACKEND_AUTO: return "auto";
@@ -1976,7 +1976,6 @@ BKVI_VCALL bkvi_vec bkvi_v(exp2)(bkvi_vec t) {
 }
 
 /* ---- register tile ---- */
-
 /* The one register tile: acc[r][v] += sum over i of coefficient (r, i) * vector (i, v),
    for `rows` rows of `vecs` vectors. x: (i, v) at i * step + v * apart, in elements of the cache;
    c: coefficient at r * c_row + i * c_step; acc: rows `acc_row` floats apart, set to 0 if `fresh`.
@@ -2012,7 +2011,6 @@ BKVI_VFN void BKVI_FN(bkvi_tile_fma)(const int type, const int rows, const int v
 }
 
 /* ---- kernel matrix ---- */
-
 /* The block's keys minus their mean, as f32 panels [8][dim][16], and their squared norms. */
 static BKVI_NOINLINE void BKVI_FN(bkvi_pack_keys)(const bkv_cache *c, const bkvi_block *block) {
     const int type = (int)BKVI_TYPE(c->cfg.kv_type);
@@ -2136,7 +2134,6 @@ static void BKVI_FN(bkvi_gram)(const bkv_cache *c, const bkvi_block *block) {
     BKVI_FN(bkvi_gram_all)(1, block, c->v_dim_pad, 1.0f / largest, 0.0f);
 }
 /* ---- signed sums ---- */
-
 /* f += s * row i, for the columns that come after i. */
 BKVI_VCALL void BKVI_FN(bkvi_add_row)(float *f, const float *matrix, uint32_t i, float s) {
     bkvi_vec sv = bkvi_v(set)(s);
@@ -2178,7 +2175,6 @@ static void BKVI_FN(bkvi_pair)(const float *matrix, const float *weight, const f
 }
 
 /* ---- attend ---- */
-
 #define BKVI_MASKED (-3e38f) /* the score of a slot that a row does not see */
 #define BKVI_LOWEST (-1e38f) /* below every score, above BKVI_MASKED */
 
@@ -2370,10 +2366,10 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
             float *to = run->out + (token * c->cfg.n_q_heads + head) * v_dim;
             bkvi_vec factor = bkvi_v(set)(run->max ? 1.0f : 1.0f / sum);
             if (run->max) {
-                run->max[head] = max[r] * BKVI_LN2;
+                run->max[head] = max[r] == 0.0f ? 0.0f : max[r] * BKVI_LN2; /* never -0 */
                 run->sum[head] = sum;
             }
-            for (i = 0; i < v_dim; i += BKVI_LANES) { /* + 0 turns -0 into 0 */
+            for (i = 0; i < v_dim; i += BKVI_LANES) { /* + 0: -0 gives 0 */
                 bkvi_vec x = bkvi_v(load)(out + (size_t)r * v_dim_pad + i);
                 bkvi_v(store)(part, bkvi_v(fma)(x, factor, bkvi_v(set)(0.0f)));
                 memcpy(to + i, part, bkvi_min(BKVI_LANES, (uint32_t)v_dim - i) * sizeof *to);
@@ -2464,6 +2460,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 }
 
 /* No macro of ours survives the #include. */
+#undef BKVI_PASS
 #undef BKVI_ARCH_X86
 #undef BKVI_ARCH_ARM64
 #undef BKVI_CC_CLANG

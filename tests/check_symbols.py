@@ -16,7 +16,7 @@ from bad_config import (IMPLEMENTATION, STATIC, USER, WARNINGS, Tally, backend_f
 FRAME = 1024
 # All that the library may call; the rest is put in by compilers of position-independent code and
 # of hardened distributions.
-CALLS = {"memcpy", "memset", "memmove", "__memcpy_chk", "__memset_chk", "__memmove_chk",
+CALLS = {"memcpy", "memset", "memmove", "memcmp", "__memcpy_chk", "__memset_chk", "__memmove_chk",
          "__stack_chk_fail", "_GLOBAL_OFFSET_TABLE_"}
 CONFIGURATIONS = [("default", [])] + [
     ("one backend: " + flags[0].rpartition("_")[2], flags + ["-DBALANCEKV_DISPATCH=0"])
@@ -97,7 +97,7 @@ def macros_left(compiler, flags):
 
 
 def check_macros(tally, compiler):
-    for flags in ([], IMPLEMENTATION, STATIC):
+    for flags in ([], IMPLEMENTATION, STATIC, IMPLEMENTATION + ["-DBALANCEKV_DISPATCH=0"]):
         left = macros_left(compiler, flags)
         where = "%s %s" % (compiler, " ".join(flags))
         tally.check("BKV_VERSION_MAJOR" in left, where + ": no macros found?")
@@ -115,6 +115,7 @@ PROGRAMS = [  # name, then the flags of each source
     ("a pinned copy beside the full one", ("link_a.c", []), ("link_b.c", PINNED)),
     ("a scalar copy beside the full one", ("link_a.c", []), ("link_b.c", SCALAR)),
     ("included five times", ("include_order.c", ["-std=c99"])),
+    ("included five times, in place", ("include_order.c", ["-DBALANCEKV_DISPATCH=0"])),
     ("C++11", ("include_cpp.cc", ["-std=c++11"])),
     ("C++20", ("include_cpp.cc", ["-std=c++20"])),
 ]

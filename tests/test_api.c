@@ -183,6 +183,8 @@ static void configs(void) {
     }
     REFUSE(scale, 8.5f, BKV_E_PARAM);
     REFUSE(temp, 8.5f * sqrtf(DIM), BKV_E_PARAM); /* the default scale is 1 / sqrt(DIM) */
+    REFUSE(scale, 1e-39f, BKV_E_PARAM);
+    REFUSE(temp, 1e-39f, BKV_E_PARAM);
     REFUSE(softcap, 0.5f, BKV_E_PARAM);
     REFUSE(softcap, 100.5f, BKV_E_PARAM);
     REFUSE(reserved, 1, BKV_E_PARAM);
@@ -227,6 +229,12 @@ static void budgets(void) {
         refuse_config(&huge, BKV_E_SIZE);
     else
         CHECK((uint64_t)bkv_size(&huge) > 1ull << 48);
+}
+
+/* 1 / sqrt(dim) to nearest for every dim: it is computed without libm. */
+static void default_scales(void) {
+    for (uint32_t dim = 1; dim <= 512; dim++)
+        CHECK(bkv_config_default(1, 1, dim, 512).scale == (float)(1.0 / sqrt((double)dim)));
 }
 
 /* A zeroed config with the four fields, and bkv_config_default(), make the same cache. */
@@ -598,6 +606,18 @@ static void attach_foreign_bytes(void) {
     fixture_free(&f);
 }
 
+/* Heads that did not see the same tokens: one is empty, or behind. */
+static void attach_uneven_heads(void) {
+    fixture f = fixture_new(BKV_F16, BKV_F32, 400);
+    unsigned char *block = (unsigned char *)checked(malloc(f.c.bytes));
+    unsigned char *last = block + f.c.state_bytes - f.c.head_bytes;
+    memcpy(block, f.c.mem, f.c.state_bytes);
+    memset(last, 0, f.c.off_pages);
+    FAILS(bkv_attach(&f.c, block, f.c.bytes, 0), BKV_E_STATE);
+    free(block);
+    fixture_free(&f);
+}
+
 /* Flips every bit of the header and of every head's counters and page table. The attempt either
    fails and changes nothing, or gives a cache that works without harm: it was another config. */
 static void attach_damaged_bytes(void) {
@@ -661,8 +681,8 @@ static void names(void) {
 }
 
 int main(int argc, char **argv) {
-    TEST_MAIN(T(configs), T(budgets), T(defaults), T(null_pointers), T(counts_flags_threads),
-              T(tensors), T(indices), T(bad_values), T(largest_values), T(any_alignment),
-              T(no_allocation), T(memory_too_small), T(attach_backends), T(attach_foreign_bytes),
-              T(attach_damaged_bytes), T(names));
+    TEST_MAIN(T(configs), T(budgets), T(defaults), T(default_scales), T(null_pointers),
+              T(counts_flags_threads), T(tensors), T(indices), T(bad_values), T(largest_values),
+              T(any_alignment), T(no_allocation), T(memory_too_small), T(attach_backends),
+              T(attach_foreign_bytes), T(attach_damaged_bytes), T(attach_uneven_heads), T(names));
 }

@@ -125,6 +125,28 @@ static void backends_agree(void) {
         CHECKF(all[i]->seen == (1u << all[i]->n_values) - 1, "axis %zu: only %x", i, all[i]->seen);
 }
 
+/* Logits that are zeros of both signs: which of them is the maximum must not show. */
+static void zeros_of_both_signs(void) {
+    static const float key[20] = {0, 1e-30f, 0, 0, 1e-30f, -0.0f, 0, -1e-30f, 0, 1e-30f};
+    uint32_t first = 0;
+    float expected[3] = {0, 0, 0};
+    bkv_config cfg = bkv_config_default(1, 1, 1, 208);
+    cfg.kv_type = BKV_F32;
+    for (uint32_t b = BKV_BACKEND_SCALAR; b <= BKV_BACKEND_NEON; b++)
+        for (uint32_t n = 1; n <= COUNT(key) && bkv_backends() >> b & 1; n++) {
+            const float q = -1e-30f;
+            float got[3];
+            cfg.backend = b;
+            bkv_cache c = cache_new(&cfg);
+            OK(bkv_append(&c, bkv_dense(key, BKV_F32), bkv_dense(key, BKV_F32), n, 0, 0, 1));
+            OK(bkv_attend_partial(&c, bkv_dense(&q, BKV_F32), got, got + 1, got + 2, 0, 1));
+            CHECK(got[1] == 0 && !signbit(got[1]));
+            if (n == COUNT(key) && !first) memcpy(expected, got, sizeof got), first = b;
+            if (n == COUNT(key)) CHECK(memcmp(expected, got, sizeof got) == 0);
+            cache_free(&c);
+        }
+}
+
 /* BKV_EXPECT=scalar,avx2: these must have run, so that no machine skips one in silence. */
 static void expected_backends_ran(void) {
     const char *want = getenv("BKV_EXPECT");
@@ -145,4 +167,6 @@ static void expected_backends_ran(void) {
     }
 }
 
-int main(int argc, char **argv) { TEST_MAIN(T(backends_agree), T(expected_backends_ran)); }
+int main(int argc, char **argv) {
+    TEST_MAIN(T(backends_agree), T(zeros_of_both_signs), T(expected_backends_ran));
+}
