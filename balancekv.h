@@ -107,8 +107,8 @@
 
    Arithmetic. Same input bytes + same config => same output bytes and same state bytes on every
      backend, compiler and optimisation level, for any nth and any chunking of the same tokens:
-     16 float lanes, one correctly rounded fused multiply-add, one reduction tree, own 2^x
-     (< 1 ulp on [-0.5, 0.5]). Not under -ffast-math, nor on a thread that flushes denormals.
+     16 float lanes, one correctly rounded fused multiply-add, one reduction tree, own 2^x (within
+     1 ulp, tests/test_attend.c). Not under -ffast-math, nor on a thread that flushes denormals.
      While exact, |out - softmax attention in double| <= 2e-5 * max |v| (tests/test_attend.c) for
      f32 storage and logits within +-30.
    ---------------------------------------------------------------------------------------------- */
@@ -311,11 +311,15 @@ typedef struct bkv_stats_info {
     size_t state_bytes;   /* the first bytes of the block: all that must be copied or saved */
 } bkv_stats_info;
 
+/* Of every function below, unless it says otherwise: constant cost; any thread may call it, but no
+   two at a time on one cache, except as shares (ith, nth) of one operation; pointers are the
+   caller's and are not kept. examples/minimal.c shows the usual order of calls. */
+
 /* A config with every default filled in, so that it can be read and adjusted. */
 BALANCEKV_API bkv_config bkv_config_default(uint32_t n_q_heads, uint32_t n_kv_heads,
                                             uint32_t head_dim, uint32_t budget);
 
-/* BKV_OK, or what is wrong with the config. cfg: NULL gives BKV_E_NULL. Threads: any. */
+/* BKV_OK, or what is wrong with the config. cfg: NULL gives BKV_E_NULL. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_check(const bkv_config *cfg);
 
 /* Exact bytes of the block that bkv_init() wants, scratch for n_threads included; 0 if bkv_check()
@@ -330,11 +334,11 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_init(bkv_cache *c, const bkv_config *c
 /* Takes up a state at its present address: after the block was moved or copied (stats.state_bytes
    are enough; mem_bytes must still be bkv_size()), or from another process of the same byte order.
    backend: BKV_BACKEND_*, 0 = best. Checks header and page table: bytes that are not a state give
-   BKV_E_STATE, one of another version BKV_E_VERSION. Trusts the rest. */
+   BKV_E_STATE, one of another version BKV_E_VERSION. Trusts the rest. Cost: reads the tables. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_attach(bkv_cache *c, void *mem, size_t mem_bytes,
                                                  uint32_t backend);
 
-/* Empties the cache, as if just made. Returns BKV_E_NULL. */
+/* Empties the cache, as if just made. Returns BKV_E_NULL. Cost: writes the state once. */
 BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
 
 /* A dense tensor [n_tokens][n_heads][dim]. */
@@ -343,7 +347,7 @@ BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type);
 /* Appends n_tokens tokens to all KV heads. k: [n_tokens][n_kv_heads][head_dim], v: the same with
    value_dim. flags: 0. Appending one by one, in chunks, or by bkv_prefill() gives the same state.
    Returns BKV_E_NULL, _COUNT, _FLAGS, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE.
-   Cost: at most one halving per KV head and 64 tokens. Threads: heads split by (ith, nth). */
+   Cost: a pass over the inputs per share, and at most one halving per KV head and 64 tokens. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v,
                                                  size_t n_tokens, uint32_t flags, uint32_t ith,
                                                  uint32_t nth);
@@ -351,7 +355,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv
 /* Attention of one position. q: [n_q_heads][head_dim] (its token_stride is not used); query head h
    reads KV head h / group. out: f32 [n_q_heads][value_dim], must overlap neither cache nor q.
    Returns BKV_E_NULL, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE, _EMPTY.
-   Cost: proportional to the slots in use. Threads: heads split by (ith, nth). */
+   Cost: proportional to the slots in use. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_attend(bkv_cache *c, bkv_tensor q, float *out,
                                                  uint32_t ith, uint32_t nth);
 
@@ -364,8 +368,8 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_attend_partial(bkv_cache *c, bkv_tenso
 
 /* Appends a chunk and attends: query t sees everything before the chunk and the chunk's tokens
    0..t, bit for bit as n_tokens pairs of bkv_append() and bkv_attend() would give.
-   q: [n_tokens][n_q_heads][head_dim], out: f32 [n_tokens][n_q_heads][value_dim]. Errors as of
-   bkv_append(). Memory: nothing beyond the scratch. Threads: heads split by (ith, nth). */
+   q: [n_tokens][n_q_heads][head_dim], out: f32 [n_tokens][n_q_heads][value_dim], must overlap
+   neither cache nor inputs. Errors as of bkv_append(). Memory: nothing beyond the scratch. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bkv_tensor v,
                                                   bkv_tensor q, float *out, size_t n_tokens,
                                                   uint32_t flags, uint32_t ith, uint32_t nth);
@@ -544,6 +548,12 @@ static BKVI_INLINE uint32_t bkvi_get32(const unsigned char *p) {
     return x;
 }
 static BKVI_INLINE void bkvi_put32(unsigned char *p, uint32_t x) { memcpy(p, &x, sizeof x); }
+static BKVI_INLINE uint16_t bkvi_get16(const unsigned char *p) {
+    uint16_t x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+static BKVI_INLINE void bkvi_put16(unsigned char *p, uint16_t x) { memcpy(p, &x, sizeof x); }
 static BKVI_INLINE float bkvi_getf(const unsigned char *p) {
     float x;
     memcpy(&x, p, sizeof x);
@@ -567,6 +577,16 @@ static BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t unit) {
     return (x + unit - 1) / unit * unit;
 }
 static BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) { return type == BKV_F32 ? 4 : 2; }
+
+/* n elements between rows of any stride (bytes). Two loops: a copy of no constant size would call
+   memcpy for every element. */
+static void bkvi_copy(unsigned char *dst, size_t dst_stride, const unsigned char *src,
+                      size_t src_stride, uint32_t n, size_t elem_bytes) {
+    if (elem_bytes == 4)
+        for (; n; n--, dst += dst_stride, src += src_stride) memcpy(dst, src, 4);
+    else
+        for (; n; n--, dst += dst_stride, src += src_stride) memcpy(dst, src, 2);
+}
 
 /* The mixing function of splitmix64 (Steele, Lea, Flood 2014; public domain constants). */
 static uint64_t bkvi_mix(uint64_t x) {
@@ -646,7 +666,7 @@ static BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
 
 /* ------------------------------------------------------------------------------------------------
    §6 DISPATCH                                                                           >>dispatch
-   A backend is a set of functions over raw pointers, made by one pass over §11 and §12.
+   A backend is a set of functions, made by one pass over §11 and §12.
    ---------------------------------------------------------------------------------------------- */
 /* Counters of one KV head, as they stand in its state (§8). */
 typedef struct bkvi_head {
@@ -699,8 +719,8 @@ static uint32_t bkvi_x86_backends(void) {
 }
 #endif
 
-/* Bits of the backends compiled in that this CPU runs. */
-static uint32_t bkvi_backends(void) {
+/* Of §3: what §10 would only pass on. */
+BALANCEKV_API uint32_t bkv_backends(void) {
     uint32_t found = 0;
 #if BKVI_HAVE_SCALAR
     found |= 1u << BKV_BACKEND_SCALAR;
@@ -719,7 +739,7 @@ static uint32_t bkvi_backends(void) {
 
 /* 0 if there is none. */
 static uint32_t bkvi_pick_backend(uint32_t wanted) {
-    uint32_t have = bkvi_backends(), b;
+    uint32_t have = bkv_backends(), b;
     if (wanted > BKV_BACKEND_NEON) return 0;
     if (wanted != BKV_BACKEND_AUTO) return have >> wanted & 1 ? wanted : 0;
     for (b = BKV_BACKEND_NEON; b > 0 && !(have >> b & 1);) b--;
@@ -811,12 +831,8 @@ static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
     return c->mem + BKVI_HEADER_BYTES + (size_t)head * c->head_bytes;
 }
 static bkvi_head bkvi_head_get(const unsigned char *mem) {
-    bkvi_head h;
-    h.seen = bkvi_get64(mem);
-    h.halvings = bkvi_get64(mem + 8);
-    h.sinks = bkvi_get32(mem + 16);
-    h.used = bkvi_get32(mem + 20);
-    h.fill = bkvi_get32(mem + 24);
+    bkvi_head h = {bkvi_get64(mem), bkvi_get64(mem + 8), bkvi_get32(mem + 16), bkvi_get32(mem + 20),
+                   bkvi_get32(mem + 24)};
     return h;
 }
 static void bkvi_head_put(unsigned char *mem, const bkvi_head *h) {
@@ -832,8 +848,19 @@ static uint32_t bkvi_held(const bkvi_head *h) {
     return h->sinks + (h->used ? (h->used - 1) * BKVI_PAGE + h->fill : 0);
 }
 
-static uint32_t bkvi_page_slot(const bkv_cache *c, const unsigned char *entry) {
-    return c->sink_slots + BKVI_PAGE * bkvi_get32(entry);
+/* Page i of a page table, counted from the oldest: its place, level and first slot. */
+static uint32_t bkvi_place(const unsigned char *pages, uint32_t i) {
+    return bkvi_get32(pages + 8 * (size_t)i);
+}
+static uint32_t bkvi_level(const unsigned char *pages, uint32_t i) {
+    return bkvi_get32(pages + 8 * (size_t)i + 4);
+}
+static void bkvi_set_page(unsigned char *pages, uint32_t i, uint32_t place, uint32_t level) {
+    bkvi_put32(pages + 8 * (size_t)i, place);
+    bkvi_put32(pages + 8 * (size_t)i + 4, level);
+}
+static uint32_t bkvi_page_slot(const bkv_cache *c, const unsigned char *pages, uint32_t i) {
+    return c->sink_slots + BKVI_PAGE * bkvi_place(pages, i);
 }
 static unsigned char *bkvi_key_page(const bkv_cache *c, unsigned char *mem, uint32_t slot) {
     return mem + c->off_k + (size_t)slot * c->cfg.head_dim * c->elem_bytes;
@@ -847,24 +874,23 @@ static unsigned char *bkvi_key_column(const bkv_cache *c, unsigned char *mem, ui
            (size_t)(slot % BKVI_LANES) * c->elem_bytes;
 }
 
+/* The word of a slot in one of the per-slot parts of a head. */
+static unsigned char *bkvi_word(unsigned char *mem, size_t offset, uint32_t slot) {
+    return mem + offset + 4 * (size_t)slot;
+}
+
 /* Slot `to` becomes a copy of slot `from`, with a new weight. */
 static void bkvi_move_slot(const bkv_cache *c, unsigned char *mem, uint32_t to, uint32_t from,
                            float weight) {
-    bkvi_putf(mem + c->off_weight + 4 * (size_t)to, weight);
+    bkvi_putf(bkvi_word(mem, c->off_weight, to), weight);
     if (to != from) {
-        unsigned char *dst = bkvi_key_column(c, mem, to);
-        const unsigned char *src = bkvi_key_column(c, mem, from);
-        uint32_t i, n = BKVI_DIM(c->cfg.head_dim);
-        if (c->elem_bytes == 4)
-            for (i = 0; i < n; i++)
-                memcpy(dst + (size_t)i * 4 * BKVI_LANES, src + (size_t)i * 4 * BKVI_LANES, 4);
-        else
-            for (i = 0; i < n; i++)
-                memcpy(dst + (size_t)i * 2 * BKVI_LANES, src + (size_t)i * 2 * BKVI_LANES, 2);
+        size_t step = BKVI_LANES * c->elem_bytes;
+        bkvi_copy(bkvi_key_column(c, mem, to), step, bkvi_key_column(c, mem, from), step,
+                  BKVI_DIM(c->cfg.head_dim), c->elem_bytes);
         memcpy(bkvi_value_row(c, mem, to), bkvi_value_row(c, mem, from),
                (size_t)c->v_dim_pad * c->elem_bytes);
-        memcpy(mem + c->off_use + 4 * (size_t)to, mem + c->off_use + 4 * (size_t)from, 4);
-        memcpy(mem + c->off_position + 4 * (size_t)to, mem + c->off_position + 4 * (size_t)from, 4);
+        memcpy(bkvi_word(mem, c->off_use, to), bkvi_word(mem, c->off_use, from), 4);
+        memcpy(bkvi_word(mem, c->off_position, to), bkvi_word(mem, c->off_position, from), 4);
     }
 }
 
@@ -872,8 +898,7 @@ static void bkvi_move_slot(const bkv_cache *c, unsigned char *mem, uint32_t to, 
 static uint32_t bkvi_pick_pair(const bkv_cache *c, const unsigned char *pages) {
     uint32_t i, best = 0, best_level = 0xFFFFFFFFu;
     for (i = 0; i + 1 < c->n_pages - c->window_pages; i++) {
-        uint32_t level =
-            bkvi_max(bkvi_get32(pages + 8 * (size_t)i + 4), bkvi_get32(pages + 8 * (size_t)i + 12));
+        uint32_t level = bkvi_max(bkvi_level(pages, i), bkvi_level(pages, i + 1));
         if (level < best_level) {
             best_level = level;
             best = i;
@@ -885,17 +910,16 @@ static uint32_t bkvi_pick_pair(const bkv_cache *c, const unsigned char *pages) {
 /* Two pages become one; the freed page is the new, empty, newest one. All pages are in use. */
 static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
                                      bkvi_head *h, float *scratch) {
-    unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages, *entry;
+    unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
     unsigned char keep[BKVI_BLOCK];
     float *weight = scratch;
-    uint32_t i, n = 0, slot[2], freed, pair = bkvi_pick_pair(c, pages);
+    uint32_t i, n = 0, slot[2], pair = bkvi_pick_pair(c, pages), level, freed;
     bkvi_block block;
-    entry = pages + 8 * (size_t)pair;
     for (i = 0; i < 2; i++) {
-        slot[i] = bkvi_page_slot(c, entry + 8 * (size_t)i);
+        slot[i] = bkvi_page_slot(c, pages, pair + i);
         block.k[i] = bkvi_key_page(c, mem, slot[i]);
         block.v[i] = bkvi_value_row(c, mem, slot[i]);
-        memcpy(weight + i * BKVI_PAGE, mem + c->off_weight + 4 * (size_t)slot[i], 4 * BKVI_PAGE);
+        memcpy(weight + i * BKVI_PAGE, bkvi_word(mem, c->off_weight, slot[i]), 4 * BKVI_PAGE);
     }
     bkvi_choose(c, kernels, &block, bkvi_draw_key(c->cfg.seed, head, h->halvings++),
                 scratch + BKVI_BLOCK, weight, keep);
@@ -903,14 +927,15 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
     for (i = 0; i < BKVI_BLOCK; i++)
         if (keep[i])
             bkvi_move_slot(c, mem, slot[0] + n++, slot[i / BKVI_PAGE] + i % BKVI_PAGE, weight[i]);
-    memset(mem + c->off_weight + 4 * (size_t)slot[1], 0, 4 * BKVI_PAGE);
-    memset(mem + c->off_use + 4 * (size_t)slot[1], 0, 4 * BKVI_PAGE);
-    freed = bkvi_get32(entry + 8);
-    if (c->cfg.rule != BKV_RULE_WINDOW)
-        bkvi_put32(entry + 4, bkvi_max(bkvi_get32(entry + 4), bkvi_get32(entry + 12)) + 1);
-    memmove(entry + 8, entry + 16, 8 * (size_t)(c->n_pages - pair - 2));
-    bkvi_put32(pages + 8 * (size_t)(c->n_pages - 1), freed);
-    bkvi_put32(pages + 8 * (size_t)(c->n_pages - 1) + 4, 0);
+    memset(bkvi_word(mem, c->off_weight, slot[1]), 0, 4 * BKVI_PAGE);
+    memset(bkvi_word(mem, c->off_use, slot[1]), 0, 4 * BKVI_PAGE);
+    freed = bkvi_place(pages, pair + 1);
+    level = bkvi_max(bkvi_level(pages, pair), bkvi_level(pages, pair + 1));
+    bkvi_set_page(pages, pair, bkvi_place(pages, pair),
+                  level + (c->cfg.rule == BKV_RULE_WINDOW ? 0 : 1));
+    for (i = pair + 1; i + 1 < c->n_pages; i++)
+        bkvi_set_page(pages, i, bkvi_place(pages, i + 1), bkvi_level(pages, i + 1));
+    bkvi_set_page(pages, c->n_pages - 1, freed, 0);
 }
 
 /* Makes room for a run of tokens next to each other, in the sinks or in the newest page, and says
@@ -925,15 +950,14 @@ static uint32_t bkvi_reserve(const bkv_cache *c, const bkvi_kernels *kernels, ui
     }
     if (h->used == 0 || h->fill == BKVI_PAGE) {
         if (h->used < c->n_pages) {
-            bkvi_put32(pages + 8 * (size_t)h->used, h->used);
-            bkvi_put32(pages + 8 * (size_t)h->used + 4, 0);
+            bkvi_set_page(pages, h->used, h->used, 0);
             h->used++;
         } else {
             bkvi_halve(c, kernels, head, h, scratch);
         }
         h->fill = 0;
     }
-    *first_slot = bkvi_page_slot(c, pages + 8 * (size_t)(h->used - 1)) + h->fill;
+    *first_slot = bkvi_page_slot(c, pages, h->used - 1) + h->fill;
     return BKVI_PAGE - h->fill;
 }
 
@@ -952,8 +976,8 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
                      bkvi_at(k, first + t, head), k->type, k->elem_stride, c->cfg.head_dim);
         kernels->put(bkvi_value_row(c, mem, slot), 1, c->cfg.kv_type, bkvi_at(v, first + t, head),
                      v->type, v->elem_stride, c->cfg.value_dim);
-        bkvi_putf(mem + c->off_weight + 4 * (size_t)slot, 1.0f);
-        bkvi_put32(mem + c->off_position + 4 * (size_t)slot, (uint32_t)(h->seen + t));
+        bkvi_putf(bkvi_word(mem, c->off_weight, slot), 1.0f);
+        bkvi_put32(bkvi_word(mem, c->off_position, slot), (uint32_t)(h->seen + t));
     }
     h->seen += n;
     if (h->sinks < c->sink_slots)
@@ -1008,7 +1032,7 @@ static uint32_t bkvi_block_slot(const bkv_cache *c, const bkvi_head *h, const un
         return b * BKVI_PAGE;
     }
     *n_slots = b + 1 == n_sinks + h->used ? h->fill : (uint32_t)BKVI_PAGE;
-    return bkvi_page_slot(c, pages + 8 * (size_t)(b - n_sinks));
+    return bkvi_page_slot(c, pages, b - n_sinks);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -1028,7 +1052,7 @@ static int bkvi_add_part(size_t *end, size_t *offset, size_t n, size_t unit) {
 /* Resolves every default and computes the layout; c->mem is left to the caller. */
 static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     bkv_config *r = &c->cfg;
-    size_t end = 0, part = 0, n_floats;
+    size_t end = 0, part = 0, halve, attend;
     uint32_t sinks, pages, window;
     memset(c, 0, sizeof *c);
     *r = *cfg;
@@ -1086,10 +1110,9 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         !bkvi_add_part(&end, &c->off_v, c->slots, (size_t)c->v_dim_pad * c->elem_bytes) ||
         !bkvi_add_part(&end, &c->head_bytes, 0, 1))
         return BKV_E_SIZE;
-    n_floats = bkvi_halving_floats(r->head_dim, c->v_dim_pad);
-    if (n_floats < bkvi_attend_floats(r->head_dim, c->v_dim_pad))
-        n_floats = bkvi_attend_floats(r->head_dim, c->v_dim_pad);
-    c->scratch_bytes = (n_floats * 4 + 63) & ~(size_t)63;
+    halve = bkvi_halving_floats(r->head_dim, c->v_dim_pad);
+    attend = bkvi_attend_floats(r->head_dim, c->v_dim_pad);
+    c->scratch_bytes = ((halve > attend ? halve : attend) * 4 + 63) & ~(size_t)63;
     end = BKVI_HEADER_BYTES;
     if (!bkvi_add_part(&end, &part, r->n_kv_heads, c->head_bytes)) return BKV_E_SIZE;
     c->state_bytes = end;
@@ -1145,7 +1168,7 @@ static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
     for (base = 0; base < h.used; base += n_bits) {
         memset(taken, 0, sizeof taken);
         for (i = 0; i < h.used; i++) {
-            uint32_t place = bkvi_get32(pages + 8 * (size_t)i), bit = place - base;
+            uint32_t place = bkvi_place(pages, i), bit = place - base;
             if (place >= h.used) return 0;
             if (place < base || bit >= n_bits) continue;
             if (taken[bit / 8] >> bit % 8 & 1) return 0;
@@ -1225,10 +1248,7 @@ BALANCEKV_API bkv_result bkv_reset(bkv_cache *c) {
 }
 
 BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type) {
-    bkv_tensor t;
-    memset(&t, 0, sizeof t);
-    t.data = data;
-    t.type = type;
+    bkv_tensor t = {data, type, 0, 0, 0};
     return t;
 }
 
@@ -1371,9 +1391,9 @@ BALANCEKV_API bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bkv_tensor v, b
 
 BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i,
                                    bkv_token_info *info) {
-    const unsigned char *mem, *entry;
+    unsigned char *mem;
     bkvi_head h;
-    size_t slot = i;
+    uint32_t slot = i;
     if (!c || !c->mem || !info) return BKV_E_NULL;
     if (head >= c->cfg.n_kv_heads) return BKV_E_INDEX;
     mem = bkvi_head_mem(c, head);
@@ -1382,16 +1402,16 @@ BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i
     memset(info, 0, sizeof *info);
     info->kind = BKV_KIND_SINK;
     if (i >= h.sinks) {
+        const unsigned char *pages = mem + c->off_pages;
         uint32_t page = (i - h.sinks) / BKVI_PAGE;
-        entry = mem + c->off_pages + 8 * (size_t)page;
-        slot = bkvi_page_slot(c, entry) + (i - h.sinks) % BKVI_PAGE;
-        info->level = bkvi_get32(entry + 4);
+        slot = bkvi_page_slot(c, pages, page) + (i - h.sinks) % BKVI_PAGE;
+        info->level = bkvi_level(pages, page);
         info->kind =
             bkvi_held(&h) - i <= c->window_pages * BKVI_PAGE ? BKV_KIND_WINDOW : BKV_KIND_PAGE;
     }
-    info->position = bkvi_get32(mem + c->off_position + 4 * slot);
-    info->weight = bkvi_getf(mem + c->off_weight + 4 * slot);
-    info->use = bkvi_getf(mem + c->off_use + 4 * slot);
+    info->position = bkvi_get32(bkvi_word(mem, c->off_position, slot));
+    info->weight = bkvi_getf(bkvi_word(mem, c->off_weight, slot));
+    info->use = bkvi_getf(bkvi_word(mem, c->off_use, slot));
     return BKV_OK;
 }
 
@@ -1400,16 +1420,15 @@ BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info) {
     if (!c || !c->mem || !info) return BKV_E_NULL;
     memset(info, 0, sizeof *info);
     for (head = 0; head < c->cfg.n_kv_heads; head++) {
-        const unsigned char *mem = bkvi_head_mem(c, head);
+        unsigned char *mem = bkvi_head_mem(c, head);
         bkvi_head h = bkvi_head_get(mem);
         info->tokens_seen = h.seen; /* the same for every head, as is the next */
         info->tokens_held = bkvi_held(&h);
         info->halvings += h.halvings;
         for (i = 0; i < h.used; i++)
-            info->max_level =
-                bkvi_max(info->max_level, bkvi_get32(mem + c->off_pages + 8 * (size_t)i + 4));
+            info->max_level = bkvi_max(info->max_level, bkvi_level(mem + c->off_pages, i));
         for (i = 0; i < c->slots; i++) {
-            float w = bkvi_getf(mem + c->off_weight + 4 * (size_t)i);
+            float w = bkvi_getf(bkvi_word(mem, c->off_weight, i));
             info->max_weight = w > info->max_weight ? w : info->max_weight;
         }
     }
@@ -1434,7 +1453,6 @@ BALANCEKV_API const char *bkv_result_string(bkv_result r) {
     }
 }
 BALANCEKV_API const char *bkv_version(void) { return BKV_VERSION; }
-BALANCEKV_API uint32_t bkv_backends(void) { return bkvi_backends(); }
 BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
     switch (backend) {
     case BKV_BACKEND_AUTO: return "auto";
@@ -1558,31 +1576,21 @@ BKVI_EACH(bkvi_v(pow2)(bkvi_vec a), bkvi_float((bkvi_bits(a.x[i]) << 23) + 0x3F8
 BKVI_EACH(bkvi_v(pick_gt)(bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y),
           a.x[i] > b.x[i] ? x.x[i] : y.x[i])
 BKVI_EACH(bkvi_v(fma)(bkvi_vec a, bkvi_vec b, bkvi_vec c), bkvi_fma(a.x[i], b.x[i], c.x[i]))
+BKVI_EACH(bkvi_v(load)(const void *p), bkvi_getf((const unsigned char *)p + 4 * i))
+BKVI_EACH(bkvi_v(load_f16)(const void *p),
+          bkvi_from_f16(bkvi_get16((const unsigned char *)p + 2 * i)))
+BKVI_EACH(bkvi_v(load_bf16)(const void *p),
+          bkvi_from_bf16(bkvi_get16((const unsigned char *)p + 2 * i)))
 #undef BKVI_EACH
-#define BKVI_STORAGE(name, from, to)                                                               \
-    BKVI_VCALL bkvi_vec bkvi_v(load_##name)(const void *p) {                                       \
-        uint16_t h[16];                                                                            \
-        bkvi_vec r;                                                                                \
-        int i;                                                                                     \
-        memcpy(h, p, sizeof h);                                                                    \
-        for (i = 0; i < 16; i++) r.x[i] = from(h[i]);                                              \
-        return r;                                                                                  \
-    }                                                                                              \
-    BKVI_VCALL void bkvi_v(store_##name)(void *p, bkvi_vec a) {                                    \
-        uint16_t h[16];                                                                            \
-        int i;                                                                                     \
-        for (i = 0; i < 16; i++) h[i] = to(a.x[i]);                                                \
-        memcpy(p, h, sizeof h);                                                                    \
-    }
-BKVI_STORAGE(f16, bkvi_from_f16, bkvi_to_f16)
-BKVI_STORAGE(bf16, bkvi_from_bf16, bkvi_to_bf16)
-#undef BKVI_STORAGE
-BKVI_VFN bkvi_vec bkvi_v(load)(const void *p) {
-    bkvi_vec r;
-    memcpy(&r, p, sizeof r);
-    return r;
-}
 BKVI_VFN void bkvi_v(store)(void *p, bkvi_vec a) { memcpy(p, &a, sizeof a); }
+BKVI_VFN void bkvi_v(store_f16)(void *p, bkvi_vec a) {
+    int i;
+    for (i = 0; i < 16; i++) bkvi_put16((unsigned char *)p + 2 * i, bkvi_to_f16(a.x[i]));
+}
+BKVI_VFN void bkvi_v(store_bf16)(void *p, bkvi_vec a) {
+    int i;
+    for (i = 0; i < 16; i++) bkvi_put16((unsigned char *)p + 2 * i, bkvi_to_bf16(a.x[i]));
+}
 BKVI_VFN int bkvi_v(any_gt)(bkvi_vec a, bkvi_vec b) {
     int i, any = 0;
     for (i = 0; i < 16; i++) any |= a.x[i] > b.x[i];
@@ -1611,15 +1619,21 @@ static void bkvi_v(transpose)(float *m) {
 
 #else /* vector registers */
 #define BKVI_TILES BKVI_UNROLL
+#define BKVI_TILE 4
+#if BKVI_PASS == BALANCEKV_SIMD_AVX512
+#define BKVI_NV(rows) 4
+#define BKVI_GRAM_ROWS 8
+#define BKVI_GRAM_VECS 3
+#else /* 16 registers of 8 lanes, or 32 of 4 */
+#define BKVI_NV(rows) ((rows) == 1 ? 4 : (rows) == 2 ? 2 : 1)
+#define BKVI_GRAM_ROWS 4
+#define BKVI_GRAM_VECS 1
+#endif
 #define BKVI_MAX_ACC 24 /* 8 x 3 in the kernel matrix, 4 x 4 in attend */
 #define BKVI_MAX_VECS 4
 #define BKVI_VCALL BKVI_VFN
 
 #if BKVI_PASS == BALANCEKV_SIMD_AVX2
-#define BKVI_TILE 4
-#define BKVI_NV(rows) ((rows) == 1 ? 4 : (rows) == 2 ? 2 : 1)
-#define BKVI_GRAM_ROWS 4
-#define BKVI_GRAM_VECS 1
 typedef __m256 BKVI_FN(bkvi_reg);
 #define BKVI_2(statement) statement
 #define BKVI_4(statements)
@@ -1648,10 +1662,6 @@ BKVI_VFN void BKVI_FN(bkvi_store_bf16)(void *p, __m256i u) {
 }
 
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
-#define BKVI_TILE 4
-#define BKVI_NV(rows) 4
-#define BKVI_GRAM_ROWS 8
-#define BKVI_GRAM_VECS 3
 typedef __m512 BKVI_FN(bkvi_reg);
 #define BKVI_2(statement)
 #define BKVI_4(statements)
@@ -1680,10 +1690,6 @@ BKVI_VFN void BKVI_FN(bkvi_store_bf16)(void *p, __m512i u) {
 }
 
 #else /* NEON. Loads and stores by bytes: the only ones that ask for no alignment in C. */
-#define BKVI_TILE 4
-#define BKVI_NV(rows) ((rows) == 1 ? 4 : (rows) == 2 ? 2 : 1)
-#define BKVI_GRAM_ROWS 4
-#define BKVI_GRAM_VECS 1
 typedef float32x4_t BKVI_FN(bkvi_reg);
 #define BKVI_2(statement) statement
 #define BKVI_4(statements) statements
@@ -1921,11 +1927,11 @@ static BKVI_NOINLINE bkvi_vec bkvi_v(row)(const unsigned char *p, uint32_t type,
                                           uint32_t i, uint32_t n) {
     unsigned char part[64];
     size_t bytes = bkvi_type_bytes(type);
-    uint32_t j, count = bkvi_min(BKVI_LANES, n - i);
+    uint32_t count = bkvi_min(BKVI_LANES, n - i);
     p += (size_t)i * stride;
     if (stride != bytes || count < BKVI_LANES) {
         memset(part, 0, sizeof part);
-        for (j = 0; j < count; j++) memcpy(part + j * bytes, p + j * stride, bytes);
+        bkvi_copy(part, bytes, p, stride, count, bytes);
         p = part;
     }
     return bkvi_v(get)((int)type, p);
@@ -1948,19 +1954,19 @@ static int BKVI_FN(bkvi_scan)(const unsigned char *p, uint32_t type, size_t stri
 static void BKVI_FN(bkvi_put)(unsigned char *dst, size_t step, uint32_t kv_type,
                               const unsigned char *src, uint32_t type, size_t stride, uint32_t n) {
     size_t bytes = bkvi_type_bytes(kv_type);
-    uint32_t i, j;
+    uint32_t i;
     for (i = 0; i < n; i += BKVI_LANES) {
         bkvi_vec x = bkvi_v(row)(src, type, stride, i, n);
         unsigned char part[64], *to = step == 1 ? dst + i * bytes : part;
-        bkvi_v(put)((int)kv_type, to, x);
+        bkvi_v(put)((int)BKVI_TYPE(kv_type), to, x);
         if (step != 1)
-            for (j = 0; j < bkvi_min(BKVI_LANES, n - i); j++)
-                memcpy(dst + (i + j) * step * bytes, part + j * bytes, bytes);
+            bkvi_copy(dst + i * step * bytes, step * bytes, part, bytes,
+                      bkvi_min(BKVI_LANES, n - i), bytes);
     }
 }
 
-/* 2^t; exactly 0 below 2^-125, so that no denormal arises. t <= 127. Minimax of degree 6, fitted by
-   us: relative error below 1e-7 (1 ulp) on [-0.5, 0.5]. */
+/* 2^t within 1 ulp; exactly 0 below 2^-125, so that no denormal arises. t <= 127. The polynomial is
+   a minimax fit of degree 6 of ours. */
 BKVI_VCALL bkvi_vec bkvi_v(exp2)(bkvi_vec t) {
     static const float c[6] = {1.339993090e-3f, 9.618489072e-3f, 5.550328642e-2f,
                                2.402264625e-1f, 6.931471825e-1f, 1.0f};
@@ -2318,12 +2324,13 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
         for (r = 0; r < n; r++) {
             uint32_t token = (begin + r) / group, tile = r / size * size;
             uint32_t width = bkvi_min(size, n - tile);
+            float *to;
             const unsigned char *row = bkvi_at(run->q, run->first + token,
                                                (size_t)run->head * group + (begin + r) % group);
             limit[r] = (float)(bkvi_last_fill(h) - run->n + 1 + token);
             max[r] = BKVI_LOWEST;
-            BKVI_FN(bkvi_load_query)
-            (q + (size_t)tile * dim + (r - tile), width, row, run->q, dim, scale);
+            to = q + (size_t)tile * dim + (r - tile);
+            BKVI_FN(bkvi_load_query)(to, width, row, run->q, dim, scale);
         }
         memset(out, 0, (size_t)n * v_dim_pad * sizeof *out);
         memset(lanes, 0, (size_t)n * BKVI_LANES * sizeof *lanes);
@@ -2333,19 +2340,18 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
             uint32_t slot = bkvi_block_slot(c, h, pages, b, &span.slots), unused;
             span.k = bkvi_key_page(c, mem, slot);
             span.v = bkvi_value_row(c, mem, slot);
-            span.weight = mem + c->off_weight + 4 * (size_t)slot;
+            span.weight = bkvi_word(mem, c->off_weight, slot);
             span.next_k = NULL;
             if (b + 1 < n_blocks)
                 span.next_k = bkvi_key_page(c, mem, bkvi_block_slot(c, h, pages, b + 1, &unused));
             for (r = 0; r < n; r += tile_rows) {
-                bkvi_tile tile;
+                bkvi_tile tile = {q + (size_t)r * dim,
+                                  out + (size_t)r * v_dim_pad,
+                                  lanes + (size_t)r * BKVI_LANES,
+                                  max + r,
+                                  scores,
+                                  b + 1 < n_blocks ? NULL : limit + r};
                 tile_rows = bkvi_min(size, n - r);
-                tile.q = q + (size_t)r * dim;
-                tile.out = out + (size_t)r * v_dim_pad;
-                tile.lanes = lanes + (size_t)r * BKVI_LANES;
-                tile.max = max + r;
-                tile.scores = scores;
-                tile.limit = b + 1 < n_blocks ? NULL : limit + r;
                 span.warm = r > 0;
                 switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
@@ -2381,7 +2387,7 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
 #undef BKVI_MASKED
 #undef BKVI_LOWEST
 
-static bkvi_kernels BKVI_FN(bkvi_kernels)(void) {
+static bkvi_kernels BKVI_FN(bkvi_kernels)(void) { /* assigned: an initialiser would be data */
     bkvi_kernels k;
     k.scan = BKVI_FN(bkvi_scan);
     k.put = BKVI_FN(bkvi_put);
@@ -2398,9 +2404,7 @@ static bkvi_kernels BKVI_FN(bkvi_kernels)(void) {
 #pragma GCC diagnostic pop
 #pragma GCC pop_options
 #endif
-#ifdef BKVI_TARGET
 #undef BKVI_TARGET
-#endif
 #undef BKVI_PRAGMA
 #undef BKVI_PRAGMA_OF
 #undef bkvi_v

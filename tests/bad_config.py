@@ -91,7 +91,8 @@ def backend_flags():
 
 
 # ---- wrong values ------------------------------------------------------------------------------
-WRONG = ["-DBALANCEKV_SIMD=0", "-DBALANCEKV_SIMD=7", "-DBALANCEKV_SIMD=-1",
+WRONG = ["-DBALANCEKV_SIMD=", "-DBALANCEKV_HEAD_DIM=", "-DBALANCEKV_KV_TYPE=",
+         "-DBALANCEKV_SIMD=0", "-DBALANCEKV_SIMD=7", "-DBALANCEKV_SIMD=-1",
          "-DBALANCEKV_SIMD=BALANCEKV_SIMD_AXV2", "-DBALANCEKV_SIMD=AVX2",
          "-DBALANCEKV_DISPATCH=2", "-DBALANCEKV_DISPATCH=-1",
          "-DBALANCEKV_HEAD_DIM=0", "-DBALANCEKV_HEAD_DIM=513", "-DBALANCEKV_HEAD_DIM=-1",

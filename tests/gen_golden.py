@@ -30,6 +30,8 @@ G = 0x9E3779B97F4A7C15  # the increment of splitmix64
 
 # One row per case; a 0 is the library's default, as in bkv_config. `data` is the seed of the
 # inputs, `seed` that of the halvings; `at` are the stream lengths at which the cache is examined.
+# The budgets 208 and 272 are for pairs of unequal weights: the first pair of a block (where
+# nothing but chance decides), and later ones.
 FIELDS = ("rule n_q_heads n_kv_heads head_dim value_dim budget sinks window "
           "gamma temp scale softcap seed data at").split()
 CASES = [dict(zip(FIELDS, row)) for row in [
@@ -39,6 +41,8 @@ CASES = [dict(zip(FIELDS, row)) for row in [
     (PAIR,    4, 2,  8, 16, 400, 4,    64,   0,    0,   0,    0,  14, 2, (400, 700, 1100)),
     (PAIR,    3, 1, 16,  8, 500, 0,    0,    0,    0,   0,    20, 15, 1, (449, 900, 1500)),
     (PAIR,    1, 1, 24, 24, 336, NONE, 100,  0,    0.5, 0.25, 0,  G,  1, (321, 640, 1000)),
+    (PAIR,    1, 1, 16, 16, 208, 4,    64,   0,    0,   0,    0,  21, 1, (209, 700, 1300)),
+    (PAIR,    2, 1, 16, 16, 272, 4,    64,   0,    0,   0,    0,  21, 1, (273, 2000, 3000)),
     (UNIFORM, 4, 2, 16, 16, 400, 4,    64,   0,    0,   0,    0,  17, 1, (385, 700, 1100)),
     (STRIDE,  2, 2,  8, 24, 400, 4,    NONE, 0,    0,   0,    0,  18, 1, (401, 700, 1100)),
     (WINDOW,  3, 1, 24,  8, 350, 4,    64,   0,    0,   0,    5,  19, 1, (337, 640, 1000)),

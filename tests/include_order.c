@@ -12,8 +12,7 @@ static uint32_t used_before_the_implementation(void) { return bkv_backends(); }
 #include "balancekv.h"
 #include <string.h> /* after the header: nothing it left behind may disturb */
 
-int main(void)
-{
+int main(void) {
     bkv_config cfg = bkv_config_default(1, 1, 64, 512);
     return !(used_before_the_implementation() != 0 && bkv_check(&cfg) == BKV_OK &&
              strlen(bkv_version()) >= 5);

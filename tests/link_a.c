@@ -12,15 +12,13 @@ bkv_result step_b(void *mem, size_t bytes, const float *token, float *out);
 
 static unsigned char block_a[BLOCK], block_b[BLOCK];
 
-static bkv_result step_a(bkv_cache *c, const float *token, float *out)
-{
+static bkv_result step_a(bkv_cache *c, const float *token, float *out) {
     bkv_tensor x = bkv_dense(token, BKV_F32);
     bkv_result r = bkv_append(c, x, x, 1, 0, 0, 1);
     return r ? r : bkv_attend(c, x, out, 0, 1);
 }
 
-int main(void)
-{
+int main(void) {
     bkv_config cfg = bkv_config_default(1, 1, DIM, 256);
     bkv_cache a, b;
     bkv_stats_info stats;

@@ -184,6 +184,11 @@ else
             leave_out "$script" 'no python3'
         fi
     done
+    if numpy_there; then
+        step 'golden vectors against the model' python3 tests/gen_golden.py --check
+    else
+        leave_out 'golden vectors against the model' "no NumPy: $no_tools"
+    fi
 fi
 
 echo

@@ -102,6 +102,37 @@ static errors attend_and_compare(bkv_cache *c, const stream *s) {
     return e;
 }
 
+/* ---- 2^x ------------------------------------------------------------------------------------- */
+
+/* Two tokens of dimension 1: logit 0 with value 0, and logit q with value 1. The partial output is
+   then the library's 2^x itself, x = q log2(e) rounded to float. */
+static void powers_of_two(void) {
+    static const float key[] = {0, 1}, value[] = {0, 1};
+    const int n = test_quick() ? 4000 : 200000;
+    bkv_config cfg = bkv_config_default(1, 1, 1, 208);
+    cfg.kv_type = BKV_F32;
+    cfg.scale = 1;
+    bkv_cache c = cache_new(&cfg);
+    OK(bkv_append(&c, bkv_dense(key, BKV_F32), bkv_dense(value, BKV_F32), 2, 0, 0, 1));
+    double worst = 0;
+    for (int i = 0; i <= 2 * n; i++) { /* all of the range, then one octave and a half finely */
+        const float q = i < n ? -86.0f * (float)i / (float)n : -1.1f * (float)(i - n) / (float)n;
+        const volatile float x = q * 1.44269504088896341f;
+        float out, max, sum;
+        OK(bkv_attend_partial(&c, bkv_dense(&q, BKV_F32), &out, &max, &sum, 0, 1));
+        const double exact = exp2((double)x);
+        worst = fmax(worst, fabs((double)out - exact) / ldexp(1, ilogb(exact) - 23));
+    }
+    CHECKF(worst <= 1, "2^x is off by %.3f ulp", worst);
+    for (float q = -87; q >= -2000; q *= 1.5f) { /* x < -125 */
+        float out, max, sum;
+        OK(bkv_attend_partial(&c, bkv_dense(&q, BKV_F32), &out, &max, &sum, 0, 1));
+        CHECK(out == 0 && max == 0 && sum == 1);
+    }
+    printf("2^x: at most %.3f ulp off\n", worst);
+    cache_free(&c);
+}
+
 /* ---- logits of every size -------------------------------------------------------------------- */
 
 static void check_stream(bkv_config cfg, uint32_t in_type, double q_deviation, const size_t *at,
@@ -304,6 +335,6 @@ static void larger_budgets_err_less(void) {
 }
 
 int main(int argc, char **argv) {
-    TEST_MAIN(T(exact_until_full), T(weighted_after_halving), T(partials_merge), T(extremes),
-              T(larger_budgets_err_less));
+    TEST_MAIN(T(powers_of_two), T(exact_until_full), T(weighted_after_halving), T(partials_merge),
+              T(extremes), T(larger_budgets_err_less));
 }

@@ -26,8 +26,7 @@ typedef struct golden_answers {
 enum { KEY, VALUE, QUERY, KEY_OFFSET };
 
 /* An integer -64..63, gen_golden.py's noise(): the finaliser of splitmix64 over a counter. */
-static int noise(uint64_t data, uint64_t what, uint64_t token, uint64_t head, uint64_t i)
-{
+static int noise(uint64_t data, uint64_t what, uint64_t token, uint64_t head, uint64_t i) {
     uint64_t z = (((what << 20 | token) << 4 | head) << 9) + i + 1;
     z = data + 0x9E3779B97F4A7C15u * z;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -38,8 +37,7 @@ static int noise(uint64_t data, uint64_t what, uint64_t token, uint64_t head, ui
 
 /* x[n_heads][dim] of one token. */
 static void make_token(const golden_case *g, unsigned what, uint32_t token, uint32_t n_heads,
-                       uint32_t dim, float *x)
-{
+                       uint32_t dim, float *x) {
     for (uint32_t h = 0; h < n_heads; h++)
         for (uint32_t i = 0; i < dim; i++) {
             int n = noise(g->data, what, token, h, i);
@@ -50,8 +48,7 @@ static void make_token(const golden_case *g, unsigned what, uint32_t token, uint
 }
 
 /* Compares the tokens of all heads with the answers and steps over them. */
-static void compare_tokens(const bkv_cache *c, const golden_case *g, golden_answers *a)
-{
+static void compare_tokens(const bkv_cache *c, const golden_case *g, golden_answers *a) {
     uint32_t held = cache_stats(c).tokens_held;
     for (uint32_t h = 0; h < g->n_kv_heads; h++, a->position += held, a->weight += held)
         for (uint32_t i = 0; i < held; i++) {
@@ -65,8 +62,7 @@ static void compare_tokens(const bkv_cache *c, const golden_case *g, golden_answ
 }
 
 /* Attends with the checkpoint's queries. max |v| is 1, so the bound is 2e-5 * max |v|. */
-static void compare_outputs(bkv_cache *c, const golden_case *g, uint32_t seen, golden_answers *a)
-{
+static void compare_outputs(bkv_cache *c, const golden_case *g, uint32_t seen, golden_answers *a) {
     float q[4 * 24], out[4 * 24];
     uint32_t n = g->n_q_heads * g->value_dim;
     for (uint32_t t = 0; t < GOLDEN_QUERIES; t++, a->output += n) {
@@ -81,8 +77,7 @@ static void compare_outputs(bkv_cache *c, const golden_case *g, uint32_t seen, g
 
 /* Streams one case through a cache; returns the place of the next case's answers. */
 static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv_type,
-                             golden_answers a)
-{
+                             golden_answers a) {
     unsigned errors_before = test_errors;
     bkv_config cfg = bkv_config_default(g->n_q_heads, g->n_kv_heads, g->head_dim, g->budget);
     cfg.value_dim = g->value_dim;
@@ -116,8 +111,7 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
 }
 
 /* All cases with one storage type, on every backend. */
-static void golden(uint32_t type)
-{
+static void golden(uint32_t type) {
     uint32_t backends[8];
     size_t n_backends = test_backends(backends);
     CHECK(n_backends > 0);
