@@ -24,20 +24,20 @@ typedef struct part {
 
 /* Every rule, every pair of types, the tuned head dims and odd ones, groups 1 to 16. */
 static const part parts[] = {
-    {BKV_RULE_PAIR, BKV_F16, BKV_F32, 3, 2, 64, 0, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_PAIR, BKV_F32, BKV_F32, 4, 1, 128, 0, 272, 0, 0, 1, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_PAIR, BKV_BF16, BKV_BF16, 2, 3, 80, 0, 300, 20, 100, 2, 0.5f, 0.0f, 0.0f},
-    {BKV_RULE_PAIR, BKV_F16, BKV_F16, 7, 1, 33, 57, 320, BKV_NONE, 0, 1, 0.0f, 0.0f, 0.25f},
-    {BKV_RULE_PAIR, BKV_F32, BKV_F16, 1, 2, 1, 1, 256, 0, BKV_NONE, 1, 1.0f, 0.0f, 0.0f},
-    {BKV_RULE_PAIR, BKV_F16, BKV_BF16, 1, 1, 192, 128, 256, 0, 0, 1, 0.0f, 30.0f, 0.0f},
+    {BKV_RULE_SAMPLE, BKV_F16, BKV_F32, 3, 2, 64, 0, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
+    {BKV_RULE_SAMPLE, BKV_F32, BKV_F32, 4, 1, 128, 0, 272, 0, 0, 1, 0.0f, 0.0f, 0.0f},
+    {BKV_RULE_SAMPLE, BKV_BF16, BKV_BF16, 2, 3, 80, 0, 300, 20, 100, 2, 0.5f, 0.0f, 0.0f},
+    {BKV_RULE_SAMPLE, BKV_F16, BKV_F16, 7, 1, 33, 57, 320, BKV_NONE, 0, 1, 0.0f, 0.0f, 0.25f},
+    {BKV_RULE_SAMPLE, BKV_F32, BKV_F16, 1, 2, 1, 1, 256, 0, BKV_NONE, 1, 1.0f, 0.0f, 0.0f},
+    {BKV_RULE_SAMPLE, BKV_F16, BKV_BF16, 1, 1, 192, 128, 256, 0, 0, 1, 0.0f, 30.0f, 0.0f},
     {BKV_RULE_WALK, BKV_F16, BKV_F32, 4, 2, 64, 0, 256, 0, 0, 2, 0.0f, 0.0f, 0.0f},
     {BKV_RULE_WALK, BKV_F32, BKV_BF16, 2, 1, 128, 0, 256, 0, 64, 1, 0.0f, 2.0f, 0.0f},
     {BKV_RULE_WALK, BKV_BF16, BKV_F32, 5, 3, 20, 96, 272, 5, 0, 3, 0.3f, 0.0f, 4.0f},
     {BKV_RULE_WALK, BKV_BF16, BKV_F16, 16, 1, 17, 0, 400, 0, 0, 1, 0.0f, 0.0f, 0.0f},
     {BKV_RULE_UNIFORM, BKV_F16, BKV_F16, 2, 2, 96, 0, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
     {BKV_RULE_UNIFORM, BKV_F32, BKV_F32, 6, 1, 64, 7, 256, 100, BKV_NONE, 1, 2.0f, 5.0f, 0.0f},
-    {BKV_RULE_STRIDE, BKV_BF16, BKV_BF16, 1, 4, 64, 0, 256, 0, 0, 4, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_STRIDE, BKV_F16, BKV_F32, 3, 1, 256, 0, 256, 0, 0, 1, 0.0f, 50.0f, 0.0f},
+    {BKV_RULE_SAMPLE, BKV_BF16, BKV_BF16, 1, 4, 64, 0, 256, 0, 0, 4, 0.0f, 0.0f, 0.0f},
+    {BKV_RULE_SAMPLE, BKV_F16, BKV_F32, 3, 1, 256, 0, 256, 0, 0, 1, 0.0f, 50.0f, 0.0f},
     {BKV_RULE_WINDOW, BKV_F16, BKV_F32, 8, 1, 80, 81, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
     {BKV_RULE_WINDOW, BKV_F32, BKV_F16, 1, 2, 512, 2, 220, 0, 64, 1, 0.0f, 0.0f, 0.0f},
 };
