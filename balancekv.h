@@ -533,7 +533,6 @@ enum {
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
     BKVI_TILE_MAX = 4,       /* rows that share a register tile, at most */
-    BKVI_PERIOD = 32,        /* every so many tokens a query's attention is observed */
     BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
     BKVI_CONFIG_BYTES = 72,  /* of bkv_config, all that stands before the seed */
     BKVI_COUNTER_BYTES = 28, /* of bkvi_head in the state */
@@ -544,8 +543,6 @@ static const float BKVI_LOG2E = 1.44269504088896341f, BKVI_LN2 = 0.6931471805599
 static const float BKVI_HUGE = 7.2057594037927936e16f; /* 2^56: keys, values, queries are below */
 static const float BKVI_CONSTANT = 0.025f; /* constant channel of the kernel, the paper's code */
 static const float BKVI_LEARN = 0.01f;     /* share of a query in its running mean */
-static const float BKVI_OBSERVE = 0.0127f; /* share of an observation in a token's use: decay 0.95
-                                              in 128 tokens */
 static const uint64_t BKVI_GOLDEN = 0x9E3779B97F4A7C15u;
 
 /* ------------------------------------------------------------------------------------------------
@@ -626,6 +623,12 @@ static float bkvi_default_scale(uint32_t dim) {
     return (float)y;
 }
 
+/* Round to nearest even; the caller keeps NaN and overflow out (bkvi_scan). */
+static BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
+    uint32_t u = bkvi_bits(x);
+    return (uint16_t)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
+}
+
 #if BKVI_HAVE_SCALAR
 /* The square root to nearest, 0 of a negative number: Newton in double from a guess by the exponent.
    No libm, and no float's root lies so close to the middle of two floats that an error of double
@@ -669,7 +672,6 @@ static BKVI_INLINE float bkvi_from_f16(uint16_t h) {
     return bkvi_float(sign | bkvi_bits((float)rest * 5.9604644775390625e-8f)); /* exact */
 }
 
-/* Round to nearest even; the caller keeps NaN and overflow out (bkvi_scan). */
 static BKVI_INLINE uint16_t bkvi_to_f16(float x) {
     uint32_t u = bkvi_bits(x), sign = u >> 16 & 0x8000u, rest = u & 0x7FFFFFFFu;
     if (rest < 0x38800000u) { /* below 2^-14: a multiple of 2^-24, rounded by adding 2^-1 */
@@ -678,12 +680,6 @@ static BKVI_INLINE uint16_t bkvi_to_f16(float x) {
     }
     rest += 0xFFFu + (rest >> 13 & 1u);
     return (uint16_t)(sign | (rest - 0x38000000u) >> 13);
-}
-
-static BKVI_INLINE float bkvi_from_bf16(uint16_t h) { return bkvi_float((uint32_t)h << 16); }
-static BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
-    uint32_t u = bkvi_bits(x);
-    return (uint16_t)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
 }
 #endif
 
@@ -703,10 +699,10 @@ typedef struct bkvi_block {
     const unsigned char *queries;     /* mean of each query head, [group][head_dim padded to 16] */
     float *weight, *use;              /* [128]; of the weights only the ratios count */
     float *score, *factor, *norm;     /* [128]: importance; factor in the kernel; squared norms */
-    float *expected, *unlike, *work;  /* [128], [128], [512] */
+    float *expected, *unlike;         /* [128]: shares of importance */
     float *matrix;                    /* [128][128], the kernel; walk: upper triangle of panels */
-    float *panels;                    /* [8][max(head_dim, v_dim_pad)][16], packed operands */
-    float *tile;                      /* [8][64], products before they are used */
+    float *panels;                    /* [8][max(head_dim, v_dim_pad) + 1][16], operands */
+    float *tile;                      /* [16][64], products before they are used, and other work */
 } bkvi_block;
 
 /* Queries of the n newest tokens of a KV head (§9): tokens first .. first + n - 1 of q and out. */
@@ -779,9 +775,9 @@ static uint32_t bkvi_pick_backend(uint32_t wanted) {
    stated in §1; what costs time (kernel matrix, signed sums, exchanges) is bkvi_gram, bkvi_walk and
    bkvi_exchange in §12.
    ---------------------------------------------------------------------------------------------- */
-/* Floats of scratch a halving needs: 13 vectors of 128, matrix, tile, packed panels. */
+/* Floats of scratch a halving needs: 9 vectors of 128, matrix, tile, packed panels. */
 static size_t bkvi_halving_floats(uint32_t dim, uint32_t v_dim_pad) {
-    return (size_t)BKVI_BLOCK * (13 + BKVI_BLOCK + bkvi_max(dim, v_dim_pad)) + 8 * BKVI_PAGE;
+    return (size_t)BKVI_BLOCK * (9 + BKVI_BLOCK + bkvi_max(dim, v_dim_pad) + 1) + 16 * BKVI_PAGE;
 }
 
 /* The chance of every token to stay: in proportion to its score, 64 in all. What would exceed 1 is
@@ -849,10 +845,9 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
         block->norm = scratch + 4 * BKVI_BLOCK;
         block->expected = scratch + 5 * BKVI_BLOCK;
         block->unlike = scratch + 6 * BKVI_BLOCK;
-        block->work = scratch + 7 * BKVI_BLOCK;
-        block->matrix = scratch + 11 * BKVI_BLOCK;
+        block->matrix = scratch + 7 * BKVI_BLOCK;
         block->tile = block->matrix + (size_t)BKVI_BLOCK * BKVI_BLOCK;
-        block->panels = block->tile + 8 * BKVI_PAGE;
+        block->panels = block->tile + 16 * BKVI_PAGE;
         for (i = 0; i < BKVI_BLOCK; i++)
             block->weight[i] = weight[i] / heaviest; /* so that products stay in range */
         kernels->gram(c, block);
@@ -1108,15 +1103,18 @@ static uint32_t bkvi_n_blocks(const bkvi_head *h) {
 }
 static uint32_t bkvi_block_slot(const bkv_cache *c, const bkvi_head *h, const unsigned char *pages,
                                 uint32_t b, uint32_t *n_slots) {
-    uint32_t n_sinks = bkvi_n_blocks(h) - h->used, newest;
+    uint32_t n_sinks = bkvi_n_blocks(h) - h->used, newest, second;
     if (b < n_sinks) {
         *n_slots = bkvi_min(h->sinks - b * BKVI_PAGE, BKVI_PAGE);
         return b * BKVI_PAGE;
     }
     b -= n_sinks;
-    newest = bkvi_place(pages, h->used - 1);
     *n_slots = b + 1 == h->used ? h->fill : (uint32_t)BKVI_PAGE;
-    return c->sink_slots + BKVI_PAGE * (b + 1 == h->used ? newest : b + (b >= newest));
+    if (b + 2 >= h->used) return bkvi_page_slot(c, pages, b);
+    newest = bkvi_place(pages, h->used - 1), second = bkvi_place(pages, h->used - 2);
+    b += b >= bkvi_min(newest, second);
+    b += b >= bkvi_max(newest, second);
+    return c->sink_slots + BKVI_PAGE * b;
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -1591,7 +1589,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
    into an addition other than through bkvi_v(fma): compilers may fuse the two.
      load, store                       lanes from and to memory of any alignment
      load_f16, load_bf16, store_f16    the same, converted; to nearest even
-     fma_at(c, i, first, x, acc)       c[i] * x + acc; c[i] is one of four coefficients at c; `first`
+     fma_at(c, i, first, x, y)         c[i] * x + y, i a constant; may read up to c[i | 3]; `first`
                                        of those that share x
      sqrt(a)                           to nearest
      max(a, b), pick_gt(a, b, x, y)    per lane a > b ? a : b, a > b ? x : y
@@ -1651,7 +1649,9 @@ BKVI_VFN bkvi_vec bkvi_v(pick_gt)(bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y
     return a > b ? x : y;
 }
 BKVI_VFN int bkvi_v(any_gt)(bkvi_vec a, bkvi_vec b) { return a > b; }
-BKVI_VFN bkvi_vec bkvi_v(pow2)(bkvi_vec r) { return bkvi_float((bkvi_bits(r) << 23) + 0x3F800000u); }
+BKVI_VFN bkvi_vec bkvi_v(pow2)(bkvi_vec r) {
+    return bkvi_float((bkvi_bits(r) << 23) + 0x3F800000u);
+}
 BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) { (void)a, (void)b; }
 
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX2
@@ -1739,8 +1739,7 @@ BKVI_VFN bkvi_vec bkvi_v(pow2)(bkvi_vec r) {
     return _mm512_castsi512_ps(_mm512_add_epi32(u, _mm512_set1_epi32(0x3F800000)));
 }
 BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
-    const __m512i low =
-        _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     bkvi_vec x = _mm512_permutex2var_ps(*a, low, *b);
     *b = _mm512_permutex2var_ps(*a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), *b);
     *a = x;
@@ -1768,12 +1767,14 @@ BKVI_VFN void bkvi_v(store_f16)(void *p, bkvi_vec x) {
 }
 BKVI_VFN bkvi_vec bkvi_v(fma)(bkvi_vec x, bkvi_vec y, bkvi_vec z) { return vfmaq_f32(z, x, y); }
 BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_vec x, bkvi_vec y) {
-    bkvi_vec four = bkvi_v(load)(c);
+    bkvi_vec four = bkvi_v(load)(c + i / 4 * 4);
     (void)first;
-    return i == 0   ? vfmaq_laneq_f32(y, x, four, 0)
-           : i == 1 ? vfmaq_laneq_f32(y, x, four, 1)
-           : i == 2 ? vfmaq_laneq_f32(y, x, four, 2)
-                    : vfmaq_laneq_f32(y, x, four, 3);
+    switch (i % 4) { /* a lane must be a constant, even to -O0 */
+    case 0: return vfmaq_laneq_f32(y, x, four, 0);
+    case 1: return vfmaq_laneq_f32(y, x, four, 1);
+    case 2: return vfmaq_laneq_f32(y, x, four, 2);
+    default: return vfmaq_laneq_f32(y, x, four, 3);
+    }
 }
 BKVI_VFN bkvi_vec bkvi_v(sqrt)(bkvi_vec x) { return vsqrtq_f32(x); }
 BKVI_VFN bkvi_vec bkvi_v(max)(bkvi_vec a, bkvi_vec b) { return vmaxq_f32(a, b); }
@@ -1796,12 +1797,12 @@ BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
    vector and a coefficient per row. */
 #if BKVI_PASS == BALANCEKV_SIMD_SCALAR
 #define BKVI_VECS(rows) 1
-#define BKVI_MAX_ACC 64
+#define BKVI_MAX_ACC 96
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_VECS(rows) 4
-#define BKVI_MAX_ACC 16
+#define BKVI_MAX_ACC 24
 #else /* 16 registers of 8 lanes, or 32 of 4 */
-#define BKVI_VECS(rows) ((rows) == 1 ? 4 : (rows) == 4 ? 1 : 2)
+#define BKVI_VECS(rows) ((rows) == 1 ? 4 : (rows) < 4 ? 2 : 1)
 #define BKVI_MAX_ACC 24
 #endif
 
@@ -1870,20 +1871,40 @@ static void BKVI_FN(bkvi_put)(unsigned char *dst, size_t step, uint32_t kv_type,
     }
 }
 
-/* 2^t within 1 ulp; exactly 0 below 2^-125, so that no denormal arises. t <= 127. The polynomial is
-   a minimax fit of degree 6 of ours. */
-BKVI_VFN bkvi_vec bkvi_v(exp2)(bkvi_vec t) {
+/* 2^t of four registers side by side, as one alone would wait for its own results: within 1 ulp;
+   exactly 0 below 2^-125, so that no denormal arises. t <= 127. The polynomial is a minimax fit of
+   degree 6 of ours. */
+BKVI_VFN void BKVI_FN(bkvi_exp2)(bkvi_vec *t) {
     static const float c[6] = {1.339993090e-3f, 9.618489072e-3f, 5.550328642e-2f,
                                2.402264625e-1f, 6.931471825e-1f, 1.0f};
     const bkvi_vec magic = bkvi_v(set)(12582912.0f); /* 1.5 * 2^23: adding it rounds to integers */
-    bkvi_vec n, f, p = bkvi_v(set)(1.534581243e-4f);
-    int i;
-    t = bkvi_v(max)(t, bkvi_v(set)(-126.0f));
-    n = t + magic;
-    f = t - (n - magic);
-    BKVI_UNROLL for (i = 0; i < 6; i++) p = bkvi_v(fma)(p, f, bkvi_v(set)(c[i]));
-    p = p * bkvi_v(pow2)(n);
-    return bkvi_v(pick_gt)(t, bkvi_v(set)(-125.0f), p, bkvi_v(set)(0.0f));
+    bkvi_vec n[4], f[4], p[4];
+    int i, k;
+    BKVI_UNROLL for (k = 0; k < 4; k++) {
+        t[k] = bkvi_v(max)(t[k], bkvi_v(set)(-126.0f));
+        n[k] = t[k] + magic;
+        f[k] = t[k] - (n[k] - magic);
+        p[k] = bkvi_v(set)(1.534581243e-4f);
+    }
+    BKVI_UNROLL for (i = 0; i < 6; i++) BKVI_UNROLL for (k = 0; k < 4; k++) p[k] =
+        bkvi_v(fma)(p[k], f[k], bkvi_v(set)(c[i]));
+    BKVI_UNROLL for (k = 0; k < 4; k++) {
+        p[k] = p[k] * bkvi_v(pow2)(n[k]);
+        t[k] = bkvi_v(pick_gt)(t[k], bkvi_v(set)(-125.0f), p[k], bkvi_v(set)(0.0f));
+    }
+}
+
+/* 2^x of n floats in place, n a multiple of 64. */
+static BKVI_NOINLINE void BKVI_FN(bkvi_raise)(float *x, uint32_t n, float shift) {
+    const bkvi_vec minus = bkvi_v(set)(shift);
+    uint32_t i, k;
+    for (i = 0; i < n; i += 4 * BKVI_WIDTH) {
+        bkvi_vec t[4];
+        BKVI_UNROLL for (k = 0; k < 4; k++) t[k] =
+            bkvi_v(load)(x + i + k * BKVI_WIDTH) - minus;
+        BKVI_FN(bkvi_exp2)(t);
+        BKVI_UNROLL for (k = 0; k < 4; k++) bkvi_v(store)(x + i + k * BKVI_WIDTH, t[k]);
+    }
 }
 
 /* ---- register tile ---- */
@@ -1900,31 +1921,38 @@ BKVI_VFN void BKVI_FN(bkvi_tile_fma)(const int type, const int rows, const int v
     enum { REGS = BKVI_LANES / BKVI_WIDTH };
     const size_t es = type == BKV_F32 ? 4 : 2;
     const int regs = vecs * REGS, steps = c_row ? 4 : 1;
-    bkvi_vec acc[BKVI_MAX_ACC];
+    const int by_row = regs <= rows || BKVI_WIDTH == 16; /* the side that is held in registers */
+    bkvi_vec acc[BKVI_MAX_ACC], a[BKVI_MAX_ACC];
     uint32_t i;
-    int r, v, s;
-    BKVI_TILES for (r = 0; r < rows; r++) BKVI_TILES for (v = 0; v < regs; v++) acc[r * regs + v] =
-        fresh ? bkvi_v(set)(0.0f)
-              : bkvi_v(load)(acc_mem + (size_t)r * acc_row + (size_t)v * BKVI_WIDTH);
+    int t, s; /* accumulator t: row R, register V */
+#define BKVI_R (by_row ? t / regs : t % rows)
+#define BKVI_V (by_row ? t % regs : t / rows)
+#define BKVI_ACC (acc_mem + (size_t)BKVI_R * acc_row + (size_t)BKVI_V * BKVI_WIDTH)
+    BKVI_TILES for (t = 0; t < rows * regs; t++) acc[t] =
+        fresh ? bkvi_v(set)(0.0f) : bkvi_v(load)(BKVI_ACC);
     for (i = 0; i < n; i += (uint32_t)steps, c += c_row ? 4 : c_step) {
         BKVI_TILES for (s = 0; s < steps; s++, x += step * es) {
             if (ahead) {
-                BKVI_TILES for (v = 0; v < (vecs * (int)es + 3) / 4; v++)
-                    __builtin_prefetch(ahead + 64 * v);
+                BKVI_TILES for (t = 0; t < (vecs * (int)es + 3) / 4; t++)
+                    __builtin_prefetch(ahead + 64 * t);
                 ahead += (size_t)vecs * BKVI_LANES * es;
             }
-            BKVI_TILES for (v = 0; v < regs; v++) {
-                const size_t at = (size_t)(v / REGS) * apart + (size_t)(v % REGS) * BKVI_WIDTH;
-                bkvi_vec a = bkvi_v(get)(type, x + at * es);
-                if (type == BKV_F32 && rows > 1) BKVI_PIN(a);
-                BKVI_TILES for (r = 0; r < rows; r++) acc[r * regs + v] =
-                    bkvi_v(fma_at)(c_row ? c + (size_t)r * c_row : c, c_row ? s : r, r == 0, a,
-                                   acc[r * regs + v]);
+            BKVI_TILES for (t = 0; t < rows * regs; t++) {
+                const int r = BKVI_R, v = BKVI_V;
+                if (r == 0) {
+                    a[v] = bkvi_v(get)(
+                        type,
+                        x + ((size_t)(v / REGS) * apart + (size_t)(v % REGS) * BKVI_WIDTH) * es);
+                    if (type == BKV_F32 && rows > 1) BKVI_PIN(a[v]);
+                }
+                acc[t] = bkvi_v(fma_at)(c + (size_t)r * c_row, c_row ? s : r, r == 0, a[v], acc[t]);
             }
         }
     }
-    BKVI_TILES for (r = 0; r < rows; r++) BKVI_TILES for (v = 0; v < regs; v++) bkvi_v(store)(
-        acc_mem + (size_t)r * acc_row + (size_t)v * BKVI_WIDTH, acc[r * regs + v]);
+    BKVI_TILES for (t = 0; t < rows * regs; t++) bkvi_v(store)(BKVI_ACC, acc[t]);
+#undef BKVI_R
+#undef BKVI_V
+#undef BKVI_ACC
 }
 
 /* ---- kernel matrix ---- */
@@ -1953,85 +1981,77 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_turn)(float *to, size_t apart, const unsi
         }
 }
 
-/* The block's keys or values as f32 panels [8][dim][16]. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_pack)(const bkv_cache *c, const bkvi_block *block,
-                                             int values, uint32_t dim) {
+/* The block's keys or values as f32 panels, `stride` floats apart, sixteen dimensions at a time,
+   minus their mean if `centred`; returns the largest squared norm. Sums over the tokens have the
+   order: panels, then lanes i + i+8, i+4, i+2, i+1. */
+static BKVI_NOINLINE float BKVI_FN(bkvi_pack)(const bkv_cache *c, const bkvi_block *block,
+                                              int values, int centred, uint32_t dim,
+                                              size_t stride) {
     const uint32_t type = BKVI_TYPE(c->cfg.kv_type);
-    const size_t panel = (size_t)dim * BKVI_LANES;
-    uint32_t p, i;
-    for (p = 0; p < 8; p++) {
-        const unsigned char *from =
-            (values ? block->v : block->k)[p / 4] + p % 4 * panel * c->elem_bytes;
-        float *to = block->panels + p * panel;
-        if (values)
-            for (i = 0; i < dim; i += BKVI_LANES)
-                BKVI_FN(bkvi_turn)(to + i * BKVI_LANES, BKVI_LANES, from + i * c->elem_bytes, dim,
-                                   type);
-        else
-            for (i = 0; i < panel; i += BKVI_WIDTH)
-                bkvi_v(store)(to + i, bkvi_v(get)((int)type, from + i * c->elem_bytes));
-    }
-}
-
-/* Means over the 128 tokens, sixteen dimensions at a time: sums of lanes, turned, then added up.
-   mean: [dim rounded up to 16]; work: [2][16][16]. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_means)(const float *panels, uint32_t dim, float *mean,
-                                              float *work) {
-    const size_t panel = (size_t)dim * BKVI_LANES;
-    uint32_t i, j, n, lane, p;
+    const size_t es = bkvi_type_bytes(type);
+    float *sums = block->tile, *mean = sums + 256, *norm = block->norm, largest = 0.0f;
+    uint32_t i, j, p, n, half, lane;
+    memset(norm, 0, BKVI_BLOCK * sizeof *norm);
     for (i = 0; i < dim; i += BKVI_LANES) {
-        for (j = 0; j < bkvi_min(BKVI_LANES, dim - i) * BKVI_LANES; j += BKVI_WIDTH) {
-            const float *x = panels + (size_t)i * BKVI_LANES + j;
-            bkvi_vec sum = bkvi_v(set)(0.0f);
-            for (p = 0; p < 8; p++) sum = sum + bkvi_v(load)(x + p * panel);
-            bkvi_v(store)(work + j, sum);
-        }
-        BKVI_FN(bkvi_turn)(work + 256, BKVI_LANES, (const unsigned char *)work, BKVI_LANES,
-                           BKV_F32);
-        for (n = 128; n >= 16; n /= 2)
-            for (lane = 0; lane < n; lane += BKVI_WIDTH) {
-                float *sum = work + 256 + lane;
-                bkvi_v(store)(sum, bkvi_v(load)(sum) + bkvi_v(load)(sum + n));
-            }
-        for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH)
-            bkvi_v(store)(mean + i + lane,
-                          bkvi_v(load)(work + 256 + lane) * bkvi_v(set)(1.0f / 128.0f));
-    }
-}
-
-/* Subtracts the means; norm[i] becomes the squared norm of token i. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_centre)(float *panels, uint32_t dim, const float *mean,
-                                               float *norms) {
-    const size_t panel = (size_t)dim * BKVI_LANES;
-    uint32_t lane, i;
-    int p;
-    for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
-        bkvi_vec norm[8];
-        BKVI_TILES for (p = 0; p < 8; p++) norm[p] = bkvi_v(set)(0.0f);
-        for (i = 0; i < dim; i++) {
-            float *at = panels + (size_t)i * BKVI_LANES + lane;
-            bkvi_vec m = bkvi_v(set)(mean[i]);
-            BKVI_TILES for (p = 0; p < 8; p++) {
-                bkvi_vec x = bkvi_v(load)(at + (size_t)p * panel) - m;
-                bkvi_v(store)(at + (size_t)p * panel, x);
-                norm[p] = bkvi_v(fma)(x, x, norm[p]);
+        float *to = block->panels + (size_t)i * BKVI_LANES;
+        n = bkvi_min(BKVI_LANES, dim - i) * BKVI_LANES;
+        for (p = 0; p < 8; p++) {
+            const size_t row = (size_t)(p % 4) * BKVI_LANES * dim;
+            if (values)
+                BKVI_FN(bkvi_turn)(to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim,
+                                   type);
+            for (j = 0; j < n; j += BKVI_WIDTH) {
+                bkvi_vec x = values ? bkvi_v(load)(to + p * stride + j)
+                                    : bkvi_v(get)((int)type, block->k[p / 4] +
+                                                      (row + i * (size_t)BKVI_LANES + j) * es);
+                bkvi_v(store)(to + p * stride + j, x);
+                if (p) x = bkvi_v(load)(sums + j) + x;
+                bkvi_v(store)(sums + j, x);
             }
         }
-        BKVI_TILES for (p = 0; p < 8; p++) bkvi_v(store)(norms + p * BKVI_LANES + lane, norm[p]);
+        BKVI_FN(bkvi_turn)(mean, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
+        for (half = 128; half >= 16; half /= 2)
+            for (j = 0; j < half; j += BKVI_WIDTH)
+                bkvi_v(store)(mean + j, bkvi_v(load)(mean + j) + bkvi_v(load)(mean + half + j));
+        for (p = 0; p < 8; p++)
+            for (lane = p * BKVI_LANES; lane < (p + 1) * BKVI_LANES; lane += BKVI_WIDTH) {
+                float *at = to + p * stride + lane % BKVI_LANES;
+                bkvi_vec x, sum = bkvi_v(load)(norm + lane);
+                for (j = 0; j < n; j += BKVI_LANES) {
+                    x = bkvi_v(load)(at + j);
+                    if (centred) {
+                        x = x - bkvi_v(set)(mean[j / BKVI_LANES] * (1.0f / BKVI_BLOCK));
+                        bkvi_v(store)(at + j, x);
+                    }
+                    sum = bkvi_v(fma)(x, x, sum);
+                }
+                bkvi_v(store)(norm + lane, sum);
+            }
+        for (j = 0; j < BKVI_LANES; j++) /* kept for bkvi_unlike */
+            sums[512 + i + j] = mean[j] * (1.0f / BKVI_BLOCK);
     }
+    for (j = 0; j < BKVI_BLOCK; j++) largest = norm[j] > largest ? norm[j] : largest;
+    return largest;
 }
 
-/* Sum of n floats, n a multiple of 16, lane by lane and then over the lanes; and the largest. */
+/* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
+static float BKVI_FN(bkvi_over_lanes)(const float *lanes) {
+    float x[8];
+    uint32_t i, n;
+    for (i = 0; i < 8; i++) x[i] = lanes[i] + lanes[i + 8];
+    for (n = 4; n; n /= 2)
+        for (i = 0; i < n; i++) x[i] += x[i + n];
+    return x[0];
+}
 static float BKVI_FN(bkvi_total)(const float *x, uint32_t n) {
-    float lanes[16], sum = 0.0f;
+    float lanes[16];
     uint32_t lane, i;
     for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
         bkvi_vec all = bkvi_v(load)(x + lane);
         for (i = BKVI_LANES; i < n; i += BKVI_LANES) all = all + bkvi_v(load)(x + i + lane);
         bkvi_v(store)(lanes + lane, all);
     }
-    for (lane = 0; lane < BKVI_LANES; lane++) sum += lanes[lane];
-    return sum;
+    return BKVI_FN(bkvi_over_lanes)(lanes);
 }
 static float BKVI_FN(bkvi_largest)(const float *x) {
     float most = x[0];
@@ -2042,7 +2062,7 @@ static float BKVI_FN(bkvi_largest)(const float *x) {
 
 /* ---- importance (§1) ---- */
 /* <key, vector> * scale of every token: to[128]. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_against)(const bkvi_block *block, uint32_t dim,
+static BKVI_NOINLINE void BKVI_FN(bkvi_against)(const bkvi_block *block, uint32_t dim, size_t stride,
                                                 const unsigned char *vector, float scale,
                                                 float *to) {
     float *work = block->matrix;
@@ -2051,8 +2071,8 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_against)(const bkvi_block *block, uint32_
         bkvi_v(store)(work + i, bkvi_v(load)(vector + 4 * (size_t)i) * bkvi_v(set)(scale));
     for (i = 0; i < BKVI_BLOCK; i += BKVI_VECS(1) * BKVI_LANES)
         BKVI_FN(bkvi_tile_fma)
-        (BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(block->panels + (size_t)i * dim),
-         BKVI_LANES, (size_t)dim * BKVI_LANES, dim, work, 0, 1, 1, to + i, BKVI_BLOCK, NULL);
+        (BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(block->panels + i / BKVI_LANES * stride),
+         BKVI_LANES, stride, dim, work, 0, 1, 1, to + i, BKVI_BLOCK, NULL);
 }
 
 /* to += share of x in its sum; x is used up. */
@@ -2071,29 +2091,27 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_add_share)(float *to, float *x, const flo
 /* What the queries' means expect of every token: the mean over the group of its share of attention
    within the block. The keys are centred, which no softmax notices. */
 static BKVI_NOINLINE void BKVI_FN(bkvi_expect)(const bkv_cache *c, const bkvi_block *block,
-                                               uint32_t dim) {
+                                               uint32_t dim, size_t stride) {
     float *logit = block->score;
     uint32_t head, i;
     memset(block->expected, 0, BKVI_BLOCK * sizeof(float));
     for (head = 0; head < c->group; head++) {
-        bkvi_vec most;
         BKVI_FN(bkvi_against)
-        (block, dim, block->queries + (size_t)head * 4 * bkvi_round_up(dim, BKVI_LANES),
+        (block, dim, stride, block->queries + (size_t)head * 4 * bkvi_round_up(dim, BKVI_LANES),
          c->cfg.scale * BKVI_LOG2E, logit);
-        most = bkvi_v(set)(BKVI_FN(bkvi_largest)(logit));
+        BKVI_FN(bkvi_raise)(logit, BKVI_BLOCK, BKVI_FN(bkvi_largest)(logit));
         for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH)
-            bkvi_v(store)(logit + i, bkvi_v(exp2)(bkvi_v(load)(logit + i) - most) *
-                                         bkvi_v(load)(block->weight + i));
+            bkvi_v(store)(logit + i, bkvi_v(load)(logit + i) * bkvi_v(load)(block->weight + i));
         BKVI_FN(bkvi_add_share)(block->expected, logit, NULL, 1.0f);
     }
 }
 
 /* w e^(-4 cos(key, mean key)): keys unlike the others. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_unlike)(const bkvi_block *block, uint32_t dim) {
-    float *mean = block->tile, *work = block->matrix, *unlike = block->unlike;
+static BKVI_NOINLINE void BKVI_FN(bkvi_unlike)(const bkvi_block *block, uint32_t dim, size_t stride) {
+    float *mean = block->tile + 512, *work = block->matrix, *unlike = block->unlike;
     bkvi_vec m, zero = bkvi_v(set)(0.0f);
     uint32_t i, padded = bkvi_round_up(dim, BKVI_LANES);
-    BKVI_FN(bkvi_against)(block, dim, (const unsigned char *)mean, 1.0f, unlike);
+    BKVI_FN(bkvi_against)(block, dim, stride, (const unsigned char *)mean, 1.0f, unlike);
     for (i = 0; i < padded; i += BKVI_WIDTH)
         bkvi_v(store)(work + i, bkvi_v(load)(mean + i) * bkvi_v(load)(mean + i));
     m = bkvi_v(set)(BKVI_FN(bkvi_total)(work, padded));
@@ -2102,9 +2120,11 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_unlike)(const bkvi_block *block, uint32_t
         dot = dot + m; /* of the key as it was; so is its norm */
         norm = bkvi_v(sqrt)((norm + dot) * m);
         cosine = dot / bkvi_v(pick_gt)(norm, zero, norm, bkvi_v(set)(1.0f));
-        bkvi_v(store)(unlike + i, bkvi_v(exp2)(cosine * bkvi_v(set)(-4.0f * BKVI_LOG2E)) *
-                                      bkvi_v(load)(block->weight + i));
+        bkvi_v(store)(unlike + i, cosine * bkvi_v(set)(-4.0f * BKVI_LOG2E));
     }
+    BKVI_FN(bkvi_raise)(unlike, BKVI_BLOCK, 0.0f);
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH)
+        bkvi_v(store)(unlike + i, bkvi_v(load)(unlike + i) * bkvi_v(load)(block->weight + i));
 }
 
 /* Scores, and the factor of each token in the kernel. norm: that of the values. */
@@ -2127,84 +2147,89 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_rate)(const bkvi_block *block, uint32_t i
     BKVI_FN(bkvi_add_share)(block->score, block->weight, NULL, 0.1f);
 }
 
-/* ---- kernel matrix ---- */
-/* The upper triangle, in tiles of four rows and up to BKVI_VECS panels, down to the diagonal. Keys:
+/* Products of the 16 rows of panel i with panels first .. end-1 become entries of the kernel. Keys:
    2^(product * a - b), at most 1 but for rounding; values: times (product + b) f_i f_j a. */
 static BKVI_NOINLINE void BKVI_FN(bkvi_entries)(const bkvi_block *block, int values, uint32_t i,
                                                 uint32_t first, uint32_t end, float a, float b) {
     const bkvi_vec zero = bkvi_v(set)(0.0f), shift = bkvi_v(set)(values ? b : -b);
     uint32_t row, j;
-    for (row = 0; row < 4; row++) {
-        const bkvi_vec factor = bkvi_v(set)(values ? block->factor[i + row] * a : a);
-        const float *product = block->tile + (size_t)row * BKVI_PAGE - first * BKVI_LANES;
-        float *to = block->matrix + (size_t)(i + row) * BKVI_BLOCK;
+    int k;
+    for (row = 0; row < BKVI_LANES; row += 4)
         for (j = first * BKVI_LANES; j < end * BKVI_LANES; j += BKVI_WIDTH) {
-            bkvi_vec x = bkvi_v(load)(product + j);
-            if (values) {
-                x = (x + shift) * factor * bkvi_v(load)(block->factor + j) * bkvi_v(load)(to + j);
-            } else {
-                x = bkvi_v(fma)(x, factor, shift);
-                x = bkvi_v(exp2)(bkvi_v(pick_gt)(x, zero, zero, x));
+            const float *product = block->tile + row * BKVI_PAGE + (j - first * BKVI_LANES);
+            float *to = block->matrix + (i * BKVI_LANES + row) * BKVI_BLOCK + j;
+            const float *factor = block->factor + i * BKVI_LANES + row;
+            bkvi_vec x[4], col = bkvi_v(load)(block->factor + j);
+            BKVI_UNROLL for (k = 0; k < 4; k++) {
+                x[k] = bkvi_v(load)(product + k * BKVI_PAGE);
+                if (values) {
+                    x[k] = (x[k] + shift) * bkvi_v(set)(factor[k] * a) * col;
+                    x[k] = x[k] * bkvi_v(load)(to + k * BKVI_BLOCK);
+                } else {
+                    x[k] = bkvi_v(fma)(x[k], bkvi_v(set)(a), shift);
+                    x[k] = bkvi_v(pick_gt)(x[k], zero, zero, x[k]);
+                }
             }
-            bkvi_v(store)(to + j, x);
+            if (!values) BKVI_FN(bkvi_exp2)(x);
+            BKVI_UNROLL for (k = 0; k < 4; k++) bkvi_v(store)(to + k * BKVI_BLOCK, x[k]);
         }
-    }
 }
+
+/* The 16 rows of panel i, in tiles of 5, 5 and 6: more than the 8 sums in flight that hide the
+   latency of an FMA on 16 registers. */
+BKVI_VFN void BKVI_FN(bkvi_rows)(const bkvi_block *block, const int vecs, uint32_t i,
+                                 uint32_t first, uint32_t dim, size_t stride) {
+    const unsigned char *x = (const unsigned char *)(block->panels + first * stride);
+    const float *c = block->panels + i * stride;
+    uint32_t row;
+    for (row = 0; row < 10; row += 5) BKVI_FN(bkvi_tile_fma)
+    (BKV_F32, 5, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
+     block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
+    BKVI_FN(bkvi_tile_fma)
+    (BKV_F32, 6, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
+     block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
+}
+
+/* The upper triangle of the products, and their entries: columns in groups of panels, panels of
+   rows down to the diagonal. */
 static BKVI_NOINLINE void BKVI_FN(bkvi_products)(const bkvi_block *block, int values, uint32_t dim,
-                                                 float a, float b) {
-    const size_t panel = (size_t)dim * BKVI_LANES;
+                                                 size_t stride, float a, float b) {
     uint32_t group, end, i;
     for (group = 0; group < 8; group = end) {
-        end = group + BKVI_VECS(4);
-        for (i = 0; i < end * BKVI_LANES; i += 4) {
-            uint32_t first = bkvi_max(group, i / BKVI_LANES);
-            const float *row = block->panels + i / BKVI_LANES * panel + i % BKVI_LANES;
-            const unsigned char *col = (const unsigned char *)(block->panels + first * panel);
-#define BKVI_X(vecs)                                                                               \
-    if (vecs <= BKVI_VECS(4) && end - first == vecs)                                               \
-    BKVI_FN(bkvi_tile_fma)                                                                         \
-    (BKV_F32, 4, vecs, col, BKVI_LANES, panel, dim, row, 0, BKVI_LANES, 1, block->tile, BKVI_PAGE, \
-     NULL)
-            BKVI_X(1);
-            BKVI_X(2);
-            BKVI_X(3);
-            BKVI_X(4);
-#undef BKVI_X
+        end = group + BKVI_VECS(6);
+        for (i = 0; i < end; i++) {
+            uint32_t first = bkvi_max(group, i), vecs = end - first;
+            if (vecs == 1) BKVI_FN(bkvi_rows)(block, 1, i, first, dim, stride);
+            if (BKVI_VECS(6) == 4 && vecs == 2) BKVI_FN(bkvi_rows)(block, 2, i, first, dim, stride);
+            if (BKVI_VECS(6) == 4 && vecs == 3) BKVI_FN(bkvi_rows)(block, 3, i, first, dim, stride);
+            if (BKVI_VECS(6) == 4 && vecs == 4) BKVI_FN(bkvi_rows)(block, 4, i, first, dim, stride);
             BKVI_FN(bkvi_entries)(block, values, i, first, end, a, b);
         }
     }
-}
-
-/* The block's keys or values as centred panels, or just as panels. */
-static void BKVI_FN(bkvi_gather)(const bkv_cache *c, const bkvi_block *block, int values,
-                                 uint32_t dim, int centred) {
-    BKVI_FN(bkvi_pack)(c, block, values, dim);
-    memset(block->tile, 0, 512 * sizeof(float)); /* the means */
-    if (centred) BKVI_FN(bkvi_means)(block->panels, dim, block->tile, block->work);
-    BKVI_FN(bkvi_centre)(block->panels, dim, block->tile, block->norm);
 }
 
 static void BKVI_FN(bkvi_gram)(const bkv_cache *c, const bkvi_block *block) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim = c->v_dim_pad;
     const int sample = c->cfg.rule == BKV_RULE_SAMPLE;
     const float scale = c->cfg.scale * c->cfg.temp * BKVI_LOG2E;
-    const uint32_t importance = c->cfg.importance == BKV_NONE ? 0 : c->cfg.importance;
-    float constant = BKVI_CONSTANT;
+    const uint32_t importance = c->cfg.importance == BKV_NONE || !sample ? 0 : c->cfg.importance;
+    /* One row more than needed: panels a multiple of 4 KiB apart would share cache sets. */
+    const size_t stride = ((size_t)dim + 1) * BKVI_LANES;
+    const size_t v_stride = ((size_t)v_dim + 1) * BKVI_LANES;
+    float constant = BKVI_CONSTANT, largest = BKVI_FN(bkvi_pack)(c, block, 0, 1, dim, stride);
     uint32_t i, j;
-    BKVI_FN(bkvi_gather)(c, block, 0, dim, 1);
-    if (importance & BKV_IMPORTANCE_QUERY) BKVI_FN(bkvi_expect)(c, block, dim);
-    if (importance & BKV_IMPORTANCE_KEY) BKVI_FN(bkvi_unlike)(block, dim);
-    BKVI_FN(bkvi_products)(block, 0, dim, scale, BKVI_FN(bkvi_largest)(block->norm) * scale);
+    if (importance & BKV_IMPORTANCE_QUERY) BKVI_FN(bkvi_expect)(c, block, dim, stride);
+    if (importance & BKV_IMPORTANCE_KEY) BKVI_FN(bkvi_unlike)(block, dim, stride);
+    BKVI_FN(bkvi_products)(block, 0, dim, stride, scale, largest * scale);
+    largest = BKVI_FN(bkvi_pack)(c, block, 1, sample, v_dim, v_stride);
     memcpy(block->factor, block->weight, BKVI_BLOCK * sizeof(float));
-    BKVI_FN(bkvi_gather)(c, block, 1, v_dim, sample);
     if (sample) {
         BKVI_FN(bkvi_rate)(block, importance);
         constant = BKVI_FN(bkvi_total)(block->norm, BKVI_BLOCK) * (1.0f / 4096.0f);
         constant = constant > 0.0f ? constant : 1.0f;
     }
     /* All entries at most about 1, whatever the size of the values. */
-    BKVI_FN(bkvi_products)(block, 1, v_dim,
-                           1.0f / (BKVI_FN(bkvi_largest)(block->norm) + constant), constant);
+    BKVI_FN(bkvi_products)(block, 1, v_dim, v_stride, 1.0f / (largest + constant), constant);
     for (i = 0; i < BKVI_BLOCK && sample; i += BKVI_LANES) /* exchanges need both triangles */
         for (j = i + BKVI_LANES; j < BKVI_BLOCK; j += BKVI_LANES)
             BKVI_FN(bkvi_turn)(block->matrix + j * BKVI_BLOCK + i, BKVI_BLOCK,
@@ -2292,51 +2317,59 @@ static void BKVI_FN(bkvi_exchange)(const bkvi_block *block, const float *chance,
 #define BKVI_MASKED (-3e38f) /* the score of a slot that a row does not see */
 #define BKVI_LOWEST (-1e38f) /* below every score, above BKVI_MASKED */
 
-/* c * tanh(z / c) * log2 e with tanh(y) = 1 - 2 / (1 + e^2y); the queries carry 2 log2(e) / c. */
-BKVI_VFN bkvi_vec bkvi_v(cap)(bkvi_vec x, float softcap) {
-    const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
-    x = bkvi_v(exp2)(bkvi_v(pick_gt)(x, top, top, x));
-    return (one - bkvi_v(set)(2.0f) / (one + x)) * bkvi_v(set)(softcap * BKVI_LOG2E);
-}
-
 /* Online softmax of one row: scores become weights relative to the row's maximum so far. When that
    rises, what was summed so far shrinks. */
 static BKVI_NOINLINE void BKVI_FN(bkvi_soften)(const bkvi_tile *tile, const bkvi_span *span, int r,
                                                uint32_t v_dim_pad, float softcap) {
     static const float lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const uint32_t n = bkvi_round_up(span->slots, BKVI_LANES);
+    const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
+    const float limit = tile->limit ? tile->limit[r] : (float)span->slots;
     float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
-    bkvi_vec x, max = bkvi_v(set)(tile->max[r]), most = max;
-    uint32_t i, j;
-    for (i = 0; i < n && softcap > 0.0f; i += BKVI_WIDTH)
-        bkvi_v(store)(s + i, bkvi_v(cap)(bkvi_v(load)(s + i), softcap));
-    for (i = 0; i < n && tile->limit; i += BKVI_WIDTH) {
-        x = bkvi_v(set)(tile->limit[r] - (float)(i - i % BKVI_LANES));
-        x = bkvi_v(pick_gt)(x, bkvi_v(load)(lane + i % BKVI_LANES), bkvi_v(load)(s + i),
-                            bkvi_v(set)(BKVI_MASKED));
-        bkvi_v(store)(s + i, x);
+    bkvi_vec x[4], max = bkvi_v(set)(tile->max[r]), most = max;
+    uint32_t i;
+    int k;
+    /* c * tanh(z / c) * log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
+    for (i = 0; i < BKVI_PAGE && softcap > 0.0f; i += 4 * BKVI_WIDTH) {
+        BKVI_UNROLL for (k = 0; k < 4; k++) {
+            x[k] = bkvi_v(load)(s + i + (uint32_t)k * BKVI_WIDTH);
+            x[k] = bkvi_v(pick_gt)(x[k], top, top, x[k]);
+        }
+        BKVI_FN(bkvi_exp2)(x);
+        BKVI_UNROLL for (k = 0; k < 4; k++) {
+            x[k] = one - bkvi_v(set)(2.0f) / (one + x[k]);
+            bkvi_v(store)(s + i + (uint32_t)k * BKVI_WIDTH,
+                          x[k] * bkvi_v(set)(softcap * BKVI_LOG2E));
+        }
     }
-    for (i = 0; i < n; i += BKVI_WIDTH) most = bkvi_v(max)(most, bkvi_v(load)(s + i));
+    for (i = 0; i < BKVI_PAGE && limit < (float)BKVI_PAGE; i += BKVI_WIDTH) {
+        bkvi_vec left = bkvi_v(set)(limit - (float)(i - i % BKVI_LANES));
+        bkvi_v(store)(s + i, bkvi_v(pick_gt)(left, bkvi_v(load)(lane + i % BKVI_LANES),
+                                             bkvi_v(load)(s + i), bkvi_v(set)(BKVI_MASKED)));
+    }
+    for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) most = bkvi_v(max)(most, bkvi_v(load)(s + i));
     if (bkvi_v(any_gt)(most, max)) {
         float *out = tile->out + (size_t)r * v_dim_pad, highest = tile->max[r];
-        for (i = 0; i < n; i++) highest = s[i] > highest ? s[i] : highest;
+        for (i = 0; i < BKVI_PAGE; i++) highest = s[i] > highest ? s[i] : highest;
         max = bkvi_v(set)(highest);
-        x = bkvi_v(exp2)(bkvi_v(set)(tile->max[r]) - max);
+        BKVI_UNROLL for (k = 0; k < 4; k++) x[k] = bkvi_v(set)(tile->max[r]) - max;
+        BKVI_FN(bkvi_exp2)(x);
         tile->max[r] = highest;
         for (i = 0; i < BKVI_LANES; i += BKVI_WIDTH)
-            bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * x);
+            bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * x[0]);
         for (i = 0; i < v_dim_pad; i += BKVI_WIDTH)
-            bkvi_v(store)(out + i, bkvi_v(load)(out + i) * x);
+            bkvi_v(store)(out + i, bkvi_v(load)(out + i) * x[0]);
     }
-    for (i = 0; i < BKVI_LANES; i += BKVI_WIDTH) {
-        bkvi_vec sum = bkvi_v(load)(lanes + i);
-        for (j = i; j < n; j += BKVI_LANES) {
-            bkvi_vec w = bkvi_v(load)(span->weight + 4 * (size_t)j);
-            x = bkvi_v(exp2)(bkvi_v(load)(s + j) - max);
-            sum = bkvi_v(fma)(x, w, sum);
-            bkvi_v(store)(s + j, x * w);
+    for (i = 0; i < BKVI_PAGE; i += 4 * BKVI_WIDTH) {
+        BKVI_UNROLL for (k = 0; k < 4; k++) x[k] =
+            bkvi_v(load)(s + i + (uint32_t)k * BKVI_WIDTH) - max;
+        BKVI_FN(bkvi_exp2)(x);
+        BKVI_UNROLL for (k = 0; k < 4; k++) {
+            const size_t slot = i + (uint32_t)k * BKVI_WIDTH;
+            bkvi_vec w = bkvi_v(load)(span->weight + 4 * slot);
+            float *sum = lanes + slot % BKVI_LANES;
+            bkvi_v(store)(sum, bkvi_v(fma)(x[k], w, bkvi_v(load)(sum)));
+            bkvi_v(store)(s + slot, x[k] * w);
         }
-        bkvi_v(store)(lanes + i, sum);
     }
 }
 
@@ -2376,10 +2409,8 @@ BKVI_VFN void BKVI_FN(bkvi_attend_tile)(const int type, const int rows, const bk
 /* One function per type and row count, so that each keeps a small frame. */
 #define BKVI_ROW_COUNTS(X, type) X(type, 1) X(type, 2) X(type, 3) X(type, 4)
 #ifdef BALANCEKV_KV_TYPE
-#define BKVI_EACH_TYPE(X) X(BALANCEKV_KV_TYPE)
 #define BKVI_EACH_TILE(X) BKVI_ROW_COUNTS(X, BALANCEKV_KV_TYPE)
 #else
-#define BKVI_EACH_TYPE(X) X(1) X(2) X(3)
 #define BKVI_EACH_TILE(X) BKVI_ROW_COUNTS(X, 1) BKVI_ROW_COUNTS(X, 2) BKVI_ROW_COUNTS(X, 3)
 #endif
 #define BKVI_X(type, rows)                                                                         \
@@ -2407,34 +2438,18 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_load_query)(float *to, uint32_t width, un
     }
 }
 
-/* The observed use of the tokens of a page: p^2 of one query row, whose elements are `width` apart. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_observe)(const bkv_cache *c, unsigned char *mem,
-                                                uint32_t slot, const float *q, uint32_t width,
-                                                float max, float sum, float *scores) {
-    const size_t panel = (size_t)BKVI_DIM(c->cfg.head_dim) * BKVI_LANES;
-    const bkvi_vec rate = bkvi_v(set)(BKVI_OBSERVE / (float)c->group), most = bkvi_v(set)(max);
-    const unsigned char *k = bkvi_key_page(c, mem, slot);
-    unsigned char *use = bkvi_word(mem, c->off_use, slot);
-    uint32_t i;
-    for (i = 0; i < BKVI_PAGE; i += BKVI_VECS(1) * BKVI_LANES)
-        switch (BKVI_TYPE(c->cfg.kv_type)) {
-#define BKVI_X(type)                                                                               \
-    case type:                                                                                     \
-        BKVI_FN(bkvi_tile_fma)                                                                     \
-        (type, 1, BKVI_VECS(1), k + i / BKVI_LANES * panel * c->elem_bytes, BKVI_LANES, panel,     \
-         BKVI_DIM(c->cfg.head_dim), q, 0, width, 1, scores + i, BKVI_PAGE, NULL);                  \
-        break;
-            BKVI_EACH_TYPE(BKVI_X)
-#undef BKVI_X
-        default: break;
+/* The use of the tokens of a block grows by the squared share of attention they just had. */
+static BKVI_NOINLINE void BKVI_FN(bkvi_observe)(const bkvi_tile *tile, uint32_t rows,
+                                                unsigned char *use) {
+    uint32_t r, i;
+    for (r = 0; r < rows; r++) {
+        const float *s = tile->scores + (size_t)r * BKVI_PAGE;
+        const bkvi_vec share =
+            bkvi_v(set)(1.0f / BKVI_FN(bkvi_over_lanes)(tile->lanes + (size_t)r * BKVI_LANES));
+        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
+            bkvi_vec x = bkvi_v(load)(s + i) * share;
+            bkvi_v(store)(use + 4 * (size_t)i, bkvi_v(fma)(x, x, bkvi_v(load)(use + 4 * (size_t)i)));
         }
-    for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH, use += 4 * BKVI_WIDTH) {
-        bkvi_vec x = bkvi_v(load)(scores + i), was = bkvi_v(load)(use);
-        if (c->cfg.softcap > 0.0f) x = bkvi_v(cap)(x, c->cfg.softcap);
-        x = bkvi_v(exp2)(x - most) / bkvi_v(set)(sum);
-        x = x * bkvi_v(load)(bkvi_word(mem, c->off_weight, slot + i));
-        x = bkvi_v(fma)(x, x, bkvi_v(set)(0.0f) - was);
-        bkvi_v(store)(use, bkvi_v(fma)(x, rate, was));
     }
 }
 
@@ -2473,7 +2488,7 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
 
         for (b = 0; b < n_blocks; b++) {
             bkvi_span span;
-            uint32_t slot = bkvi_block_slot(c, h, pages, b, &span.slots), unused;
+            uint32_t slot = bkvi_block_slot(c, h, pages, b, &span.slots), first = slot, unused;
             span.k = bkvi_key_page(c, mem, slot);
             span.v = bkvi_value_row(c, mem, slot);
             span.weight = bkvi_word(mem, c->off_weight, slot);
@@ -2498,30 +2513,25 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
 #undef BKVI_X
                 default: break;
                 }
+                if (b + 2 >= n_blocks)
+                    BKVI_FN(bkvi_observe)(&tile, tile_rows, bkvi_word(mem, c->off_use, first));
             }
         }
 
         for (r = 0; r < n; r++) {
             size_t head = (size_t)run->head * group + (begin + r) % group, v_dim = c->cfg.value_dim;
             size_t token = run->first + (begin + r) / group;
-            float *to = run->out + (token * c->cfg.n_q_heads + head) * v_dim, *sum = lanes, factor;
-            sum += (size_t)r * BKVI_LANES;
-            for (b = BKVI_LANES / 2; b; b /= 2) /* in the order i + i+8, i+4, i+2, i+1 */
-                for (i = 0; i < b; i++) sum[i] += sum[i + b];
+            float *to = run->out + (token * c->cfg.n_q_heads + head) * v_dim;
+            const float sum = BKVI_FN(bkvi_over_lanes)(lanes + (size_t)r * BKVI_LANES);
+            const float factor = run->max ? 1.0f : 1.0f / sum;
             if (run->max) {
                 run->max[head] = max[r] == 0.0f ? 0.0f : max[r] * BKVI_LN2; /* never -0 */
-                run->sum[head] = sum[0];
+                run->sum[head] = sum;
             }
-            factor = run->max ? 1.0f : 1.0f / sum[0];
             for (i = 0; i < v_dim; i++) { /* + 0: -0 gives 0 */
                 float x = out[(size_t)r * v_dim_pad + i] * factor;
                 to[i] = x == 0.0f ? 0.0f : x;
             }
-            if ((h->seen - run->n + (begin + r) / group) % BKVI_PERIOD == BKVI_PERIOD - 1)
-                for (b = 0; b + c->window_pages < h->used; b++)
-                    BKVI_FN(bkvi_observe)
-                    (c, mem, bkvi_page_slot(c, pages, b), q + r / size * size * dim + r % size,
-                     bkvi_min(size, n - r / size * size), max[r], sum[0], scores);
         }
     }
 }
@@ -2555,7 +2565,6 @@ static bkvi_kernels BKVI_FN(bkvi_kernels)(void) { /* assigned: an initialiser wo
 #undef BKVI_WIDTH
 #undef BKVI_FN
 #undef BKVI_ROW_COUNTS
-#undef BKVI_EACH_TYPE
 #undef BKVI_EACH_TILE
 #undef BKVI_TILES
 #undef BKVI_VECS
