@@ -44,7 +44,8 @@
    Words
      token    one (key, value) pair of one KV head, the key as the runtime caches it (after RoPE)
      group    query heads per KV head (GQA): n_q_heads / n_kv_heads, 1..16
-     slot     storage of one token, with an f32 weight, an f32 observed use and a position
+     slot     storage of one token, with an f32 weight, an f32 use and a position
+     use      sum of squared shares of attention that a token had while it was young
      sink     one of the first tokens, kept exactly
      window   the newest tokens, kept exactly
      page     64 slots; pages stand in the order of their tokens, oldest first
@@ -73,25 +74,42 @@
      G = 0x9E3779B97F4A7C15, all in 64-bit arithmetic,
          key  = mix(mix(seed + G * (head + 1)) + G * (t + 1)),    t = 0 for a head's first halving
          r_i  = mix(key + G * (i + 1)) >> 40  (24 bits),          u_i = r_i / 2^24
-     The kernel of `walk` and `pair` (the paper's, centred and bounded):
-         K_ij = w_i w_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + 0.025)
+     The kernel of `sample` and `walk` (the paper's, centred and bounded):
+         K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c)
          k~_i = k_i - mean of the block's keys,   m = max_i |k~_i|^2 * scale * temp
-     - BKV_RULE_WALK   self-balancing walk (arXiv 2502.07861, algorithm 1 and its code). With
-         D = max_i K_ii and f_i = sum_{j<i} s_j K_ij / D:  s_i = +1 if u_i < 1/2 - gamma * f_i, else
-         -1. gamma is thus in units of the largest diagonal entry: 1/2 / gamma is the imbalance at
-         which the choice is no longer random. Once 64 tokens have one sign the rest get the other.
-         Tokens with s = +1 stay. By symmetry each token stays with probability 1/2.
-     - BKV_RULE_PAIR   of tokens a = 2t and b = 2t+1 one survives and takes the weight of both:
-         with f = the inner products of the error so far with every weighted token, a survives if
-         f_a / w_a < f_b / w_b, and if they are equal if u_t < w_a / (w_a + w_b). Then f grows by
-         (w_b / w_a) K_a - K_b if a survives, else by (w_a / w_b) K_b - K_a. (Kernel halving.)
+     - BKV_RULE_SAMPLE   balanced sampling with unequal chances (ours; bench/QUALITY.md), with
+         v~_i = v_i - mean of the block's values. Importance is a sum of shares; each sums to:
+           0.1   w_i
+           2     sqrt(use_i) |v~_i|                          use: see below      (.._USE)
+           1     e_i |v~_i|                                  e_i: the mean over the group of the
+                 softmax over the block of log w_i + <q~, k_i> * scale           (.._QUERY)
+           1     w_i exp(-4 cos(k_i, mean key)) |v~_i|                           (.._KEY)
+         Chances p_i are in proportion to it, 64 in all; those above 1 become 1 and the rest shares
+         what is left. Pivotal sampling (Deville, Tille 1998) draws: walking along the block, of two
+         tokens not yet decided one is decided, with one u each. a = p of the one carried, b = p_i:
+         if a + b < 1 the carried one goes on with a + b if u (a + b) < a, else token i; otherwise
+         the carried one stays if u (2 - a - b) < 1 - b, else token i, and the other one goes on
+         with a + b - 1. Survivors weigh w_i / p_i, at most the tokens seen.
+         Then the draw is balanced: with z_i = 1 / p_i - 1 for those that stay and -1 for those that
+         go, v~ for v, a_i = sqrt(w_i e_i) (without QUERY: w_i) and c = mean |v~|^2 / 32, `rounds`
+         times each token that stays by chance changes places, in order, with that one that goes
+         for which sum_ij z_i z_j K_ij falls most, if it falls.
+     - BKV_RULE_WALK   self-balancing walk (arXiv 2502.07861, algorithm 1 and its code), a_i = w_i,
+         c = 0.025. With D = max_i K_ii and f_i = sum_{j<i} s_j K_ij / D:  s_i = +1 if
+         u_i < 1/2 - gamma * f_i, else -1. gamma is thus in units of the largest diagonal entry:
+         1/2 / gamma is the imbalance at which the choice is no longer random. Once 64 tokens have
+         one sign the rest get the other. Tokens with s = +1 stay.
      - BKV_RULE_UNIFORM  64 of 128 at random: p = (0..127); for i = 0..63 swap p_i with p_j,
          j = i + ((r_i * (128 - i)) >> 24); tokens p_0..p_63 stay.
-     - BKV_RULE_STRIDE   of every pair the token 2t + (r_0 >> 23) survives and takes both weights.
      - BKV_RULE_WINDOW   tokens 64..127 stay, weights unchanged: sinks + sliding window
          (StreamingLLM), for comparison. The only rule that loses mass.
-     walk and uniform multiply the weights of the survivors by (sum of all w) / (sum of theirs), so
-     under every rule but window the weights of a head sum to the tokens seen, up to f32 rounding.
+     walk and uniform multiply the weights of the survivors by (sum of all w) / (sum of theirs);
+     under `sample` the sum of the weights is the tokens seen only on average.
+
+   Learning. bkv_attend() and bkv_prefill() tell the cache what matters: of each query head a
+     running mean q~ += 0.01 (q - q~), and of each token of the two newest pages use += p^2 for every query
+     head, p its share of attention (that of the older of the two pages leaves the newer one out).
+     A cache that never attends still works; give it BKV_IMPORTANCE_KEY.
 
    Memory. bkv_size() bytes, of which all but n_threads * scratch are state. The state holds no
      pointer: it may be copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is
@@ -191,7 +209,7 @@ extern "C" {
     X(BKV_E_HEAD_DIM, -3, "head_dim and value_dim must be 1..512 (and BALANCEKV_HEAD_DIM if set)") \
     X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, BKV_F16 or BKV_BF16 (and compiled in)")         \
     X(BKV_E_BUDGET, -5, "budget is smaller than sinks + window + two pages of 64, or above 2^24")  \
-    X(BKV_E_RULE, -6, "unknown rule or importance, or rounds above 64")                                                              \
+    X(BKV_E_RULE, -6, "unknown rule or importance, or rounds above 64")                            \
     X(BKV_E_PARAM, -7, "gamma, temp, scale or softcap is out of range, or reserved is not 0")      \
     X(BKV_E_BACKEND, -8, "this CPU, or this build, does not have the requested backend")           \
     X(BKV_E_THREADS, -9, "need ith < nth <= n_threads <= 1024")                                    \
@@ -296,7 +314,7 @@ enum { BKV_KIND_SINK = 1, BKV_KIND_PAGE = 2, BKV_KIND_WINDOW = 3 };
 typedef struct bkv_token_info {
     uint64_t position; /* index of the token in the stream, modulo 2^32 */
     float weight;      /* tokens it stands for */
-    float use;         /* observed use; 0 until an importance that needs it exists */
+    float use;         /* observed use, see §1 */
     uint32_t kind;     /* BKV_KIND_*; PAGE covers all that is neither sink nor window */
     uint32_t level;    /* halvings it went through */
 } bkv_token_info;
@@ -1900,8 +1918,7 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_raise)(float *x, uint32_t n, float shift)
     uint32_t i, k;
     for (i = 0; i < n; i += 4 * BKVI_WIDTH) {
         bkvi_vec t[4];
-        BKVI_UNROLL for (k = 0; k < 4; k++) t[k] =
-            bkvi_v(load)(x + i + k * BKVI_WIDTH) - minus;
+        BKVI_UNROLL for (k = 0; k < 4; k++) t[k] = bkvi_v(load)(x + i + k * BKVI_WIDTH) - minus;
         BKVI_FN(bkvi_exp2)(t);
         BKVI_UNROLL for (k = 0; k < 4; k++) bkvi_v(store)(x + i + k * BKVI_WIDTH, t[k]);
     }
@@ -1998,12 +2015,13 @@ static BKVI_NOINLINE float BKVI_FN(bkvi_pack)(const bkv_cache *c, const bkvi_blo
         for (p = 0; p < 8; p++) {
             const size_t row = (size_t)(p % 4) * BKVI_LANES * dim;
             if (values)
-                BKVI_FN(bkvi_turn)(to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim,
-                                   type);
+                BKVI_FN(bkvi_turn)
+                (to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim, type);
             for (j = 0; j < n; j += BKVI_WIDTH) {
-                bkvi_vec x = values ? bkvi_v(load)(to + p * stride + j)
-                                    : bkvi_v(get)((int)type, block->k[p / 4] +
-                                                      (row + i * (size_t)BKVI_LANES + j) * es);
+                bkvi_vec x =
+                    values ? bkvi_v(load)(to + p * stride + j)
+                           : bkvi_v(get)((int)type,
+                                         block->k[p / 4] + (row + i * (size_t)BKVI_LANES + j) * es);
                 bkvi_v(store)(to + p * stride + j, x);
                 if (p) x = bkvi_v(load)(sums + j) + x;
                 bkvi_v(store)(sums + j, x);
@@ -2062,17 +2080,16 @@ static float BKVI_FN(bkvi_largest)(const float *x) {
 
 /* ---- importance (§1) ---- */
 /* <key, vector> * scale of every token: to[128]. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_against)(const bkvi_block *block, uint32_t dim, size_t stride,
-                                                const unsigned char *vector, float scale,
-                                                float *to) {
+static BKVI_NOINLINE void BKVI_FN(bkvi_against)(const bkvi_block *block, uint32_t dim,
+                                                size_t stride, const unsigned char *vector,
+                                                float scale, float *to) {
     float *work = block->matrix;
     uint32_t i;
     for (i = 0; i < dim; i += BKVI_WIDTH)
         bkvi_v(store)(work + i, bkvi_v(load)(vector + 4 * (size_t)i) * bkvi_v(set)(scale));
-    for (i = 0; i < BKVI_BLOCK; i += BKVI_VECS(1) * BKVI_LANES)
-        BKVI_FN(bkvi_tile_fma)
-        (BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(block->panels + i / BKVI_LANES * stride),
-         BKVI_LANES, stride, dim, work, 0, 1, 1, to + i, BKVI_BLOCK, NULL);
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_VECS(1) * BKVI_LANES) BKVI_FN(bkvi_tile_fma)
+    (BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(block->panels + i / BKVI_LANES * stride),
+     BKVI_LANES, stride, dim, work, 0, 1, 1, to + i, BKVI_BLOCK, NULL);
 }
 
 /* to += share of x in its sum; x is used up. */
@@ -2107,7 +2124,8 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_expect)(const bkv_cache *c, const bkvi_bl
 }
 
 /* w e^(-4 cos(key, mean key)): keys unlike the others. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_unlike)(const bkvi_block *block, uint32_t dim, size_t stride) {
+static BKVI_NOINLINE void BKVI_FN(bkvi_unlike)(const bkvi_block *block, uint32_t dim,
+                                               size_t stride) {
     float *mean = block->tile + 512, *work = block->matrix, *unlike = block->unlike;
     bkvi_vec m, zero = bkvi_v(set)(0.0f);
     uint32_t i, padded = bkvi_round_up(dim, BKVI_LANES);
@@ -2143,7 +2161,7 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_rate)(const bkvi_block *block, uint32_t i
     if (importance & BKV_IMPORTANCE_QUERY)
         BKVI_FN(bkvi_add_share)(block->score, block->expected, block->norm, 1.0f);
     if (importance & BKV_IMPORTANCE_USE)
-        BKVI_FN(bkvi_add_share)(block->score, use, block->norm, 0.5f);
+        BKVI_FN(bkvi_add_share)(block->score, use, block->norm, 2.0f);
     BKVI_FN(bkvi_add_share)(block->score, block->weight, NULL, 0.1f);
 }
 
@@ -2232,9 +2250,9 @@ static void BKVI_FN(bkvi_gram)(const bkv_cache *c, const bkvi_block *block) {
     BKVI_FN(bkvi_products)(block, 1, v_dim, v_stride, 1.0f / (largest + constant), constant);
     for (i = 0; i < BKVI_BLOCK && sample; i += BKVI_LANES) /* exchanges need both triangles */
         for (j = i + BKVI_LANES; j < BKVI_BLOCK; j += BKVI_LANES)
-            BKVI_FN(bkvi_turn)(block->matrix + j * BKVI_BLOCK + i, BKVI_BLOCK,
-                               (const unsigned char *)(block->matrix + i * BKVI_BLOCK + j),
-                               BKVI_BLOCK, BKV_F32);
+            BKVI_FN(bkvi_turn)
+            (block->matrix + j * BKVI_BLOCK + i, BKVI_BLOCK,
+             (const unsigned char *)(block->matrix + i * BKVI_BLOCK + j), BKVI_BLOCK, BKV_F32);
 }
 
 /* ---- signed sums ---- */
@@ -2303,7 +2321,8 @@ static void BKVI_FN(bkvi_exchange)(const bkvi_block *block, const float *chance,
                 if (least[lane] < least[partner] ||
                     (least[lane] == least[partner] && at[lane] < at[partner]))
                     partner = lane;
-            bkvi_v(store)(alone, bkvi_v(fma)(step_i, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own[i])));
+            bkvi_v(store)(alone,
+                          bkvi_v(fma)(step_i, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own[i])));
             if (!(alone[0] + least[partner] < 0.0f)) continue;
             partner += (uint32_t)at[partner];
             keep[i] = 0, keep[partner] = 1;
@@ -2448,7 +2467,8 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_observe)(const bkvi_tile *tile, uint32_t 
             bkvi_v(set)(1.0f / BKVI_FN(bkvi_over_lanes)(tile->lanes + (size_t)r * BKVI_LANES));
         for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
             bkvi_vec x = bkvi_v(load)(s + i) * share;
-            bkvi_v(store)(use + 4 * (size_t)i, bkvi_v(fma)(x, x, bkvi_v(load)(use + 4 * (size_t)i)));
+            bkvi_v(store)(use + 4 * (size_t)i,
+                          bkvi_v(fma)(x, x, bkvi_v(load)(use + 4 * (size_t)i)));
         }
     }
 }
@@ -2480,8 +2500,8 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
             limit[r] = (float)(bkvi_last_fill(h) - run->n + 1 + token);
             max[r] = BKVI_LOWEST;
             to = q + (size_t)tile * dim + (r - tile);
-            BKVI_FN(bkvi_load_query)(to, width, queries + (begin + r) % group * mean_bytes, row,
-                                     run->q, dim, scale);
+            BKVI_FN(bkvi_load_query)
+            (to, width, queries + (begin + r) % group * mean_bytes, row, run->q, dim, scale);
         }
         memset(out, 0, (size_t)n * v_dim_pad * sizeof *out);
         memset(lanes, 0, (size_t)n * BKVI_LANES * sizeof *lanes);
