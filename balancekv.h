@@ -1101,8 +1101,9 @@ typedef struct bkvi_tile {
 
 /* One block as attend sees it, and what to prefetch while at it (NULL: nothing). */
 typedef struct bkvi_span {
-    const unsigned char *k, *v, *weight, *next_k, *next_v;
+    const unsigned char *k, *v, *weight, *next_k;
     uint32_t slots;
+    int warm; /* a later row tile: the block is in the cache already */
 } bkvi_span;
 
 /* Floats of scratch: per row query, output, lane sums, maximum, limit; scores of a tile. */
@@ -1811,8 +1812,7 @@ BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
 }
 #endif
 
-/* Register tiles are `rows` by BKVI_VECS(rows) sixteens: at most BKVI_MAX_ACC accumulators, with one
-   vector and a coefficient per row. */
+/* Register tiles are `rows` by BKVI_VECS(rows) sixteens, of at most BKVI_MAX_ACC accumulators. */
 #if BKVI_PASS == BALANCEKV_SIMD_SCALAR
 #define BKVI_VECS(rows) 1
 #define BKVI_MAX_ACC 96
@@ -1928,8 +1928,8 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_raise)(float *x, uint32_t n, float shift)
 /* The one register tile: acc[r][v] += sum over i of coefficient (r, i) * vector (i, v), for `rows`
    rows of `vecs` sixteens. x: (i, v) at i * step + v * apart, in elements of the cache; the
    coefficients of step i: c[i * c_step + r], or c[r * c_row + i] if c_row (then n is rounded up to
-   a multiple of 4); acc: rows `acc_row` floats apart, set to 0 if `fresh`. ahead: memory to prefetch
-   at the pace of x, or NULL. */
+   a multiple of 4); acc: rows `acc_row` floats apart, set to 0 if `fresh`. ahead: memory to
+   prefetch at the pace of x, or NULL. */
 BKVI_VFN void BKVI_FN(bkvi_tile_fma)(const int type, const int rows, const int vecs,
                                      const unsigned char *x, size_t step, size_t apart, uint32_t n,
                                      const float *c, const size_t c_row, size_t c_step,
@@ -1998,57 +1998,52 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_turn)(float *to, size_t apart, const unsi
         }
 }
 
-/* The block's keys or values as f32 panels, `stride` floats apart, sixteen dimensions at a time,
-   minus their mean if `centred`; returns the largest squared norm. Sums over the tokens have the
+/* The block's keys or values as f32 panels, `stride` floats apart, minus their mean if `centred`,
+   sixteen dimensions at a time; returns the largest squared norm. Sums over the tokens have the
    order: panels, then lanes i + i+8, i+4, i+2, i+1. */
 static BKVI_NOINLINE float BKVI_FN(bkvi_pack)(const bkv_cache *c, const bkvi_block *block,
                                               int values, int centred, uint32_t dim,
                                               size_t stride) {
-    const uint32_t type = BKVI_TYPE(c->cfg.kv_type);
-    const size_t es = bkvi_type_bytes(type);
-    float *sums = block->tile, *mean = sums + 256, *norm = block->norm, largest = 0.0f;
-    uint32_t i, j, p, n, half, lane;
-    memset(norm, 0, BKVI_BLOCK * sizeof *norm);
-    for (i = 0; i < dim; i += BKVI_LANES) {
+    const int type = (int)BKVI_TYPE(c->cfg.kv_type), packed = values ? BKV_F32 : type;
+    const size_t es = bkvi_type_bytes(BKVI_TYPE(c->cfg.kv_type)), size = values ? 4 : es;
+    float *sums = block->tile, *turned = sums + 256, *mean = sums + 512, largest = 0.0f;
+    uint32_t i, j, p, n, lane;
+    memset(block->norm, 0, BKVI_BLOCK * sizeof(float));
+    for (i = 0; i < dim; i += BKVI_LANES, mean += BKVI_LANES) {
+        const unsigned char *from[8];
         float *to = block->panels + (size_t)i * BKVI_LANES;
         n = bkvi_min(BKVI_LANES, dim - i) * BKVI_LANES;
+        memset(sums, 0, 256 * sizeof *sums);
         for (p = 0; p < 8; p++) {
-            const size_t row = (size_t)(p % 4) * BKVI_LANES * dim;
-            if (values)
-                BKVI_FN(bkvi_turn)
-                (to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim, type);
-            for (j = 0; j < n; j += BKVI_WIDTH) {
-                bkvi_vec x =
-                    values ? bkvi_v(load)(to + p * stride + j)
-                           : bkvi_v(get)((int)type,
-                                         block->k[p / 4] + (row + i * (size_t)BKVI_LANES + j) * es);
-                bkvi_v(store)(to + p * stride + j, x);
-                if (p) x = bkvi_v(load)(sums + j) + x;
-                bkvi_v(store)(sums + j, x);
-            }
+            const size_t row = p % 4 * (size_t)BKVI_LANES * dim;
+            from[p] = values ? (const unsigned char *)(to + p * stride)
+                             : block->k[p / 4] + (row + (size_t)i * BKVI_LANES) * es;
+            if (values) BKVI_FN(bkvi_turn)
+            (to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim, (uint32_t)type);
+            for (j = 0; j < n && centred; j += BKVI_WIDTH)
+                bkvi_v(store)(sums + j,
+                              bkvi_v(load)(sums + j) + bkvi_v(get)(packed, from[p] + j * size));
         }
-        BKVI_FN(bkvi_turn)(mean, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
-        for (half = 128; half >= 16; half /= 2)
-            for (j = 0; j < half; j += BKVI_WIDTH)
-                bkvi_v(store)(mean + j, bkvi_v(load)(mean + j) + bkvi_v(load)(mean + half + j));
-        for (p = 0; p < 8; p++)
-            for (lane = p * BKVI_LANES; lane < (p + 1) * BKVI_LANES; lane += BKVI_WIDTH) {
-                float *at = to + p * stride + lane % BKVI_LANES;
-                bkvi_vec x, sum = bkvi_v(load)(norm + lane);
-                for (j = 0; j < n; j += BKVI_LANES) {
-                    x = bkvi_v(load)(at + j);
-                    if (centred) {
-                        x = x - bkvi_v(set)(mean[j / BKVI_LANES] * (1.0f / BKVI_BLOCK));
-                        bkvi_v(store)(at + j, x);
-                    }
+        BKVI_FN(bkvi_turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
+        for (j = 128; j >= BKVI_LANES; j /= 2)
+            for (lane = 0; lane < j; lane += BKVI_WIDTH)
+                bkvi_v(store)(turned + lane,
+                              bkvi_v(load)(turned + lane) + bkvi_v(load)(turned + j + lane));
+        for (j = 0; j < BKVI_LANES; j++) mean[j] = turned[j] * (1.0f / BKVI_BLOCK);
+        for (p = 0; p < 8; p++, to += stride)
+            for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
+                float *norm = block->norm + p * BKVI_LANES + lane;
+                bkvi_vec x, sum = bkvi_v(load)(norm);
+                for (j = lane; j < n; j += BKVI_LANES) {
+                    x = bkvi_v(get)(packed, from[p] + j * size);
+                    x = x - bkvi_v(set)(mean[j / BKVI_LANES]);
+                    bkvi_v(store)(to + j, x);
                     sum = bkvi_v(fma)(x, x, sum);
                 }
-                bkvi_v(store)(norm + lane, sum);
+                bkvi_v(store)(norm, sum);
             }
-        for (j = 0; j < BKVI_LANES; j++) /* kept for bkvi_unlike */
-            sums[512 + i + j] = mean[j] * (1.0f / BKVI_BLOCK);
     }
-    for (j = 0; j < BKVI_BLOCK; j++) largest = norm[j] > largest ? norm[j] : largest;
+    for (j = 0; j < BKVI_BLOCK; j++) largest = block->norm[j] > largest ? block->norm[j] : largest;
     return largest;
 }
 
@@ -2249,10 +2244,9 @@ static void BKVI_FN(bkvi_gram)(const bkv_cache *c, const bkvi_block *block) {
     /* All entries at most about 1, whatever the size of the values. */
     BKVI_FN(bkvi_products)(block, 1, v_dim, v_stride, 1.0f / (largest + constant), constant);
     for (i = 0; i < BKVI_BLOCK && sample; i += BKVI_LANES) /* exchanges need both triangles */
-        for (j = i + BKVI_LANES; j < BKVI_BLOCK; j += BKVI_LANES)
-            BKVI_FN(bkvi_turn)
-            (block->matrix + j * BKVI_BLOCK + i, BKVI_BLOCK,
-             (const unsigned char *)(block->matrix + i * BKVI_BLOCK + j), BKVI_BLOCK, BKV_F32);
+        for (j = i + BKVI_LANES; j < BKVI_BLOCK; j += BKVI_LANES) BKVI_FN(bkvi_turn)
+    (block->matrix + j * BKVI_BLOCK + i, BKVI_BLOCK,
+     (const unsigned char *)(block->matrix + i * BKVI_BLOCK + j), BKVI_BLOCK, BKV_F32);
 }
 
 /* ---- signed sums ---- */
@@ -2392,8 +2386,8 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_soften)(const bkvi_tile *tile, const bkvi
     }
 }
 
-/* A tile of rows over one block: scores, softmax, sum of values. Meanwhile the next block is
-   prefetched, its keys during the scores, its values during the sum. */
+/* A tile of rows over one block: scores, softmax, sum of values. The values are prefetched during
+   the scores, the keys of the next block during the sum. */
 BKVI_VFN void BKVI_FN(bkvi_attend_tile)(const int type, const int rows, const bkvi_tile *tile,
                                         const bkvi_span *span, uint32_t dim, uint32_t v_dim_pad,
                                         float softcap) {
@@ -2406,12 +2400,12 @@ BKVI_VFN void BKVI_FN(bkvi_attend_tile)(const int type, const int rows, const bk
     for (; n <= BKVI_VECS(rows) && i + n <= panels; i += n) BKVI_FN(bkvi_tile_fma)                 \
     (type, rows, n, span->k + i * panel * es, BKVI_LANES, panel, dim, tile->q, 0, (size_t)rows, 1, \
      tile->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,                                             \
-     span->next_k ? span->next_k + i * panel * es : NULL)
+     span->warm ? NULL : span->v + i * panel * es)
 #define BKVI_VALUES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= vecs; i += n) BKVI_FN(bkvi_tile_fma)                   \
     (type, rows, n, span->v + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES, span->slots,     \
      tile->scores, BKVI_PAGE, 0, 0, tile->out + (size_t)i * BKVI_LANES, v_dim_pad,                 \
-     span->next_v ? span->next_v + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
+     span->next_k ? span->next_k + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
     i = 0;
     BKVI_SCORES(4);
     BKVI_SCORES(2);
@@ -2450,10 +2444,11 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_load_query)(float *to, uint32_t width, un
     for (i = 0; i < dim; i += BKVI_LANES, mean += 4 * BKVI_LANES) {
         BKVI_FN(bkvi_row)(part, row, q->type, q->elem_stride, i, dim);
         for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
-            bkvi_vec m = bkvi_v(load)(mean + 4 * j), x = bkvi_v(load)(part + j) - m;
-            bkvi_v(store)(mean + 4 * j, bkvi_v(fma)(x, bkvi_v(set)(BKVI_LEARN), m));
+            bkvi_vec x = bkvi_v(load)(part + j), m = bkvi_v(load)(mean + 4 * j);
+            bkvi_v(store)(mean + 4 * j, bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m));
+            bkvi_v(store)(part + j, x * bkvi_v(set)(scale));
         }
-        for (j = 0; j < bkvi_min(BKVI_LANES, dim - i); j++, to += width) *to = part[j] * scale;
+        for (j = 0; j < bkvi_min(BKVI_LANES, dim - i); j++, to += width) *to = part[j];
     }
 }
 
@@ -2512,9 +2507,9 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
             span.k = bkvi_key_page(c, mem, slot);
             span.v = bkvi_value_row(c, mem, slot);
             span.weight = bkvi_word(mem, c->off_weight, slot);
-            slot = bkvi_block_slot(c, h, pages, bkvi_min(b + 1, n_blocks - 1), &unused);
-            span.next_k = b + 1 < n_blocks ? bkvi_key_page(c, mem, slot) : NULL;
-            span.next_v = b + 1 < n_blocks ? bkvi_value_row(c, mem, slot) : NULL;
+            span.next_k = NULL;
+            if (b + 1 < n_blocks)
+                span.next_k = bkvi_key_page(c, mem, bkvi_block_slot(c, h, pages, b + 1, &unused));
             for (r = 0; r < n; r += tile_rows) {
                 bkvi_tile tile = {q + (size_t)r * dim,
                                   out + (size_t)r * v_dim_pad,
@@ -2523,7 +2518,8 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
                                   scores,
                                   b + 1 < n_blocks ? NULL : limit + r};
                 tile_rows = bkvi_min(size, n - r);
-                if (r) span.next_k = span.next_v = NULL;
+                span.warm = r > 0;
+                if (r) span.next_k = NULL;
                 switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
     case (type)*8 + (rows):                                                                        \
@@ -2541,17 +2537,18 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
         for (r = 0; r < n; r++) {
             size_t head = (size_t)run->head * group + (begin + r) % group, v_dim = c->cfg.value_dim;
             size_t token = run->first + (begin + r) / group;
-            float *to = run->out + (token * c->cfg.n_q_heads + head) * v_dim;
+            float *row = out + (size_t)r * v_dim_pad;
             const float sum = BKVI_FN(bkvi_over_lanes)(lanes + (size_t)r * BKVI_LANES);
-            const float factor = run->max ? 1.0f : 1.0f / sum;
+            const bkvi_vec factor = bkvi_v(set)(run->max ? 1.0f : 1.0f / sum);
             if (run->max) {
                 run->max[head] = max[r] == 0.0f ? 0.0f : max[r] * BKVI_LN2; /* never -0 */
                 run->sum[head] = sum;
             }
-            for (i = 0; i < v_dim; i++) { /* + 0: -0 gives 0 */
-                float x = out[(size_t)r * v_dim_pad + i] * factor;
-                to[i] = x == 0.0f ? 0.0f : x;
+            for (i = 0; i < v_dim_pad; i += BKVI_WIDTH) { /* + 0: -0 gives 0 */
+                bkvi_vec x = bkvi_v(load)(row + i);
+                bkvi_v(store)(row + i, bkvi_v(fma)(x, factor, bkvi_v(set)(0.0f)));
             }
+            memcpy(run->out + (token * c->cfg.n_q_heads + head) * v_dim, row, v_dim * sizeof *row);
         }
     }
 }
