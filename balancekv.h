@@ -80,7 +80,7 @@
      - BKV_RULE_SAMPLE   balanced sampling with unequal chances (ours; bench/QUALITY.md), with
          v~_i = v_i - mean of the block's values. Importance is a sum of shares; each sums to:
            0.1   w_i
-           1     sqrt(use_i) |v~_i|                          use: see below      (.._USE)
+           2     sqrt(use_i) |v~_i|                          use: see below      (.._USE)
            1     e_i |v~_i|                                  e_i: the mean over the group of the
                  softmax over the block of log w_i + <q~, k_i> * scale           (.._QUERY)
            1     w_i exp(-4 cos(k_i, mean key)) |v~_i|                           (.._KEY)
@@ -2156,7 +2156,7 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_rate)(const bkvi_block *block, uint32_t i
     if (importance & BKV_IMPORTANCE_QUERY)
         BKVI_FN(bkvi_add_share)(block->score, block->expected, block->norm, 1.0f);
     if (importance & BKV_IMPORTANCE_USE)
-        BKVI_FN(bkvi_add_share)(block->score, use, block->norm, 1.0f);
+        BKVI_FN(bkvi_add_share)(block->score, use, block->norm, 2.0f);
     BKVI_FN(bkvi_add_share)(block->score, block->weight, NULL, 0.1f);
 }
 
