@@ -69,46 +69,26 @@
      So one append costs at most one halving per KV head, and at least the newest `window` tokens
      (up to 63 more) are exact at any time.
 
-   The rules. A block is the 128 tokens of two pages in order, i = 0..127, weights w_i. Numbers
-     u_0, u_1, .. in [0,1) come from a counter: with mix = the finaliser of splitmix64 and
-     G = 0x9E3779B97F4A7C15, all in 64-bit arithmetic,
-         key  = mix(mix(seed + G * (head + 1)) + G * (t + 1)),    t = 0 for a head's first halving
-         r_i  = mix(key + G * (i + 1)) >> 40  (24 bits),          u_i = r_i / 2^24
-     The kernel of `sample` and `walk` (the paper's, centred and bounded):
-         K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c)
-         k~_i = k_i - mean of the block's keys,   m = max_i |k~_i|^2 * scale * temp
-     - BKV_RULE_SAMPLE   balanced sampling with unequal chances (ours; bench/QUALITY.md), with
-         v~_i = v_i - mean of the block's values. Importance is a sum of shares; each sums to:
-           0.1   w_i
-           2     sqrt(use_i) |v~_i|                          use: see below      (.._USE)
-           1     e_i |v~_i|                                  e_i: the mean over the group of the
-                 softmax over the block of log w_i + <q~, k_i> * scale           (.._QUERY)
-           1     w_i exp(-4 cos(k_i, mean key)) |v~_i|                           (.._KEY)
-         Chances p_i are in proportion to it, 64 in all; those above 1 become 1 and the rest shares
-         what is left. Pivotal sampling (Deville, Tille 1998) draws: walking along the block, of two
-         tokens not yet decided one is decided, with one u each. a = p of the one carried, b = p_i:
-         if a + b < 1 the carried one goes on with a + b if u (a + b) < a, else token i; otherwise
-         the carried one stays if u (2 - a - b) < 1 - b, else token i, and the other one goes on
-         with a + b - 1. Survivors weigh w_i / p_i, at most the tokens seen.
-         Then the draw is balanced: with z_i = 1 / p_i - 1 for those that stay and -1 for those that
-         go, v~ for v, a_i = sqrt(w_i e_i) (without QUERY: w_i) and c = mean |v~|^2 / 32, `rounds`
-         times each token that stays by chance changes places, in order, with that one that goes
-         for which sum_ij z_i z_j K_ij falls most, if it falls.
-     - BKV_RULE_WALK   self-balancing walk (arXiv 2502.07861, algorithm 1 and its code), a_i = w_i,
-         c = 0.025. With D = max_i K_ii and f_i = sum_{j<i} s_j K_ij / D:  s_i = +1 if
-         u_i < 1/2 - gamma * f_i, else -1. gamma is thus in units of the largest diagonal entry:
-         1/2 / gamma is the imbalance at which the choice is no longer random. Once 64 tokens have
-         one sign the rest get the other. Tokens with s = +1 stay.
-     - BKV_RULE_UNIFORM  64 of 128 at random: p = (0..127); for i = 0..63 swap p_i with p_j,
-         j = i + ((r_i * (128 - i)) >> 24); tokens p_0..p_63 stay.
-     - BKV_RULE_WINDOW   tokens 64..127 stay, weights unchanged: sinks + sliding window
-         (StreamingLLM), for comparison. The only rule that loses mass.
-     walk and uniform multiply the weights of the survivors by (sum of all w) / (sum of theirs);
-     under `sample` the sum of the weights is the tokens seen only on average.
+   The rules. A block is the 128 tokens of two pages in order, with weights w; 64 stay. The exact
+     statement, to the last tie, is tests/golden/README.md; what was measured, bench/QUALITY.md.
+     - BKV_RULE_SAMPLE   balanced sampling with unequal chances (ours). A token's importance is made
+         of shares of w, of its use and of what the queries' means expect, the latter two times
+         |v - mean v|. It stays with a chance p in proportion to that; certain tokens (p = 1) keep
+         their weight, the others weigh w / p: in the mean over draws nothing is lost. The draw
+         (pivotal sampling) is then balanced: in `rounds` rounds tokens that stay change places with
+         such that go, whenever this shortens the error sum_i (w'_i - w_i) phi_i, as measured by
+             K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
+         the paper's kernel, with keys and values relative to the block's means.
+     - BKV_RULE_WALK   the paper's self-balancing walk (arXiv 2502.07861, algorithm 1 and its code)
+         on that kernel; gamma is in units of its largest diagonal entry.
+     - BKV_RULE_UNIFORM  64 of 128 at random.
+     - BKV_RULE_WINDOW   the newer 64, weights unchanged: sinks + sliding window (StreamingLLM), for
+         comparison. The only rule that loses mass.
+     Random numbers come from a counter over (seed, head, number of the halving) and nothing else.
 
    Learning. bkv_attend() and bkv_prefill() tell the cache what matters: of each query head a
-     running mean q~ += 0.01 (q - q~), and of each token of the two newest pages use += p^2 for every query
-     head, p its share of attention (that of the older of the two pages leaves the newer one out).
+     running mean, += 0.01 (q - mean); of each token of the two newest pages the use, += p^2 per
+     query head, p its share of attention (in the older of the two, of the attention up to there).
      A cache that never attends still works; give it BKV_IMPORTANCE_KEY.
 
    Memory. bkv_size() bytes, of which all but n_threads * scratch are state. The state holds no
@@ -648,9 +628,8 @@ static BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
 }
 
 #if BKVI_HAVE_SCALAR
-/* The square root to nearest, 0 of a negative number: Newton in double from a guess by the exponent.
-   No libm, and no float's root lies so close to the middle of two floats that an error of double
-   could matter. */
+/* The square root to nearest (0 of a negative number), without libm: Newton in double from a guess
+   by the exponent. No root of a float is so near the middle of two floats that it could matter. */
 static float bkvi_sqrt(float x) {
     double y, d = (double)x;
     int i;
@@ -790,8 +769,8 @@ static uint32_t bkvi_pick_backend(uint32_t wanted) {
 /* ------------------------------------------------------------------------------------------------
    §7 HALVING                                                                             >>halving
    Choosing 64 of the 128 tokens of two neighbouring pages, and their new weights. The rules are
-   stated in §1; what costs time (kernel matrix, signed sums, exchanges) is bkvi_gram, bkvi_walk and
-   bkvi_exchange in §12.
+   stated in tests/golden/README.md; what costs time (importance and kernel, signed sums,
+   exchanges) is bkvi_gram, bkvi_walk and bkvi_exchange in §12.
    ---------------------------------------------------------------------------------------------- */
 /* Floats of scratch a halving needs: 9 vectors of 128, matrix, tile, packed panels. */
 static size_t bkvi_halving_floats(uint32_t dim, uint32_t v_dim_pad) {
@@ -1194,10 +1173,10 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         (r->rounds > 64 && r->rounds != BKV_NONE))
         return BKV_E_RULE;
     if (r->gamma == 0.0f) r->gamma = BKV_GAMMA_DEFAULT;
-    if (r->temp == 0.0f) r->temp = r->rule == BKV_RULE_WALK ? 1.0f : 0.1f;
     if (r->scale == 0.0f) r->scale = bkvi_default_scale(r->head_dim);
     /* Written so that NaN fails. The bounds keep every logit below 2^127 for inputs below 2^56. */
-    if (!(r->gamma >= 1e-6f && r->gamma <= 1e6f) || !(r->temp >= 1e-6f && r->temp <= 1e6f) ||
+    if (!(r->gamma >= 1e-6f && r->gamma <= 1e6f) ||
+        !(r->temp == 0.0f || (r->temp >= 1e-6f && r->temp <= 1e6f)) ||
         !(r->scale >= 1e-6f && r->scale <= 8.0f) || !(r->scale * r->temp <= 8.0f) ||
         !(r->softcap == 0.0f || (r->softcap >= 1.0f && r->softcap <= 100.0f)) || r->reserved)
         return BKV_E_PARAM;
@@ -2224,7 +2203,8 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_products)(const bkvi_block *block, int va
 static void BKVI_FN(bkvi_gram)(const bkv_cache *c, const bkvi_block *block) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim = c->v_dim_pad;
     const int sample = c->cfg.rule == BKV_RULE_SAMPLE;
-    const float scale = c->cfg.scale * c->cfg.temp * BKVI_LOG2E;
+    const float temp = c->cfg.temp > 0.0f ? c->cfg.temp : sample ? 0.1f : 1.0f;
+    const float scale = c->cfg.scale * temp * BKVI_LOG2E;
     const uint32_t importance = c->cfg.importance == BKV_NONE || !sample ? 0 : c->cfg.importance;
     /* One row more than needed: panels a multiple of 4 KiB apart would share cache sets. */
     const size_t stride = ((size_t)dim + 1) * BKVI_LANES;
@@ -2276,8 +2256,8 @@ static void BKVI_FN(bkvi_walk)(const float *matrix, const float *threshold, unsi
     }
 }
 
-/* Rounds of exchanges: each token that stays, unless for certain, makes way for that one whose coming
-   in its place makes the error sum_i (keep_i / chance_i - 1) K_i shortest, if that is shorter. */
+/* Rounds of exchanges: each token that stays, unless for certain, makes way for that one whose
+   coming makes the error sum_i (keep_i / chance_i - 1) phi_i shortest, if that is shorter. */
 static void BKVI_FN(bkvi_exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                                    unsigned char *keep) {
     const bkvi_vec zero = bkvi_v(set)(0.0f), never = bkvi_v(set)(3e38f);
@@ -2628,18 +2608,6 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 
 /* ------------------------------------------------------------------------------------------------
    §13 LICENCE                                                                            >>licence
-   Choose whichever you prefer (full texts: LICENSE).
-   A - Public domain (unlicense.org): free for any purpose, commercial or not, by any means.
-   B - MIT License. Copyright (c) 2026 the balancekv.h authors. Permission is hereby granted, free
-   of charge, to any person obtaining a copy of this software and associated documentation files
-   (the "Software"), to deal in the Software without restriction, including without limitation the
-   rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the
-   Software, and to permit persons to whom the Software is furnished to do so, subject to the
-   following conditions: The above copyright notice and this permission notice shall be included in
-   all copies or substantial portions of the Software. THE SOFTWARE IS PROVIDED "AS IS", WITHOUT
-   WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF
-   MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-   AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
-   ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE
-   OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+   SPDX-License-Identifier: MIT OR Unlicense. Copyright (c) 2026 the balancekv.h authors.
+   Choose: public domain (unlicense.org), or the MIT License. Both texts are in LICENSE.
    ---------------------------------------------------------------------------------------------- */
