@@ -2275,101 +2275,97 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_soften)(const bkvi_tile *tile, const bkvi
     const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
     const float limit = tile->limit ? tile->limit[r] : (float)span->slots;
     float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
-    bkvi_vec x[4], max = bkvi_v(set)(tile->max[r]), most = max;
+    bkvi_vec x, most = bkvi_v(set)(tile->max[r]);
     uint32_t i;
-    int k;
-    /* c * tanh(z / c) * log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
-    for (i = 0; i < BKVI_PAGE && softcap > 0.0f; i += 4 * BKVI_WIDTH) {
-        BKVI_UNROLL for (k = 0; k < 4; k++) {
-            x[k] = bkvi_v(load)(s + i + (uint32_t)k * BKVI_WIDTH);
-            x[k] = bkvi_v(pick_gt)(x[k], top, top, x[k]);
+    if (softcap > 0.0f) {
+        /* c tanh(z / c) log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
+        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
+            x = bkvi_v(load)(s + i);
+            bkvi_v(store)(s + i, bkvi_v(pick_gt)(x, top, top, x));
         }
-        BKVI_FN(bkvi_exp2)(x);
-        BKVI_UNROLL for (k = 0; k < 4; k++) {
-            x[k] = one - bkvi_v(set)(2.0f) / (one + x[k]);
-            bkvi_v(store)(s + i + (uint32_t)k * BKVI_WIDTH,
-                          x[k] * bkvi_v(set)(softcap * BKVI_LOG2E));
+        BKVI_FN(bkvi_raise)(s, BKVI_PAGE, 0.0f);
+        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
+            x = one - bkvi_v(set)(2.0f) / (one + bkvi_v(load)(s + i));
+            bkvi_v(store)(s + i, x * bkvi_v(set)(softcap * BKVI_LOG2E));
         }
     }
     for (i = 0; i < BKVI_PAGE && limit < (float)BKVI_PAGE; i += BKVI_WIDTH) {
-        bkvi_vec left = bkvi_v(set)(limit - (float)(i - i % BKVI_LANES));
-        bkvi_v(store)(s + i, bkvi_v(pick_gt)(left, bkvi_v(load)(lane + i % BKVI_LANES),
+        x = bkvi_v(set)(limit - (float)(i - i % BKVI_LANES));
+        bkvi_v(store)(s + i, bkvi_v(pick_gt)(x, bkvi_v(load)(lane + i % BKVI_LANES),
                                              bkvi_v(load)(s + i), bkvi_v(set)(BKVI_MASKED)));
     }
     for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) most = bkvi_v(max)(most, bkvi_v(load)(s + i));
-    if (bkvi_v(any_gt)(most, max)) {
-        float *out = tile->out + (size_t)r * v_dim_pad, highest = tile->max[r];
+    if (bkvi_v(any_gt)(most, bkvi_v(set)(tile->max[r]))) {
+        float *out = tile->out + (size_t)r * v_dim_pad, highest = tile->max[r], shrink[BKVI_PAGE];
         for (i = 0; i < BKVI_PAGE; i++) highest = s[i] > highest ? s[i] : highest;
-        max = bkvi_v(set)(highest);
-        BKVI_UNROLL for (k = 0; k < 4; k++) x[k] = bkvi_v(set)(tile->max[r]) - max;
-        BKVI_FN(bkvi_exp2)(x);
+        for (i = 0; i < BKVI_PAGE; i++) shrink[i] = tile->max[r];
+        BKVI_FN(bkvi_raise)(shrink, BKVI_PAGE, highest);
         tile->max[r] = highest;
         for (i = 0; i < BKVI_LANES; i += BKVI_WIDTH)
-            bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * x[0]);
+            bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * bkvi_v(load)(shrink));
         for (i = 0; i < v_dim_pad; i += BKVI_WIDTH)
-            bkvi_v(store)(out + i, bkvi_v(load)(out + i) * x[0]);
+            bkvi_v(store)(out + i, bkvi_v(load)(out + i) * bkvi_v(load)(shrink));
     }
-    for (i = 0; i < BKVI_PAGE; i += 4 * BKVI_WIDTH) {
-        BKVI_UNROLL for (k = 0; k < 4; k++) x[k] =
-            bkvi_v(load)(s + i + (uint32_t)k * BKVI_WIDTH) - max;
-        BKVI_FN(bkvi_exp2)(x);
-        BKVI_UNROLL for (k = 0; k < 4; k++) {
-            const size_t slot = i + (uint32_t)k * BKVI_WIDTH;
-            bkvi_vec w = bkvi_v(load)(span->weight + 4 * slot);
-            float *sum = lanes + slot % BKVI_LANES;
-            bkvi_v(store)(sum, bkvi_v(fma)(x[k], w, bkvi_v(load)(sum)));
-            bkvi_v(store)(s + slot, x[k] * w);
-        }
+    BKVI_FN(bkvi_raise)(s, BKVI_PAGE, tile->max[r]);
+    for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
+        float *sum = lanes + i % BKVI_LANES;
+        bkvi_vec w = bkvi_v(load)(span->weight + 4 * (size_t)i);
+        x = bkvi_v(load)(s + i);
+        bkvi_v(store)(sum, bkvi_v(fma)(x, w, bkvi_v(load)(sum)));
+        bkvi_v(store)(s + i, x * w);
     }
-}
-
-/* Register tiles side by side over `count` sixteens, `next` bytes apart. */
-BKVI_VFN void BKVI_FN(bkvi_tiles)(const int type, const int rows, uint32_t count,
-                                  const unsigned char *x, size_t next, size_t step, size_t apart,
-                                  uint32_t n, const float *c, const size_t c_row, const int fresh,
-                                  float *acc, size_t acc_row, const unsigned char *ahead) {
-#define BKVI_X(vecs)                                                                               \
-    for (; count >= vecs && vecs <= BKVI_VECS(rows);                                               \
-         count -= vecs, x += vecs * next, acc += vecs * BKVI_LANES) {                              \
-        BKVI_FN(bkvi_tile_fma)                                                                     \
-        (type, rows, vecs, x, step, apart, n, c, c_row, (size_t)rows, fresh, acc, acc_row, ahead); \
-        if (ahead) ahead += vecs * BKVI_LANES * n * bkvi_type_bytes((uint32_t)type);               \
-    }
-    BKVI_X(4) BKVI_X(2) BKVI_X(1)
-#undef BKVI_X
 }
 
 /* A tile of rows over one block: scores, softmax, sum of values. The values are prefetched during
    the scores, the keys of the next block during the sum. */
-BKVI_VFN void BKVI_FN(bkvi_attend_tile)(const int type, const int rows, const bkvi_tile *tile,
-                                        const bkvi_span *span, uint32_t dim, uint32_t v_dim_pad,
-                                        float softcap) {
-    const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)dim * BKVI_LANES;
+BKVI_VFN void BKVI_FN(bkvi_attend_tile)(const int type, const int rows, const bkv_cache *c,
+                                        const bkvi_tile *tile, const bkvi_span *span) {
+    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = c->v_dim_pad;
+    const size_t es = type == BKV_F32 ? 4 : 2, panel = (size_t)dim * BKVI_LANES;
+    const uint32_t panels = (span->slots + BKVI_LANES - 1) / BKVI_LANES,
+                   vecs = v_dim_pad / BKVI_LANES;
+    uint32_t i;
     int r;
-    BKVI_FN(bkvi_tiles)
-    (type, rows, (span->slots + BKVI_LANES - 1) / BKVI_LANES, span->k, panel * es, BKVI_LANES,
-     panel, dim, tile->q, 0, 1, tile->scores, BKVI_PAGE, span->warm ? NULL : span->v);
-    for (r = 0; r < rows; r++) BKVI_FN(bkvi_soften)(tile, span, r, v_dim_pad, softcap);
-    BKVI_FN(bkvi_tiles)
-    (type, rows, v_dim_pad / BKVI_LANES, span->v, BKVI_LANES * es, v_dim_pad, BKVI_LANES,
-     span->slots, tile->scores, BKVI_PAGE, 0, tile->out, v_dim_pad, span->next_k);
+#define BKVI_SCORES(n)                                                                             \
+    for (; n <= BKVI_VECS(rows) && i + n <= panels; i += n) BKVI_FN(bkvi_tile_fma)                 \
+    (type, rows, n, span->k + i * panel * es, BKVI_LANES, panel, dim, tile->q, 0, (size_t)rows, 1, \
+     tile->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,                                             \
+     span->warm ? NULL : span->v + i * panel * es)
+#define BKVI_VALUES(n)                                                                             \
+    for (; n <= BKVI_VECS(rows) && i + n <= vecs; i += n) BKVI_FN(bkvi_tile_fma)                   \
+    (type, rows, n, span->v + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES, span->slots,     \
+     tile->scores, BKVI_PAGE, 0, 0, tile->out + (size_t)i * BKVI_LANES, v_dim_pad,                 \
+     span->next_k ? span->next_k + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
+    i = 0;
+    BKVI_SCORES(4);
+    BKVI_SCORES(2);
+    BKVI_SCORES(1);
+    for (r = 0; r < rows; r++) BKVI_FN(bkvi_soften)(tile, span, r, v_dim_pad, c->cfg.softcap);
+    i = 0;
+    BKVI_VALUES(4);
+    BKVI_VALUES(2);
+    BKVI_VALUES(1);
+#undef BKVI_SCORES
+#undef BKVI_VALUES
 }
 
-/* One function per type and row count, so that each keeps a small frame. */
+/* Every type and row count. */
 #define BKVI_ROW_COUNTS(X, type) X(type, 1) X(type, 2) X(type, 3) X(type, 4)
 #ifdef BALANCEKV_KV_TYPE
 #define BKVI_EACH_TILE(X) BKVI_ROW_COUNTS(X, BALANCEKV_KV_TYPE)
 #else
 #define BKVI_EACH_TILE(X) BKVI_ROW_COUNTS(X, 1) BKVI_ROW_COUNTS(X, 2) BKVI_ROW_COUNTS(X, 3)
 #endif
+static BKVI_NOINLINE void BKVI_FN(bkvi_attend_any)(const bkv_cache *c, uint32_t rows,
+                                                   const bkvi_tile *tile, const bkvi_span *span) {
+    switch (BKVI_TYPE(c->cfg.kv_type) * 8 + rows) {
 #define BKVI_X(type, rows)                                                                         \
-    static BKVI_NOINLINE void BKVI_FN(bkvi_attend_tile_##type##_##rows)(                           \
-        const bkvi_tile *tile, const bkvi_span *span, uint32_t dim, uint32_t v_dim_pad,            \
-        float softcap) {                                                                           \
-        BKVI_FN(bkvi_attend_tile)(type, rows, tile, span, BKVI_DIM(dim), v_dim_pad, softcap);      \
-    }
-BKVI_EACH_TILE(BKVI_X)
+    case (type)*8 + (rows): BKVI_FN(bkvi_attend_tile)(type, rows, c, tile, span); break;
+        BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
+    default: break;
+    }
+}
 
 /* One scaled query, its elements `width` floats apart; its running mean learns from it. */
 static BKVI_NOINLINE void BKVI_FN(bkvi_load_query)(float *to, uint32_t width, unsigned char *mean,
@@ -2456,15 +2452,7 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
                 tile_rows = bkvi_min(size, n - r);
                 span.warm = r > 0;
                 if (r) span.next_k = NULL;
-                switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
-#define BKVI_X(type, rows)                                                                         \
-    case (type)*8 + (rows):                                                                        \
-        BKVI_FN(bkvi_attend_tile_##type##_##rows)(&tile, &span, dim, v_dim_pad, softcap);          \
-        break;
-                    BKVI_EACH_TILE(BKVI_X)
-#undef BKVI_X
-                default: break;
-                }
+                BKVI_FN(bkvi_attend_any)(c, tile_rows, &tile, &span);
                 if (b + 2 >= n_blocks)
                     BKVI_FN(bkvi_observe)(&tile, tile_rows, bkvi_word(mem, c->off_use, first));
             }
