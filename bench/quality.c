@@ -1,9 +1,11 @@
 /* quality.c - how far each method's output is from exact attention on recorded traces: one line for
    each (trace, method, budget, seed). bench/QUALITY.md has the tables and how to read them.
-   Build: meson, or cc -std=c99 -O2 -I. -Iexamples bench/quality.c bench/exact.c -lm -lpthread */
+   Build: meson, or cc -std=c99 -O2 -I. -Iexamples bench/quality.c bench/exact.c bench/slots.c
+   bench/baselines.c -lm -lpthread */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, isatty */
 #define BALANCEKV_IMPLEMENTATION
 #include "balancekv.h"
+#include "baselines.h"
 #include "exact.h"
 #include "npy.h"
 #include <inttypes.h>
@@ -67,9 +69,10 @@ static double seconds(void) {
 
 /* ---- methods --------------------------------------------------------------------------------- */
 
-enum { STREAM = 1, ONESHOT = 2 }; /* protocols */
+enum { STREAM = BL_STREAM, ONESHOT = BL_ONESHOT }; /* protocols */
 
-/* needs: what a runtime must hand over beside its own use of the cache. */
+/* The methods of the header; those of baselines.h come behind. needs: what a runtime must hand over
+   beside k and v. */
 typedef struct method {
     const char *name, *needs, *text;
     uint32_t rule;
@@ -79,9 +82,9 @@ typedef struct method {
 static const method methods[] = {
     {"balancekv", "queries", "balancekv.h as configured by default", BKV_RULE_DEFAULT,
      STREAM | ONESHOT, 1, 1},
-    {"walk", "k,v", "balancekv.h, the self-balancing walk of arXiv 2502.07861", BKV_RULE_WALK,
+    {"walk", "nothing", "balancekv.h, the self-balancing walk of arXiv 2502.07861", BKV_RULE_WALK,
      STREAM | ONESHOT, 1, 0},
-    {"pair", "k,v", "balancekv.h, kernel halving", BKV_RULE_PAIR, STREAM | ONESHOT, 1, 0},
+    {"pair", "nothing", "balancekv.h, kernel halving", BKV_RULE_PAIR, STREAM | ONESHOT, 1, 0},
     {"uniform", "nothing", "balancekv.h, 64 of 128 at random", BKV_RULE_UNIFORM, STREAM | ONESHOT,
      1, 0},
     {"stride", "nothing", "balancekv.h, every other token", BKV_RULE_STRIDE, STREAM | ONESHOT, 1,
@@ -91,7 +94,7 @@ static const method methods[] = {
 };
 #define N_METHODS (sizeof methods / sizeof *methods)
 
-/* Fields of bkv_config that --set and a method's settings may change. */
+/* Fields of a config that --set and a method's settings may change. */
 typedef struct field {
     const char *name;
     size_t offset;
@@ -104,7 +107,7 @@ static const char *const rule_words[] = {"default", "walk",   "pair", "uniform",
 static const char *const type_words[] = {"default", "f32", "f16", "bf16", NULL};
 static const char *const backend_words[] = {"auto", "scalar", "avx2", "avx512", "neon", NULL};
 
-static const field fields[] = {
+static const field header_fields[] = {
     {"sinks", offsetof(bkv_config, sinks), 0, NULL},
     {"window", offsetof(bkv_config, window), 0, NULL},
     {"rule", offsetof(bkv_config, rule), 0, rule_words},
@@ -112,8 +115,18 @@ static const field fields[] = {
     {"backend", offsetof(bkv_config, backend), 0, backend_words},
     {"gamma", offsetof(bkv_config, gamma), 1, NULL},
     {"temp", offsetof(bkv_config, temp), 1, NULL},
+    {NULL, 0, 0, NULL},
 };
-#define N_FIELDS (sizeof fields / sizeof *fields)
+static const field baseline_fields[] = {
+    {"sinks", offsetof(bl_config, sinks), 0, NULL},
+    {"window", offsetof(bl_config, window), 0, NULL},
+    {"queries", offsetof(bl_config, queries), 0, NULL},
+    {"pool", offsetof(bl_config, pool), 0, NULL},
+    {"layer", offsetof(bl_config, layer), 0, NULL},
+    {"layers", offsetof(bl_config, layers), 0, NULL},
+    {"share", offsetof(bl_config, share), 1, NULL},
+    {NULL, 0, 0, NULL},
+};
 
 /* ---- options --------------------------------------------------------------------------------- */
 
@@ -124,7 +137,10 @@ typedef struct setting {
 /* A method and its settings, as named on the command line. */
 typedef struct choice {
     char name[TEXT];
-    const method *method;
+    const method *method;      /* of the header, */
+    const bl_method *baseline; /* or else this */
+    const char *needs;
+    int protocols, random;
     setting settings[MAX_SETTINGS];
     size_t n_settings;
 } choice;
@@ -191,16 +207,36 @@ static void add_setting(setting *list, size_t *n, const char *text, const char *
     ++*n;
 }
 
-static void list_all(FILE *f) {
-    fprintf(f, "%-18s %-8s %s\n", "method", "needs", "");
+static void list_method(const char *name, const char *needs, const char *text, int protocols) {
+    printf("%-14s needs %-26s %s%s\n", name, needs, text,
+           protocols == STREAM    ? " (stream only)"
+           : protocols == ONESHOT ? " (oneshot only)"
+                                  : "");
+}
+
+static void list_fields(const char *title, const field *f) {
+    fputs(title, stdout);
+    for (; f->name; f++) {
+        printf(" %s", f->name);
+        for (size_t i = 0; f->words && f->words[i]; i++) printf("%c%s", i ? '|' : '=', f->words[i]);
+    }
+    putchar('\n');
+}
+
+static void list_all(void) {
     for (size_t i = 0; i < N_METHODS; i++)
-        fprintf(f, "%-18s %-8s %s%s\n", methods[i].name, methods[i].needs, methods[i].text,
-                methods[i].protocols == STREAM    ? " (stream only)"
-                : methods[i].protocols == ONESHOT ? " (oneshot only)"
-                                                  : "");
-    fputs("settings:", f);
-    for (size_t i = 0; i < N_FIELDS; i++) fprintf(f, " %s", fields[i].name);
-    fputc('\n', f);
+        list_method(methods[i].name, methods[i].needs, methods[i].text, methods[i].protocols);
+    for (size_t i = 0; i < bl_n_methods; i++)
+        list_method(bl_methods[i].name, bl_methods[i].needs, bl_methods[i].text,
+                    bl_methods[i].protocols);
+    list_fields("settings of balancekv.h:", header_fields);
+    list_fields("settings of the others: ", baseline_fields);
+}
+
+static const field *find_field(const choice *c, const char *key) {
+    const field *f = c->method ? header_fields : baseline_fields;
+    while (f->name && strcmp(f->name, key)) f++;
+    return f->name ? f : NULL;
 }
 
 static void parse_choice(choice *c, char *text) {
@@ -210,16 +246,46 @@ static void parse_choice(choice *c, char *text) {
     strcpy(c->name, text);
     if (colon) *colon = 0;
     for (size_t i = 0; i < N_METHODS; i++) {
-        if (!strcmp(text, methods[i].name)) c->method = &methods[i];
         snprintf(names + strlen(names), sizeof names - strlen(names), " %s", methods[i].name);
+        if (strcmp(text, methods[i].name)) continue;
+        c->method = &methods[i];
+        c->needs = c->method->needs;
+        c->protocols = c->method->protocols;
+        c->random = c->method->random;
     }
-    if (!c->method) fail("--method: '%s' is none of:%s", text, names);
+    for (size_t i = 0; i < bl_n_methods; i++)
+        snprintf(names + strlen(names), sizeof names - strlen(names), " %s", bl_methods[i].name);
+    c->baseline = bl_find(text);
+    if (c->baseline) {
+        c->needs = c->baseline->needs;
+        c->protocols = c->baseline->protocols;
+        c->random = c->baseline->random;
+    } else if (!c->method) {
+        fail("--method: '%s' is none of:%s", text, names);
+    }
     while (colon) {
         text = colon + 1;
         colon = strchr(text, ':');
         if (colon) *colon = 0;
         add_setting(c->settings, &c->n_settings, text, "--method");
+        if (!find_field(c, c->settings[c->n_settings - 1].key))
+            fail("%s: there is no setting '%s'; --list has them", c->name,
+                 c->settings[c->n_settings - 1].key);
     }
+}
+
+/* A setting of --set goes to every method that has it, before the method's own, which win. */
+static void add_common(options *o, const setting *s) {
+    int used = 0;
+    for (size_t i = 0; i < o->n_choices; i++) {
+        choice *c = &o->choices[i];
+        if (!find_field(c, s->key)) continue;
+        if (c->n_settings == MAX_SETTINGS) fail("--set: at most %d settings", MAX_SETTINGS);
+        memmove(c->settings + 1, c->settings, c->n_settings++ * sizeof *s);
+        c->settings[0] = *s;
+        used = 1;
+    }
+    if (!used) fail("--set: no method here has a setting '%s'; --list has them", s->key);
 }
 
 static void parse_options(options *o, int argc, char **argv) {
@@ -241,7 +307,7 @@ static void parse_options(options *o, int argc, char **argv) {
         size_t known = 0, n;
         if (!strcmp(option, "--help") || !strcmp(option, "--list")) {
             if (option[2] == 'h') fputs(help, stdout);
-            list_all(stdout);
+            list_all();
             exit(0);
         }
         if (!strcmp(option, "--json")) {
@@ -296,18 +362,11 @@ static void parse_options(options *o, int argc, char **argv) {
     for (size_t i = 0; i < o->n_budgets; i++)
         if (o->protocol == STREAM && !o->budgets[i].slots)
             fail("--budget: a share needs --protocol oneshot");
-    for (size_t i = 0; i < o->n_choices; i++) {
-        choice *c = &o->choices[i];
-        if (!(c->method->protocols & o->protocol))
-            fail("--method: %s has no %s protocol", c->method->name,
+    for (size_t i = 0; i < o->n_choices; i++)
+        if (!(o->choices[i].protocols & o->protocol))
+            fail("--method: %s has no %s protocol", o->choices[i].name,
                  o->protocol == STREAM ? "stream" : "oneshot");
-        for (size_t s = 0; s < n_common; s++) { /* those of the method itself come last and win */
-            if (c->n_settings == MAX_SETTINGS) fail("--set: at most %d settings", MAX_SETTINGS);
-            memmove(c->settings + s + 1, c->settings + s, (c->n_settings - s) * sizeof *common);
-            c->settings[s] = common[s];
-            c->n_settings++;
-        }
-    }
+    while (n_common) add_common(o, &common[--n_common]);
 }
 
 /* ---- a run ----------------------------------------------------------------------------------- */
@@ -315,6 +374,7 @@ static void parse_options(options *o, int argc, char **argv) {
 /* A trace and the exact outputs at the positions first + i * every. */
 typedef struct reference {
     const char *name;
+    int is_first; /* of the command's traces */
     npy_trace t;
     size_t first, every, n; /* n of them */
     double *out;            /* [n][n_q_heads][value_dim] */
@@ -322,7 +382,8 @@ typedef struct reference {
 
 typedef struct run {
     const choice *choice;
-    bkv_config cfg;
+    bkv_config cfg;    /* if the method is the header's, */
+    bl_config bl;      /* or else this */
     uint64_t seed;
     uint32_t budget, held_max;
     const struct run *same_as; /* a run that this one would repeat */
@@ -330,31 +391,25 @@ typedef struct run {
     double error, error_p95, seconds, *head_error; /* [n_kv_heads] */
 } run;
 
-static void set_field(bkv_config *cfg, const setting *s, const char *name) {
+static void set_field(void *cfg, const field *f, const setting *s) {
     uint32_t number = 0;
     float real;
     char *end;
-    for (size_t i = 0; i < N_FIELDS; i++) {
-        const field *f = &fields[i];
-        if (strcmp(f->name, s->key)) continue;
-        if (f->is_float) {
-            real = strtof(s->value, &end);
-            if (!*s->value || *end) fail("%s: '%s' is not a number", s->key, s->value);
-            memcpy((char *)cfg + f->offset, &real, sizeof real);
-            return;
-        }
-        if (f->words) {
-            while (f->words[number] && strcmp(f->words[number], s->value)) number++;
-            if (!f->words[number]) fail("%s: there is no '%s'", s->key, s->value);
-        } else if (!strcmp(s->value, "none")) {
-            number = BKV_NONE;
-        } else {
-            number = (uint32_t)parse_number(s->value, 0, UINT32_MAX, s->key);
-        }
-        memcpy((char *)cfg + f->offset, &number, sizeof number);
+    if (f->is_float) {
+        real = strtof(s->value, &end);
+        if (!*s->value || *end) fail("%s: '%s' is not a number", s->key, s->value);
+        memcpy((char *)cfg + f->offset, &real, sizeof real);
         return;
     }
-    fail("%s: there is no setting '%s'; --list has them", name, s->key);
+    if (f->words) {
+        while (f->words[number] && strcmp(f->words[number], s->value)) number++;
+        if (!f->words[number]) fail("%s: there is no '%s'; --list has them", s->key, s->value);
+    } else if (!strcmp(s->value, "none")) {
+        number = BKV_NONE;
+    } else {
+        number = (uint32_t)parse_number(s->value, 0, UINT32_MAX, s->key);
+    }
+    memcpy((char *)cfg + f->offset, &number, sizeof number);
 }
 
 static uint32_t slots_of(const budget *b, const reference *r) {
@@ -362,34 +417,60 @@ static uint32_t slots_of(const budget *b, const reference *r) {
     return b->slots ? b->slots : (uint32_t)edges + (uint32_t)((double)(r->t.n - edges) * b->share);
 }
 
+static void configure_header(run *x, const npy_trace *t, int protocol) {
+    uint32_t outside = protocol == ONESHOT ? ONESHOT_EDGE : 0; /* the last tokens */
+    const choice *c = x->choice;
+    bkv_result result;
+    x->cfg = bkv_config_default((uint32_t)t->n_q_heads, (uint32_t)t->n_kv_heads,
+                                (uint32_t)t->head_dim, x->budget - outside);
+    x->cfg.value_dim = (uint32_t)t->value_dim;
+    x->cfg.rule = c->method->rule;
+    x->cfg.seed = x->seed;
+    x->cfg.window = 0; /* the default comes with the budget */
+    if (outside) x->cfg.sinks = ONESHOT_EDGE;
+    for (size_t i = 0; i < c->n_settings; i++)
+        set_field(&x->cfg, find_field(c, c->settings[i].key), &c->settings[i]);
+    result = bkv_check(&x->cfg);
+    if (result == BKV_E_BUDGET) {
+        bkv_config least = x->cfg;
+        for (least.budget = 1; least.budget < 1u << 24 && bkv_check(&least) != BKV_OK;)
+            least.budget++;
+        fail("%s, budget %" PRIu32 ": %s; the smallest that works here is %" PRIu32, c->name,
+             x->budget, bkv_result_string(result), least.budget + outside);
+    }
+    if (result != BKV_OK) fail("%s: %s", c->name, bkv_result_string(result));
+}
+
+static void configure_baseline(run *x, const npy_trace *t) {
+    const choice *c = x->choice;
+    bl_config filled;
+    uint32_t least;
+    x->bl.n_q_heads = (uint32_t)t->n_q_heads;
+    x->bl.n_kv_heads = (uint32_t)t->n_kv_heads;
+    x->bl.head_dim = (uint32_t)t->head_dim;
+    x->bl.value_dim = (uint32_t)t->value_dim;
+    x->bl.budget = x->budget;
+    x->bl.seed = x->seed;
+    for (size_t i = 0; i < c->n_settings; i++)
+        set_field(&x->bl, find_field(c, c->settings[i].key), &c->settings[i]);
+    filled = x->bl;
+    least = bl_resolve(c->baseline, &filled);
+    if (least > x->budget)
+        fail("%s, budget %" PRIu32 ": the smallest that works here is %" PRIu32, c->name, x->budget,
+             least);
+}
+
 static run make_run(const options *o, const reference *r, const choice *c, const budget *b,
                     uint64_t seed) {
-    const npy_trace *t = &r->t;
-    uint32_t outside = o->protocol == ONESHOT ? ONESHOT_EDGE : 0; /* the last tokens */
-    bkv_result result;
     run x;
     memset(&x, 0, sizeof x);
     x.choice = c;
     x.seed = seed;
     x.budget = slots_of(b, r);
-    if (x.budget <= outside) fail("budget %" PRIu32 ": too small for %s", x.budget, c->name);
-    x.cfg = bkv_config_default((uint32_t)t->n_q_heads, (uint32_t)t->n_kv_heads,
-                               (uint32_t)t->head_dim, x.budget - outside);
-    x.cfg.value_dim = (uint32_t)t->value_dim;
-    x.cfg.rule = c->method->rule;
-    x.cfg.seed = seed;
-    x.cfg.window = 0; /* the default comes with the budget */
-    if (o->protocol == ONESHOT) x.cfg.sinks = ONESHOT_EDGE;
-    for (size_t i = 0; i < c->n_settings; i++) set_field(&x.cfg, &c->settings[i], c->name);
-    result = bkv_check(&x.cfg);
-    if (result == BKV_E_BUDGET) {
-        bkv_config least = x.cfg;
-        for (least.budget = 1; least.budget < 1u << 24 && bkv_check(&least) != BKV_OK;)
-            least.budget++;
-        fail("%s, budget %" PRIu32 ": %s; the smallest that works here is %" PRIu32, c->name,
-             x.budget, bkv_result_string(result), least.budget + outside);
-    }
-    if (result != BKV_OK) fail("%s: %s", c->name, bkv_result_string(result));
+    if (o->protocol == ONESHOT && x.budget <= 2 * ONESHOT_EDGE)
+        fail("budget %" PRIu32 ": oneshot needs more than %d slots", x.budget, 2 * ONESHOT_EDGE);
+    if (c->method) configure_header(&x, &r->t, o->protocol);
+    else configure_baseline(&x, &r->t);
     return x;
 }
 
@@ -514,22 +595,45 @@ static void attend_oneshot(run *x, const reference *r, bkv_cache *c, double *err
     free(out);
 }
 
-static void execute(run *x, const reference *r, const options *o) {
+static void run_header(run *x, const reference *r, const options *o, double *errors) {
     size_t bytes = bkv_size(&x->cfg);
-    double start = seconds();
-    double *errors = (double *)get_memory(r->n * r->t.n_q_heads * sizeof *errors);
     void *mem = get_memory(bytes);
     bkv_cache c;
     check(bkv_init(&c, &x->cfg, mem, bytes), x);
     x->cfg = c.cfg; /* with the defaults filled in */
     feed(x, r, &c, o->protocol == STREAM ? r->t.n : r->t.n - ONESHOT_EDGE, o->chunk, errors);
     if (o->protocol == ONESHOT) attend_oneshot(x, r, &c, errors);
+    free(mem);
+}
+
+static void stream_baseline(run *x, const reference *r, double *errors) {
+    const npy_trace *t = &r->t;
+    float *out = (float *)get_memory(t->n_q_heads * t->value_dim * sizeof *out);
+    bl_cache *c = bl_new(x->choice->baseline, &x->bl);
+    if (!c) fail("%s: no memory", x->choice->name);
+    for (size_t i = 0; i < t->n; i++) {
+        int compared = i >= r->first && (i - r->first) % r->every == 0;
+        bl_append(c, t->k.data + i * t->n_kv_heads * t->head_dim,
+                  t->v.data + i * t->n_kv_heads * t->value_dim);
+        bl_attend(c, t->q.data + i * t->n_q_heads * t->head_dim, compared ? out : NULL);
+        if (compared) compare(r, out, i, 1, errors);
+        if (bl_held(c) > x->held_max) x->held_max = bl_held(c);
+    }
+    x->bytes = bl_bytes(c);
+    bl_free(c);
+    free(out);
+}
+
+static void execute(run *x, const reference *r, const options *o) {
+    double start = seconds();
+    double *errors = (double *)get_memory(r->n * r->t.n_q_heads * sizeof *errors);
+    if (x->choice->method) run_header(x, r, o, errors);
+    else stream_baseline(x, r, errors);
     if (x->held_max > x->budget)
         fail("%s, budget %" PRIu32 ": held %" PRIu32 " tokens", x->choice->name, x->budget,
              x->held_max);
     summarise(x, r, errors);
     x->seconds = seconds() - start;
-    free(mem);
     free(errors);
 }
 
@@ -600,7 +704,7 @@ static void print_json(const run *x, const run *as, const reference *r, const op
            ", \"held_max\": %" PRIu32 ", \"bytes\": %zu, \"rel_err\": %.6g, \"rel_err_p95\": %.6g, "
            "\"seed\": %" PRIu64 ", \"needs\": \"%s\", \"tokens\": %zu, \"head_err\": [",
            r->name, o->protocol == STREAM ? "stream" : "oneshot", x->choice->name, x->budget,
-           as->held_max, as->bytes, as->error, as->error_p95, x->seed, x->choice->method->needs,
+           as->held_max, as->bytes, as->error, as->error_p95, x->seed, x->choice->needs,
            r->t.n);
     for (size_t h = 0; h < r->t.n_kv_heads; h++) printf("%s%.6g", h ? ", " : "", as->head_error[h]);
     printf("], \"seconds\": %.3f}\n", as->seconds);
@@ -652,7 +756,7 @@ static void evaluate(reference *r, const options *o, double start) {
         size_t seed = i % o->n_seeds, b = i / o->n_seeds % o->n_budgets;
         const choice *c = &o->choices[i / o->n_seeds / o->n_budgets];
         w.runs[i] = make_run(o, r, c, &o->budgets[b], o->seeds[seed]);
-        if (seed && !c->method->random) w.runs[i].same_as = &w.runs[i - seed];
+        if (seed && !c->random) w.runs[i].same_as = &w.runs[i - seed];
     }
     r->out = (double *)get_memory(r->n * heads * r->t.value_dim * sizeof *r->out);
     {
@@ -663,6 +767,9 @@ static void evaluate(reference *r, const options *o, double start) {
     }
     do_all(&w);
     if (isatty(2)) fprintf(stderr, "\r%70s\r", "");
+    if (!o->json && r->is_first)
+        printf("%-20s %-28s %7s %7s %9s %9s %9s %6s %7s\n", "trace", "method", "budget", "held",
+               "KiB", "error", "95 %", "seed", "s");
     for (size_t i = 0; i < w.n; i++) {
         const run *as = w.runs[i].same_as ? w.runs[i].same_as : &w.runs[i];
         if (o->json) print_json(&w.runs[i], as, r, o);
@@ -678,12 +785,10 @@ int main(int argc, char **argv) {
     static options o; /* large */
     double start = seconds();
     parse_options(&o, argc, argv);
-    if (!o.json)
-        printf("%-20s %-28s %7s %7s %9s %9s %9s %6s %7s\n", "trace", "method", "budget", "held",
-               "KiB", "error", "95 %", "seed", "s");
     for (size_t i = 0; i < o.n_traces; i++) {
         reference r;
         load(&r, o.traces[i], &o);
+        r.is_first = i == 0;
         evaluate(&r, &o, start);
         npy_free_trace(&r.t);
     }
