@@ -1,5 +1,6 @@
 /* baselines.c - streaming caches that evict the token of the lowest score; see baselines.h. */
 #include "baselines.h"
+#include "oneshot.h"
 #include "slots.h"
 
 #include <math.h>
@@ -136,19 +137,41 @@ static void observe_query(bl_cache *c, size_t head, const float *q, const float 
     }
 }
 
+enum { BOTH = BL_STREAM | BL_ONESHOT };
+static const char nothing[] = "nothing", queries[] = "queries", rows[] = "attention rows";
+static const char all_rows[] = "attention rows of all heads";
+
 const bl_method bl_methods[] = {
-    {"streamingllm", "nothing", "sinks and a sliding window, arXiv 2309.17453", BL_STREAM, 0, 0,
-     score_window, NULL, 0, 1, NULL},
-    {"knorm", "nothing", "keys of small norm, arXiv 2406.11430", BL_STREAM, 0, 1.0 / 3,
-     score_knorm, NULL, 1, 1, NULL},
-    {"keydiff", "nothing", "keys unlike the mean key, arXiv 2504.15364", BL_STREAM, 0, 1.0 / 3,
-     score_keydiff, NULL, 1, 1, NULL},
-    {"h2o", "attention rows", "largest accumulated attention, arXiv 2306.14048", BL_STREAM, 0, 0.5,
-     score_word, observe_sum, 1, 1, NULL},
-    {"tova", "attention rows of all heads", "largest attention of the newest query, arXiv 2401.06104",
-     BL_STREAM, 0, 0, score_word, observe_last, 1, 1, NULL},
-    {"expected", "queries", "expected attention of a Gaussian of queries, arXiv 2510.00636",
-     BL_STREAM, 0, 1.0 / 3, score_expected, observe_query, 1, 64, NULL},
+    {"streamingllm", nothing, "sinks and a sliding window, arXiv 2309.17453", BOTH, 0, 0,
+     score_window, NULL, 0, 1, select_newest},
+    {"knorm", nothing, "keys of small norm, arXiv 2406.11430", BOTH, 0, 1.0 / 3, score_knorm, NULL,
+     1, 1, select_knorm},
+    {"keydiff", nothing, "keys unlike the mean key, arXiv 2504.15364", BOTH, 0, 1.0 / 3,
+     score_keydiff, NULL, 1, 1, select_keydiff},
+    {"h2o", rows, "largest accumulated attention, arXiv 2306.14048", BOTH, 0, 0.5, score_word,
+     observe_sum, 1, 1, select_h2o},
+    {"tova", all_rows, "largest attention of the newest query, arXiv 2401.06104", BOTH, 0, 0,
+     score_word, observe_last, 1, 1, select_tova},
+    {"expected", queries, "expected attention of Gaussian queries, arXiv 2510.00636", BOTH, 0,
+     1.0 / 3, score_expected, observe_query, 1, 64, select_expected},
+    {"uniform-once", nothing, "a uniform sample", BL_ONESHOT, 1, 0, NULL, NULL, 0, 0,
+     select_uniform},
+    {"published", nothing, "BalanceKV as published, weights in the numerator, arXiv 2502.07861",
+     BL_ONESHOT, 1, 0, NULL, NULL, 0, 0, select_published},
+    {"published-both", nothing, "the same, weights in the denominator too", BL_ONESHOT, 1, 0, NULL,
+     NULL, 0, 0, select_published_both},
+    {"snapkv", rows, "attention of the last queries, arXiv 2404.14469", BL_ONESHOT, 0, 0, NULL,
+     NULL, 0, 0, select_snapkv},
+    {"snapkv-ahead", "attention rows of the future", "the same from the next queries", BL_ONESHOT,
+     0, 0, NULL, NULL, 0, 0, select_snapkv_ahead},
+    {"pyramidkv", rows, "SnapKV with less for later layers, arXiv 2406.02069", BL_ONESHOT, 0, 0,
+     NULL, NULL, 0, 0, select_pyramidkv},
+    {"kvcrush-random", all_rows, "SnapKV and representatives, arXiv 2503.00022", BL_ONESHOT, 1, 0,
+     NULL, NULL, 0, 0, select_kvcrush_random},
+    {"kvcrush-mean", all_rows, "the same, anchor the mean signature", BL_ONESHOT, 0, 0, NULL, NULL,
+     0, 0, select_kvcrush_mean},
+    {"kvcrush-alternate", all_rows, "the same, anchor 0101..", BL_ONESHOT, 0, 0, NULL, NULL, 0, 0,
+     select_kvcrush_alternate},
 };
 const size_t bl_n_methods = sizeof bl_methods / sizeof *bl_methods;
 
@@ -169,7 +192,12 @@ uint32_t bl_resolve(const bl_method *m, bl_config *cfg) {
     cfg->window = resolve(cfg->window, (uint32_t)(m->window_share * (double)cfg->budget));
     cfg->queries = resolve(cfg->queries, 64);
     cfg->pool = resolve(cfg->pool, 5);
+    cfg->queries += !cfg->queries;
+    cfg->pool += !cfg->pool;
+    if (!cfg->block) cfg->block = 128;
     if (!cfg->layers) cfg->layers = 30;
+    if (!(cfg->gamma > 0)) cfg->gamma = 4;
+    if (!(cfg->temp > 0)) cfg->temp = 1;
     if (!(cfg->share > 0)) cfg->share = 0.25f;
     if (!(cfg->scale > 0)) cfg->scale = 1 / sqrtf((float)cfg->head_dim);
     return cfg->sinks + cfg->window + m->batch;
@@ -266,10 +294,10 @@ void bl_append(bl_cache *c, const float *k, const float *v) {
 
 void bl_attend(bl_cache *c, const float *q, float *out) {
     size_t q_step = c->group * c->cfg.head_dim, v_dim = c->cfg.value_dim;
-    int rows = out || c->method->observe == observe_sum || c->method->observe == observe_last;
+    int attends = out || c->method->observe == observe_sum || c->method->observe == observe_last;
     for (size_t h = 0; h < c->cfg.n_kv_heads; h++, q += q_step) {
         const slots *s = c->heads[h];
-        if (rows) {
+        if (attends) {
             slots_logits(s, q, c->group, c->cfg.scale, c->p);
             slots_exp(s, c->group, c->p, c->work);
             slots_output(s, c->p, c->group, c->work, out ? out + h * c->group * v_dim : NULL);

@@ -47,9 +47,11 @@ struct bl_config {
     uint32_t sinks;   /* first tokens that always stay; default 4 (stream only) */
     uint32_t window;  /* newest tokens that always stay; default: window_share, oneshot none */
     uint32_t queries; /* newest queries that snapkv and its kin look at; default 64 */
-    uint32_t pool;    /* tokens over which they take the largest score; default 5 */
+    uint32_t pool;    /* neighbouring tokens over which they average; default 5 */
+    uint32_t block;   /* published: tokens of a walk; default 128 */
     uint32_t layer, layers; /* pyramidkv: of this cache (from 0), of the model; default 0, 30 */
     float share;            /* kvcrush: of the budget, for representatives; default 0.25 */
+    float gamma, temp;      /* published: see walk() in oneshot.c; default 4, 1 */
     float scale;            /* factor on <q, k>; default 1 / sqrt(head_dim) */
     uint64_t seed;
 };
@@ -76,5 +78,13 @@ uint32_t bl_held(const bl_cache *c);
 /* Bytes of the state. Per slot: 2 for each element of K and V (f16), 4 for the position, 4 for each
    further word of the method; then 4 for each number that a method keeps per head. */
 size_t bl_bytes(const bl_cache *c);
+
+/* How many tokens a method keeps in this layer if a layer keeps `keep` on average. */
+size_t bl_keep(const bl_method *m, const bl_config *cfg, size_t keep);
+
+/* Chooses at most bl_keep() of the tokens begin..end-1 of one KV head. Tokens 0..end-1 and their
+   queries are the prompt; cfg->queries <= end. Returns how many were written to out; 0: no memory. */
+size_t bl_select(const bl_method *m, const bl_config *cfg, const exact_input *prompt,
+                 size_t kv_head, size_t begin, size_t end, size_t keep, bl_token *out);
 
 #endif /* BASELINES_H */

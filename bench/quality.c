@@ -1,13 +1,14 @@
 /* quality.c - how far each method's output is from exact attention on recorded traces: one line for
    each (trace, method, budget, seed). bench/QUALITY.md has the tables and how to read them.
    Build: meson, or cc -std=c99 -O2 -I. -Iexamples bench/quality.c bench/exact.c bench/slots.c
-   bench/baselines.c -lm -lpthread */
+   bench/baselines.c bench/oneshot.c -lm -lpthread */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, isatty */
 #define BALANCEKV_IMPLEMENTATION
 #include "balancekv.h"
 #include "baselines.h"
 #include "exact.h"
 #include "npy.h"
+#include "slots.h"
 #include <inttypes.h>
 #include <pthread.h>
 #include <time.h>
@@ -124,6 +125,9 @@ static const field baseline_fields[] = {
     {"pool", offsetof(bl_config, pool), 0, NULL},
     {"layer", offsetof(bl_config, layer), 0, NULL},
     {"layers", offsetof(bl_config, layers), 0, NULL},
+    {"block", offsetof(bl_config, block), 0, NULL},
+    {"gamma", offsetof(bl_config, gamma), 1, NULL},
+    {"temp", offsetof(bl_config, temp), 1, NULL},
     {"share", offsetof(bl_config, share), 1, NULL},
     {NULL, 0, 0, NULL},
 };
@@ -441,10 +445,18 @@ static void configure_header(run *x, const npy_trace *t, int protocol) {
     if (result != BKV_OK) fail("%s: %s", c->name, bkv_result_string(result));
 }
 
-static void configure_baseline(run *x, const npy_trace *t) {
+/* The number behind "layer" in a trace's name, as in psalms_layer05. */
+static uint32_t layer_of(const char *name) {
+    const char *p = strstr(name, "layer");
+    return p ? (uint32_t)strtoul(p + 5, NULL, 10) : 0;
+}
+
+static void configure_baseline(run *x, const reference *r, int protocol) {
+    const npy_trace *t = &r->t;
     const choice *c = x->choice;
     bl_config filled;
     uint32_t least;
+    x->bl.layer = layer_of(r->name);
     x->bl.n_q_heads = (uint32_t)t->n_q_heads;
     x->bl.n_kv_heads = (uint32_t)t->n_kv_heads;
     x->bl.head_dim = (uint32_t)t->head_dim;
@@ -455,7 +467,12 @@ static void configure_baseline(run *x, const npy_trace *t) {
         set_field(&x->bl, find_field(c, c->settings[i].key), &c->settings[i]);
     filled = x->bl;
     least = bl_resolve(c->baseline, &filled);
-    if (least > x->budget)
+    if (t->n_q_heads / t->n_kv_heads > 16) fail("%s: at most 16 query heads per KV head", c->name);
+    if (filled.layer >= filled.layers)
+        fail("%s: layer %" PRIu32 " of %" PRIu32 "; set layers", c->name, filled.layer,
+             filled.layers);
+    if (filled.queries > ONESHOT_EDGE) fail("%s: at most %d queries", c->name, ONESHOT_EDGE);
+    if (protocol == STREAM && least > x->budget)
         fail("%s, budget %" PRIu32 ": the smallest that works here is %" PRIu32, c->name, x->budget,
              least);
 }
@@ -470,7 +487,7 @@ static run make_run(const options *o, const reference *r, const choice *c, const
     if (o->protocol == ONESHOT && x.budget <= 2 * ONESHOT_EDGE)
         fail("budget %" PRIu32 ": oneshot needs more than %d slots", x.budget, 2 * ONESHOT_EDGE);
     if (c->method) configure_header(&x, &r->t, o->protocol);
-    else configure_baseline(&x, &r->t);
+    else configure_baseline(&x, r, o->protocol);
     return x;
 }
 
@@ -624,12 +641,72 @@ static void stream_baseline(run *x, const reference *r, double *errors) {
     free(out);
 }
 
+/* One KV head: the first tokens, those that were selected, and behind them the last tokens one by
+   one, each with its queries. */
+static void attend_selected(run *x, const reference *r, size_t kv_head, const bl_token *list,
+                            size_t n_list, float *outs) {
+    const npy_trace *t = &r->t;
+    size_t group = t->n_q_heads / t->n_kv_heads, start = t->n - ONESHOT_EDGE;
+    const float *k = t->k.data + kv_head * t->head_dim, *v = t->v.data + kv_head * t->value_dim;
+    size_t k_row = t->n_kv_heads * t->head_dim, v_row = t->n_kv_heads * t->value_dim;
+    slots *s = slots_new(t->head_dim, t->value_dim, 2 * ONESHOT_EDGE + n_list);
+    float *p = (float *)get_memory(s ? group * s->capacity * sizeof *p : 0), max[16], sum[16];
+    if (!s) fail("%s: no memory", x->choice->name);
+    for (; s->held < ONESHOT_EDGE; s->held++)
+        slots_put(s, s->held, k + s->held * k_row, v + s->held * v_row, 0);
+    for (size_t i = 0; i < n_list; i++, s->held++) {
+        slots_put(s, s->held, k + list[i].position * k_row, v + list[i].position * v_row, 0);
+        s->numerator[s->held] = list[i].numerator;
+        s->denominator[s->held] = list[i].denominator;
+    }
+    for (size_t at = start; at < t->n; at++) {
+        float *out = outs + ((at - start) * t->n_q_heads + kv_head * group) * t->value_dim;
+        slots_put(s, s->held, k + at * k_row, v + at * v_row, 0);
+        s->held++;
+        slots_logits(s, t->q.data + (at * t->n_q_heads + kv_head * group) * t->head_dim, group,
+                     (float)(1 / sqrt((double)t->head_dim)), p);
+        slots_exp(s, group, p, max);
+        slots_output(s, p, group, sum, out);
+        for (size_t i = 0; i < group * t->value_dim; i++) out[i] /= sum[i / t->value_dim];
+    }
+    if (s->held > x->held_max) x->held_max = (uint32_t)s->held;
+    slots_free(s);
+    free(p);
+}
+
+/* Bytes: 2 for each element of K and V, 4 for the position, and 4 where tokens carry weights. */
+static void oneshot_baseline(run *x, const reference *r, double *errors) {
+    const npy_trace *t = &r->t;
+    exact_input in = {t->q.data,     t->k.data,   t->v.data,    t->n_q_heads,
+                      t->n_kv_heads, t->head_dim, t->value_dim, 1 / sqrt((double)t->head_dim)};
+    size_t keep = x->budget - 2 * ONESHOT_EDGE, most = bl_keep(x->choice->baseline, &x->bl, keep);
+    bl_token *list = (bl_token *)get_memory((most + 1) * sizeof *list);
+    float *outs = (float *)get_memory(ONESHOT_EDGE * t->n_q_heads * t->value_dim * sizeof *outs);
+    for (size_t h = 0; h < t->n_kv_heads; h++) {
+        size_t weighted = 0, n = bl_select(x->choice->baseline, &x->bl, &in, h, ONESHOT_EDGE,
+                                           t->n - ONESHOT_EDGE, most, list);
+        if (!n || n > most) fail("%s: selected %zu of %zu tokens", x->choice->name, n, most);
+        for (size_t i = 0; i < n; i++)
+            weighted |= list[i].numerator > 1 || list[i].denominator > 1;
+        x->bytes += (n + 2 * ONESHOT_EDGE) * (2 * (t->head_dim + t->value_dim) + 4 + 4 * weighted);
+        attend_selected(x, r, h, list, n, outs);
+    }
+    compare(r, outs, t->n - ONESHOT_EDGE, ONESHOT_EDGE, errors);
+    free(list);
+    free(outs);
+}
+
 static void execute(run *x, const reference *r, const options *o) {
     double start = seconds();
+    uint32_t most = x->budget;
     double *errors = (double *)get_memory(r->n * r->t.n_q_heads * sizeof *errors);
     if (x->choice->method) run_header(x, r, o, errors);
-    else stream_baseline(x, r, errors);
-    if (x->held_max > x->budget)
+    else if (o->protocol == STREAM) stream_baseline(x, r, errors);
+    else oneshot_baseline(x, r, errors);
+    if (x->choice->baseline && o->protocol == ONESHOT) /* budgets may differ between layers */
+        most = (uint32_t)bl_keep(x->choice->baseline, &x->bl, x->budget - 2 * ONESHOT_EDGE) +
+               2 * ONESHOT_EDGE;
+    if (x->held_max > most)
         fail("%s, budget %" PRIu32 ": held %" PRIu32 " tokens", x->choice->name, x->budget,
              x->held_max);
     summarise(x, r, errors);
