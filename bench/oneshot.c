@@ -41,6 +41,13 @@ static uint64_t draw(uint64_t seed, uint64_t head, uint64_t i) {
     return (x ^ (x >> 31)) >> 32;
 }
 
+/* Whether to take the next of n items if `wanted` of them are still to be found: a uniform sample
+   (selection sampling, Knuth, algorithm 3.4.2S). */
+static int sample_next(const bl_prompt *t, uint64_t number, size_t n, size_t wanted) {
+    double u = (double)draw(t->cfg.seed, t->kv_head, number) / 4294967296.0;
+    return u * (double)n < (double)wanted;
+}
+
 /* ---- keeping the largest scores --------------------------------------------------------------- */
 
 typedef struct ranked {
@@ -113,13 +120,12 @@ size_t select_keydiff(const bl_prompt *t, size_t keep, bl_token *out) {
     return keep_best(t, keep, t->cfg.window, out);
 }
 
-/* A uniform sample; every token stands for the same number. Selection sampling (Knuth, algorithm
-   3.4.2S). */
+/* A uniform sample; every token stands for the same number. */
 size_t select_uniform(const bl_prompt *t, size_t keep, bl_token *out) {
     size_t n = t->end - t->begin, found = 0;
-    for (size_t i = 0; i < n && found < keep; i++) {
-        double u = (double)draw(t->cfg.seed, t->kv_head, i) / 4294967296.0;
-        if (u * (double)(n - i) >= (double)(keep - found)) continue;
+    if (keep > n) keep = n;
+    for (size_t i = 0; i < n; i++) {
+        if (!sample_next(t, i, n - i, keep - found)) continue;
         out[found].position = (uint32_t)(t->begin + i);
         out[found].numerator = out[found].denominator = (float)((double)n / (double)keep);
         found++;
@@ -152,7 +158,7 @@ static void walk(const bl_prompt *t, const bl_token *block, size_t n, uint64_t n
                            t->in->value_dim);
             sum += (double)sign[j] * exp(e < 600 ? e : 600) * (v + 0.025);
         }
-        p = (double)draw(t->cfg.seed, t->kv_head, number * n + i) / 4294967296.0;
+        p = (double)draw(t->cfg.seed, t->kv_head, number + i) / 4294967296.0;
         sign[i] = p < 0.5 - (double)t->cfg.gamma * sum ? 1 : -1;
     }
     free(mean);
@@ -160,8 +166,8 @@ static void walk(const bl_prompt *t, const bl_token *block, size_t n, uint64_t n
 }
 
 /* Halvings of all blocks, again and again, until what remains and the newest tokens fill the
-   budget. As published exactly half is kept: first those of sign +, whose weight doubles, then, if
-   they are too few, some of sign -, whose weight stays. */
+   budget. As published exactly half is kept: those of sign +, whose weight doubles; if they are too
+   many, a sample of them; if too few, also a sample of sign -, whose weight stays. */
 static size_t select_walk(const bl_prompt *t, size_t keep, bl_token *out, int both) {
     size_t n = t->end - t->begin, rounds = 0, exact, kept;
     bl_token *list = (bl_token *)malloc((n + 1) * sizeof *list);
@@ -173,16 +179,22 @@ static size_t select_walk(const bl_prompt *t, size_t keep, bl_token *out, int bo
     kept = n - exact;
     for (size_t i = 0; keep && i < n; i++) list[i] = plain_token(t->begin + i);
     for (size_t round = 0; keep && round < rounds; round++) {
-        size_t half = kept / 2, plus = 0, to = 0;
+        size_t half = kept / 2, plus = 0, to = 0, left[2], wanted[2]; /* of sign -, of sign + */
         for (size_t i = 0; i < kept; i += t->cfg.block)
             walk(t, list + i, kept - i < t->cfg.block ? kept - i : t->cfg.block,
-                 (round << 20) + i / t->cfg.block, sign + i);
+                 (2 * round + 1) << 32 | i, sign + i);
         for (size_t i = 0; i < kept; i++) plus += sign[i] > 0;
-        for (size_t i = 0, more = half > plus ? half - plus : 0; i < kept && to < half; i++) {
-            if (sign[i] < 0 && !more) continue;
-            if (sign[i] < 0) more--;
+        left[1] = plus;
+        left[0] = kept - plus;
+        wanted[1] = plus < half ? plus : half;
+        wanted[0] = half - wanted[1];
+        for (size_t i = 0; i < kept; i++) {
+            int x = sign[i] > 0;
+            int take = sample_next(t, (2 * round + 2) << 32 | i, left[x]--, wanted[x]);
+            if (!take) continue;
+            wanted[x]--;
             list[to] = list[i];
-            list[to].numerator *= sign[i] > 0 ? 2 : 1;
+            list[to].numerator *= x ? 2 : 1;
             list[to++].denominator *= 2;
         }
         kept = to;
