@@ -2,6 +2,7 @@
 #include "baselines.h"
 #include "oneshot.h"
 #include "slots.h"
+#include "theory.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -15,6 +16,7 @@ struct bl_cache {
     size_t group;
     uint32_t seen;
     slots **heads;
+    pool **pools;    /* [n_kv_heads], or NULL and the rest is used */
     float *word;     /* [n_kv_heads][capacity]: what the method keeps of each slot */
     double *anchor;  /* [n_kv_heads][head_dim]: sum of the unit keys in the cache (keydiff) */
     float *mean;     /* [n_q_heads][head_dim] of the queries (expected) */
@@ -143,35 +145,39 @@ static const char all_rows[] = "attention rows of all heads";
 
 const bl_method bl_methods[] = {
     {"streamingllm", nothing, "sinks and a sliding window, arXiv 2309.17453", BOTH, 0, 0,
-     score_window, NULL, 0, 1, select_newest},
+     score_window, NULL, 0, 1, select_newest, NULL},
     {"knorm", nothing, "keys of small norm, arXiv 2406.11430", BOTH, 0, 1.0 / 3, score_knorm, NULL,
-     1, 1, select_knorm},
+     1, 1, select_knorm, NULL},
     {"keydiff", nothing, "keys unlike the mean key, arXiv 2504.15364", BOTH, 0, 1.0 / 3,
-     score_keydiff, NULL, 1, 1, select_keydiff},
+     score_keydiff, NULL, 1, 1, select_keydiff, NULL},
     {"h2o", rows, "largest accumulated attention, arXiv 2306.14048", BOTH, 0, 0.5, score_word,
-     observe_sum, 1, 1, select_h2o},
+     observe_sum, 1, 1, select_h2o, NULL},
     {"tova", all_rows, "largest attention of the newest query, arXiv 2401.06104", BOTH, 0, 0,
-     score_word, observe_last, 1, 1, select_tova},
+     score_word, observe_last, 1, 1, select_tova, NULL},
     {"expected", queries, "expected attention of Gaussian queries, arXiv 2510.00636", BOTH, 0,
-     1.0 / 3, score_expected, observe_query, 1, 64, select_expected},
+     1.0 / 3, score_expected, observe_query, 1, 64, select_expected, NULL},
     {"uniform-once", nothing, "a uniform sample", BL_ONESHOT, 1, 0, NULL, NULL, 0, 0,
-     select_uniform},
+     select_uniform, NULL},
     {"published", nothing, "BalanceKV as published, weights in the numerator, arXiv 2502.07861",
-     BL_ONESHOT, 1, 0, NULL, NULL, 0, 0, select_published},
+     BL_ONESHOT, 1, 0, NULL, NULL, 0, 0, select_published, NULL},
     {"published-both", nothing, "the same, weights in the denominator too", BL_ONESHOT, 1, 0, NULL,
-     NULL, 0, 0, select_published_both},
+     NULL, 0, 0, select_published_both, NULL},
     {"snapkv", rows, "attention of the last queries, arXiv 2404.14469", BL_ONESHOT, 0, 0, NULL,
-     NULL, 0, 0, select_snapkv},
+     NULL, 0, 0, select_snapkv, NULL},
     {"snapkv-ahead", "attention rows of the future", "the same from the next queries", BL_ONESHOT,
-     0, 0, NULL, NULL, 0, 0, select_snapkv_ahead},
+     0, 0, NULL, NULL, 0, 0, select_snapkv_ahead, NULL},
     {"pyramidkv", rows, "SnapKV with less for later layers, arXiv 2406.02069", BL_ONESHOT, 0, 0,
-     NULL, NULL, 0, 0, select_pyramidkv},
+     NULL, NULL, 0, 0, select_pyramidkv, NULL},
     {"kvcrush-random", all_rows, "SnapKV and representatives, arXiv 2503.00022", BL_ONESHOT, 1, 0,
-     NULL, NULL, 0, 0, select_kvcrush_random},
+     NULL, NULL, 0, 0, select_kvcrush_random, NULL},
     {"kvcrush-mean", all_rows, "the same, anchor the mean signature", BL_ONESHOT, 0, 0, NULL, NULL,
-     0, 0, select_kvcrush_mean},
+     0, 0, select_kvcrush_mean, NULL},
     {"kvcrush-alternate", all_rows, "the same, anchor 0101..", BL_ONESHOT, 0, 0, NULL, NULL, 0, 0,
-     select_kvcrush_alternate},
+     select_kvcrush_alternate, NULL},
+    {"algorithm1", nothing, "merge-and-reduce of arXiv 2502.07861 as stated", BL_STREAM, 1, 0, NULL,
+     NULL, 3, 1, NULL, algorithm1_new},
+    {"hybrid", nothing, "moments, parts and a coreset, after arXiv 2606.07205", BL_STREAM, 1,
+     1.0 / 3, NULL, NULL, 2, 1, NULL, hybrid_new},
 };
 const size_t bl_n_methods = sizeof bl_methods / sizeof *bl_methods;
 
@@ -188,19 +194,21 @@ static uint32_t resolve(uint32_t x, uint32_t standard) {
 }
 
 uint32_t bl_resolve(const bl_method *m, bl_config *cfg) {
-    cfg->sinks = resolve(cfg->sinks, 4);
+    cfg->sinks = resolve(cfg->sinks, m->make == algorithm1_new ? 0 : 4);
     cfg->window = resolve(cfg->window, (uint32_t)(m->window_share * (double)cfg->budget));
     cfg->queries = resolve(cfg->queries, 64);
     cfg->pool = resolve(cfg->pool, 5);
     cfg->queries += !cfg->queries;
     cfg->pool += !cfg->pool;
     if (!cfg->block) cfg->block = 128;
+    if (!cfg->tokens) cfg->tokens = 1u << 20;
     if (!cfg->layers) cfg->layers = 30;
     if (!(cfg->gamma > 0)) cfg->gamma = 4;
     if (!(cfg->temp > 0)) cfg->temp = 1;
     if (!(cfg->share > 0)) cfg->share = 0.25f;
     if (!(cfg->scale > 0)) cfg->scale = 1 / sqrtf((float)cfg->head_dim);
-    return cfg->sinks + cfg->window + m->batch;
+    return cfg->sinks + cfg->window + m->batch +
+           (m->make == hybrid_new ? 192 + (uint32_t)hybrid_part_slots(cfg) : 0);
 }
 
 bl_cache *bl_new(const bl_method *m, const bl_config *cfg) {
@@ -212,6 +220,14 @@ bl_cache *bl_new(const bl_method *m, const bl_config *cfg) {
     c->cfg = *cfg;
     c->group = cfg->n_q_heads / heads;
     good = bl_resolve(m, &c->cfg) <= cfg->budget;
+    if (m->make) {
+        c->pools = (pool **)calloc(heads, sizeof *c->pools);
+        for (size_t h = 0; c->pools && good && h < heads; h++)
+            good &= (c->pools[h] = m->make(&c->cfg, h)) != NULL;
+        if (c->pools && good) return c;
+        bl_free(c);
+        return NULL;
+    }
     c->heads = (slots **)calloc(heads, sizeof *c->heads);
     for (size_t h = 0; c->heads && h < heads; h++)
         good &= (c->heads[h] = slots_new(n, cfg->value_dim, cfg->budget)) != NULL;
@@ -234,6 +250,8 @@ bl_cache *bl_new(const bl_method *m, const bl_config *cfg) {
 void bl_free(bl_cache *c) {
     if (!c) return;
     for (size_t h = 0; c->heads && h < c->cfg.n_kv_heads; h++) slots_free(c->heads[h]);
+    for (size_t h = 0; c->pools && h < c->cfg.n_kv_heads; h++) pool_free(c->pools[h]);
+    free(c->pools);
     free(c->heads);
     free(c->word);
     free(c->anchor);
@@ -278,8 +296,14 @@ static void evict(bl_cache *c, size_t head) {
 
 void bl_append(bl_cache *c, const float *k, const float *v) {
     for (size_t h = 0; h < c->cfg.n_kv_heads; h++, k += c->cfg.head_dim, v += c->cfg.value_dim) {
-        slots *s = c->heads[h];
-        float *word = words_of(c, h);
+        slots *s;
+        float *word;
+        if (c->pools) {
+            pool_append(c->pools[h], k, v);
+            continue;
+        }
+        s = c->heads[h];
+        word = words_of(c, h);
         if (s->held == c->cfg.budget) evict(c, h);
         slots_put(s, s->held, k, v, c->seen);
         word[s->held] = 0;
@@ -296,7 +320,11 @@ void bl_attend(bl_cache *c, const float *q, float *out) {
     size_t q_step = c->group * c->cfg.head_dim, v_dim = c->cfg.value_dim;
     int attends = out || c->method->observe == observe_sum || c->method->observe == observe_last;
     for (size_t h = 0; h < c->cfg.n_kv_heads; h++, q += q_step) {
-        const slots *s = c->heads[h];
+        const slots *s = c->pools ? NULL : c->heads[h];
+        if (c->pools) {
+            if (out) pool_attend(c->pools[h], q, out + h * c->group * v_dim);
+            continue;
+        }
         if (attends) {
             slots_logits(s, q, c->group, c->cfg.scale, c->p);
             slots_exp(s, c->group, c->p, c->work);
@@ -310,9 +338,38 @@ void bl_attend(bl_cache *c, const float *q, float *out) {
 
 uint32_t bl_held(const bl_cache *c) {
     size_t most = 0;
-    for (size_t h = 0; h < c->cfg.n_kv_heads; h++)
-        if (c->heads[h]->held > most) most = c->heads[h]->held;
+    for (size_t h = 0; h < c->cfg.n_kv_heads; h++) {
+        size_t held = c->pools ? pool_held(c->pools[h]) : c->heads[h]->held;
+        if (held > most) most = held;
+    }
     return (uint32_t)most;
+}
+
+size_t bl_failures(const bl_cache *c) {
+    size_t n = 0;
+    for (size_t h = 0; c->pools && h < c->cfg.n_kv_heads; h++) n += pool_failures(c->pools[h]);
+    return n;
+}
+
+int bl_fit(const bl_method *m, bl_config *cfg, const float *k, const float *v, size_t n) {
+    size_t k_row = cfg->n_kv_heads * cfg->head_dim, v_row = cfg->n_kv_heads * cfg->value_dim;
+    uint32_t low = 0, high = cfg->budget / 4; /* low fits, 2 * (high + 1) does not */
+    if (m->make != algorithm1_new) return 1;
+    while (low < high) {
+        uint32_t middle = (low + high + 1) / 2, fits = 1;
+        bl_cache *c;
+        cfg->block = 2 * middle;
+        c = bl_new(m, cfg);
+        for (size_t i = 0; c && i < n && fits; i++) {
+            bl_append(c, k + i * k_row, v + i * v_row);
+            fits = bl_held(c) <= cfg->budget;
+        }
+        if (c && fits) low = middle;
+        else high = middle - 1;
+        bl_free(c);
+    }
+    cfg->block = 2 * low;
+    return low > 0;
 }
 
 size_t bl_bytes(const bl_cache *c) {

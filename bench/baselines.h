@@ -14,6 +14,7 @@ enum { BL_STREAM = 1, BL_ONESHOT = 2 }; /* protocols */
 typedef struct bl_cache bl_cache;
 typedef struct bl_config bl_config;
 typedef struct bl_prompt bl_prompt;
+typedef struct pool pool; /* theory.c */
 
 /* A token that bl_select() keeps: its weights in the two sums of softmax attention. */
 typedef struct bl_token {
@@ -34,6 +35,8 @@ typedef struct bl_method {
     uint32_t words, batch; /* 4-byte words per slot; slots that are freed at once */
     /* Oneshot. */
     size_t (*select)(const bl_prompt *t, size_t keep, bl_token *out);
+    /* Streaming, instead of score: one KV head of a system of another kind. */
+    pool *(*make)(const bl_config *cfg, size_t kv_head);
 } bl_method;
 
 extern const bl_method bl_methods[];
@@ -48,7 +51,8 @@ struct bl_config {
     uint32_t window;  /* newest tokens that always stay; default: window_share, oneshot none */
     uint32_t queries; /* newest queries that snapkv and its kin look at; default 64 */
     uint32_t pool;    /* neighbouring tokens over which they average; default 5 */
-    uint32_t block;   /* published: tokens of a walk; default 128 */
+    uint32_t block;   /* published, algorithm1: tokens of a walk; default 128; see bl_fit() */
+    uint32_t tokens;  /* algorithm1: of the whole stream; default 2^20 */
     uint32_t layer, layers; /* pyramidkv: of this cache (from 0), of the model; default 0, 30 */
     float share;            /* kvcrush: of the budget, for representatives; default 0.25 */
     float gamma, temp;      /* published: see walk() in oneshot.c; default 4, 1 */
@@ -72,8 +76,16 @@ void bl_append(bl_cache *c, const float *k, const float *v);
    methods learn from it; out may be NULL if only that is wanted. */
 void bl_attend(bl_cache *c, const float *q, float *out);
 
-/* Tokens held, of the KV head that holds most. */
+/* algorithm1 takes its block, not its budget, for granted: sets cfg->block to the largest even one
+   that never holds more than the budget on the n tokens of a stream, k [n][n_kv_heads][head_dim];
+   returns 0 if there is none. Does nothing for other methods. */
+int bl_fit(const bl_method *m, bl_config *cfg, const float *k, const float *v, size_t n);
+
+/* Slots in use, of the KV head that uses most. */
 uint32_t bl_held(const bl_cache *c);
+
+/* algorithm1: steps at which the walk left its bound; hybrid: attention with a sum below 0. */
+size_t bl_failures(const bl_cache *c);
 
 /* Bytes of the state. Per slot: 2 for each element of K and V (f16), 4 for the position, 4 for each
    further word of the method; then 4 for each number that a method keeps per head. */

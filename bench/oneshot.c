@@ -273,15 +273,15 @@ size_t select_tova(const bl_prompt *t, size_t keep, bl_token *out) {
 /* SnapKV (arXiv 2404.14469): the attention of the last queries of the prompt, averaged over
    neighbouring tokens so that they stay together. The tokens of those queries stay too. */
 static void score_snapkv(const bl_prompt *t, size_t from, size_t to) {
-    size_t pool = t->cfg.pool;
+    size_t width = t->cfg.pool;
     float *sums = t->rows + t->kv_head * t->group * t->end;
     add_rows(t, t->kv_head, from, to);
     score_rows(t);
     memcpy(sums, t->score, t->end * sizeof *sums);
     for (size_t i = 0; i < t->end; i++) {
-        size_t start = i < pool / 2 ? 0 : i - pool / 2, stop = i + (pool + 1) / 2;
+        size_t start = i < width / 2 ? 0 : i - width / 2, stop = i + (width + 1) / 2;
         t->score[i] = 0;
-        for (size_t j = start; j < stop && j < t->end; j++) t->score[i] += sums[j] / (float)pool;
+        for (size_t j = start; j < stop && j < t->end; j++) t->score[i] += sums[j] / (float)width;
     }
 }
 

@@ -1,7 +1,7 @@
 /* quality.c - how far each method's output is from exact attention on recorded traces: one line for
    each (trace, method, budget, seed). bench/QUALITY.md has the tables and how to read them.
    Build: meson, or cc -std=c99 -O2 -I. -Iexamples bench/quality.c bench/exact.c bench/slots.c
-   bench/baselines.c bench/oneshot.c -lm -lpthread */
+   bench/baselines.c bench/oneshot.c bench/theory.c -lm -lpthread */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, isatty */
 #define BALANCEKV_IMPLEMENTATION
 #include "balancekv.h"
@@ -392,7 +392,8 @@ typedef struct run {
     uint32_t budget, held_max;
     const struct run *same_as; /* a run that this one would repeat */
     size_t bytes;
-    double error, error_p95, seconds, *head_error; /* [n_kv_heads] */
+    size_t failures;
+    double error, error_p95, error_clamped, seconds, *head_error; /* [n_kv_heads] */
 } run;
 
 static void set_field(void *cfg, const field *f, const setting *s) {
@@ -463,6 +464,7 @@ static void configure_baseline(run *x, const reference *r, int protocol) {
     x->bl.value_dim = (uint32_t)t->value_dim;
     x->bl.budget = x->budget;
     x->bl.seed = x->seed;
+    x->bl.tokens = (uint32_t)t->n;
     for (size_t i = 0; i < c->n_settings; i++)
         set_field(&x->bl, find_field(c, c->settings[i].key), &c->settings[i]);
     filled = x->bl;
@@ -491,14 +493,18 @@ static run make_run(const options *o, const reference *r, const choice *c, const
     return x;
 }
 
-/* |out - exact| / |exact| of one head. */
-static double relative_error(const float *out, const double *exact_out, size_t n) {
-    double diff = 0, norm = 0;
+/* |out - exact| / |exact| of one head. *clamped: with max(exact, 1e-8), element by element, in the
+   denominator, as the published figures of BalanceKV have it. */
+static double relative_error(const float *out, const double *exact_out, size_t n,
+                             double *clamped) {
+    double diff = 0, norm = 0, positive = 0;
     for (size_t d = 0; d < n; d++) {
-        double x = (double)out[d] - exact_out[d];
+        double x = (double)out[d] - exact_out[d], y = exact_out[d] > 1e-8 ? exact_out[d] : 1e-8;
         diff += x * x;
         norm += exact_out[d] * exact_out[d];
+        positive += y * y;
     }
+    *clamped = sqrt(diff / positive);
     return norm > 0 ? sqrt(diff / norm) : sqrt(diff);
 }
 
@@ -508,15 +514,19 @@ static int compare_doubles(const void *a, const void *b) {
 }
 
 /* Errors of the outputs [n_tokens][n_q_heads][value_dim] of positions at, at + 1, .. */
-static void compare(const reference *r, const float *out, size_t at, size_t n_tokens,
+static void compare(run *x, const reference *r, const float *out, size_t at, size_t n_tokens,
                     double *errors) {
     size_t heads = r->t.n_q_heads, dim = r->t.value_dim;
+    double clamped;
     for (size_t i = 0; i < n_tokens; i++) {
-        size_t x = at + i - r->first;
-        if (at + i < r->first || x % r->every) continue;
-        x = x / r->every * heads;
-        for (size_t h = 0; h < heads; h++)
-            errors[x + h] = relative_error(out + (i * heads + h) * dim, r->out + (x + h) * dim, dim);
+        size_t to = at + i - r->first;
+        if (at + i < r->first || to % r->every) continue;
+        to = to / r->every * heads;
+        for (size_t h = 0; h < heads; h++) {
+            errors[to + h] =
+                relative_error(out + (i * heads + h) * dim, r->out + (to + h) * dim, dim, &clamped);
+            x->error_clamped += clamped / (double)(r->n * heads);
+        }
     }
 }
 
@@ -557,7 +567,7 @@ static void feed(run *x, const reference *r, bkv_cache *c, size_t n, size_t chun
         if (i >= r->first || x->choice->method->sees_queries) {
             check(bkv_prefill(c, k, v, bkv_dense(t->q.data + i * q_row, BKV_F32), out, m, 0, 0, 1),
                   x);
-            compare(r, out, i, m, errors);
+            compare(x, r, out, i, m, errors);
         } else {
             check(bkv_append(c, k, v, m, 0, 0, 1), x);
         }
@@ -604,7 +614,7 @@ static void attend_oneshot(run *x, const reference *r, bkv_cache *c, double *err
         check(bkv_attend_partial(c, q, out, max, sum, 0, 1), x);
         for (size_t h = 0; h < heads; h++)
             join_exact(t, x->cfg.scale, h, start, at, max[h], sum[h], out + h * t->value_dim);
-        compare(r, out, at, 1, errors);
+        compare(x, r, out, at, 1, errors);
     }
     x->held_max += ONESHOT_EDGE;
     x->bytes += ONESHOT_EDGE * t->n_kv_heads * (t->head_dim + t->value_dim) *
@@ -626,17 +636,21 @@ static void run_header(run *x, const reference *r, const options *o, double *err
 static void stream_baseline(run *x, const reference *r, double *errors) {
     const npy_trace *t = &r->t;
     float *out = (float *)get_memory(t->n_q_heads * t->value_dim * sizeof *out);
-    bl_cache *c = bl_new(x->choice->baseline, &x->bl);
+    bl_cache *c;
+    if (!x->bl.block && !bl_fit(x->choice->baseline, &x->bl, t->k.data, t->v.data, t->n))
+        fail("%s, budget %" PRIu32 ": too small for this trace", x->choice->name, x->budget);
+    c = bl_new(x->choice->baseline, &x->bl);
     if (!c) fail("%s: no memory", x->choice->name);
     for (size_t i = 0; i < t->n; i++) {
         int compared = i >= r->first && (i - r->first) % r->every == 0;
         bl_append(c, t->k.data + i * t->n_kv_heads * t->head_dim,
                   t->v.data + i * t->n_kv_heads * t->value_dim);
         bl_attend(c, t->q.data + i * t->n_q_heads * t->head_dim, compared ? out : NULL);
-        if (compared) compare(r, out, i, 1, errors);
+        if (compared) compare(x, r, out, i, 1, errors);
         if (bl_held(c) > x->held_max) x->held_max = bl_held(c);
     }
     x->bytes = bl_bytes(c);
+    x->failures = bl_failures(c);
     bl_free(c);
     free(out);
 }
@@ -691,7 +705,7 @@ static void oneshot_baseline(run *x, const reference *r, double *errors) {
         x->bytes += (n + 2 * ONESHOT_EDGE) * (2 * (t->head_dim + t->value_dim) + 4 + 4 * weighted);
         attend_selected(x, r, h, list, n, outs);
     }
-    compare(r, outs, t->n - ONESHOT_EDGE, ONESHOT_EDGE, errors);
+    compare(x, r, outs, t->n - ONESHOT_EDGE, ONESHOT_EDGE, errors);
     free(list);
     free(outs);
 }
@@ -784,7 +798,8 @@ static void print_json(const run *x, const run *as, const reference *r, const op
            as->held_max, as->bytes, as->error, as->error_p95, x->seed, x->choice->needs,
            r->t.n);
     for (size_t h = 0; h < r->t.n_kv_heads; h++) printf("%s%.6g", h ? ", " : "", as->head_error[h]);
-    printf("], \"seconds\": %.3f}\n", as->seconds);
+    printf("], \"rel_err_clamped\": %.6g, \"failures\": %zu, \"seconds\": %.3f}\n",
+           as->error_clamped, as->failures, as->seconds);
 }
 
 static void print_row(const run *x, const run *as, const reference *r) {
