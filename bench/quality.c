@@ -1,7 +1,8 @@
 /* quality.c - how far each method's output is from exact attention on recorded traces: one line for
    each (trace, method, budget, seed). bench/QUALITY.md has the tables and how to read them.
    Build: meson, or cc -std=c99 -O2 -I. -Iexamples bench/quality.c bench/exact.c bench/slots.c
-   bench/baselines.c bench/oneshot.c bench/theory.c -lm -lpthread */
+   bench/baselines.c bench/oneshot.c bench/pool.c bench/theory.c
+   bench/pages.c -lm -lpthread */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, isatty */
 #define BALANCEKV_IMPLEMENTATION
 #include "balancekv.h"
@@ -85,11 +86,8 @@ static const method methods[] = {
      STREAM | ONESHOT, 1, 1},
     {"walk", "nothing", "balancekv.h, the self-balancing walk of arXiv 2502.07861", BKV_RULE_WALK,
      STREAM | ONESHOT, 1, 0},
-    {"pair", "nothing", "balancekv.h, kernel halving", BKV_RULE_PAIR, STREAM | ONESHOT, 1, 0},
     {"uniform", "nothing", "balancekv.h, 64 of 128 at random", BKV_RULE_UNIFORM, STREAM | ONESHOT,
      1, 0},
-    {"stride", "nothing", "balancekv.h, every other token", BKV_RULE_STRIDE, STREAM | ONESHOT, 1,
-     0},
     {"window", "nothing", "balancekv.h, sinks and a sliding window", BKV_RULE_WINDOW,
      STREAM | ONESHOT, 0, 0},
 };

@@ -1,4 +1,4 @@
-/* theory.h - the two systems with proofs, streaming; see theory.c. A pool is one KV head. */
+/* theory.h - streaming baselines with weights: theory.c, pages.c, and what they share, pool.c. */
 #ifndef THEORY_H
 #define THEORY_H
 
@@ -6,6 +6,8 @@
 
 pool *algorithm1_new(const bl_config *cfg, size_t kv_head);
 pool *hybrid_new(const bl_config *cfg, size_t kv_head);
+pool *pair_new(const bl_config *cfg, size_t kv_head);
+pool *stride_new(const bl_config *cfg, size_t kv_head);
 void pool_free(pool *p);
 
 void pool_append(pool *p, const float *k, const float *v);
@@ -15,5 +17,12 @@ size_t pool_failures(const pool *p);
 
 /* Slots whose bytes of K and V the moments of one part take. */
 size_t hybrid_part_slots(const bl_config *cfg);
+
+/* Adds moments to the sums of one query, the denominator's is returned, and turns the weights
+   e^(logit - max) of tokens of parts into those of the residual. */
+double hybrid_moments(pool *p, const float *q, double max, float *weight, double *out);
+
+/* Splits cfg->budget as balancekv.h does; returns the least budget that works. */
+uint32_t pages_resolve(bl_config *cfg, int default_window);
 
 #endif /* THEORY_H */

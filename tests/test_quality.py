@@ -359,6 +359,93 @@ def check_oneshot(tally, program, folder, t, layer):
                     "oneshot %s: bytes" % row["method"], str(row))
 
 
+# ---- the model: pages ---------------------------------------------------------------------------
+def mix(x):
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def page_draw(seed, head, halving, i):
+    golden = 0x9E3779B97F4A7C15
+    key = mix((mix((seed + golden * (head + 1)) & MASK) + golden * (halving + 1)) & MASK)
+    return mix((key + golden * (i + 1)) & MASK) >> 40
+
+
+class Pages:
+    """One KV head under `pair` or `stride`."""
+
+    def __init__(self, method, budget, sinks, window, seed, head):
+        self.method, self.seed, self.head = method, seed, head
+        slots, sinks = budget // 16 * 16, -(-sinks // 16) * 16
+        self.n_pages = (slots - sinks) // 64
+        self.window_pages = -(-window // 64)
+        self.sinks = slots - 64 * self.n_pages
+        self.first, self.pages, self.halvings = [], [], 0  # page: [level, positions, weights]
+
+    def halve(self, t):
+        levels = [max(a[0], b[0]) for a, b in zip(self.pages, self.pages[1:])]
+        levels = levels[:self.n_pages - self.window_pages - 1]
+        i = levels.index(min(levels))
+        kept = self.pages[i][1] + self.pages[i + 1][1]
+        w = np.array(self.pages[i][2] + self.pages[i + 1][2])
+        k, v = t["k"][kept, self.head], t["v"][kept, self.head]
+        k = k - k.mean(0)
+        e = k @ k.T * SCALE
+        kernel = np.exp(e - e.diagonal().max()) * (v @ v.T + 0.025) * np.outer(w, w)
+        f, chosen = np.zeros(128), []
+        for a in range(0, 128, 2):
+            b = a + 1
+            if self.method == "stride":
+                first = page_draw(self.seed, self.head, self.halvings, 0) >> 23 == 0
+            elif f[a] / w[a] == f[b] / w[b]:
+                u = page_draw(self.seed, self.head, self.halvings, a // 2) / 2 ** 24
+                first = u < w[a] / (w[a] + w[b])
+            else:
+                first = f[a] / w[a] < f[b] / w[b]
+            stays, goes = (a, b) if first else (b, a)
+            f += w[goes] / w[stays] * kernel[stays] - kernel[goes]
+            chosen.append(stays)
+        self.halvings += 1
+        self.pages[i:i + 2] = [[levels[i] + 1, [kept[x] for x in chosen],
+                                [w[x] + w[x ^ 1] for x in chosen]]]
+
+    def append(self, t, at):
+        if at < self.sinks:
+            self.first.append(at)
+            return
+        if not self.pages or len(self.pages[-1][1]) == 64:
+            if len(self.pages) == self.n_pages:
+                self.halve(t)
+            self.pages.append([0, [], []])
+        self.pages[-1][1].append(at)
+        self.pages[-1][2].append(1.0)
+
+    def tokens(self):
+        kept = self.first + [i for p in self.pages for i in p[1]]
+        return kept, np.array([1.0] * len(self.first) + [w for p in self.pages for w in p[2]])
+
+
+def check_pages(tally, program, folder, t):
+    n = len(t["k"])
+    for method, budget, sinks, window, settings in (
+            ("pair", 300, 4, 64, ""), ("stride", 300, 4, 64, ""),
+            ("pair", 400, 30, 0, ":sinks=30:window=none")):
+        row, = program.rows("--trace", folder, "--budget", budget, "--seed", 5, "--method",
+                            method + settings)
+        heads = [Pages(method, budget, sinks, window, 5, h) for h in range(KV_HEADS)]
+        errors, held = [], 0
+        for at in range(n):
+            for h, pages in enumerate(heads):
+                pages.append(t, at)
+                kept, w = pages.tokens()
+                held = max(held, len(kept))
+                if at >= n // 2:
+                    errors.append(relative_errors(weighted(t, at, h, kept, w, w),
+                                                  exact(t, at, h)))
+        check_row(tally, "%s %d" % (method, budget), row, errors, held)
+
+
 # ---- the systems with proofs -------------------------------------------------------------------
 def check_theory(tally, program, folder, small):
     row, = program.rows("--trace", folder, "--budget", 2000, "--method", "algorithm1:block=900")
@@ -385,15 +472,15 @@ def strip(rows):
 
 def check_options(tally, program, folder, t):
     base = ("--trace", folder, "--budget", "256,320")
-    header = "balancekv,walk,pair,uniform,stride,window"
-    rows = strip(program.rows(*base, "--method", header, "--seed", "1,2"))
+    weighted_ones = "balancekv,walk,uniform,window,pair,stride"
+    rows = strip(program.rows(*base, "--method", weighted_ones, "--seed", "1,2"))
     tally.check(len(rows) == 24, "one line for each method, budget and seed", str(len(rows)))
     fields = "trace protocol method budget held_max bytes rel_err rel_err_p95 seed".split()
     tally.check(all(list(r)[:9] == fields for r in rows), "the fields, in order", str(rows[0]))
     tally.check(all(r["trace"] == os.path.basename(folder) and r["held_max"] <= r["budget"] and
                     0 < r["rel_err"] < r["rel_err_p95"] for r in rows), "plausible values")
     for option in (("--chunk", 1), ("--chunk", 7), ("--threads", 1), ("--threads", 5)):
-        tally.check(strip(program.rows(*base, "--method", header, "--seed", "1,2", *option)) ==
+        tally.check(strip(program.rows(*base, "--method", weighted_ones, "--seed", "1,2", *option)) ==
                     rows, "%s %d changes nothing" % option)
     first, second = rows[8:10]
     tally.check(first["rel_err"] != second["rel_err"], "seeds differ", str((first, second)))
@@ -412,8 +499,8 @@ def check_options(tally, program, folder, t):
     heads = [np.concatenate(errors[i:i + KV_HEADS]) for i in range(0, len(errors), KV_HEADS)]
     tally.check(math.isclose(some["rel_err"], np.mean(heads[::3]), rel_tol=2e-4),
                 "--every takes one query in so many", str(some))
-    set_all = program.rows(*base, "--method", "pair,knorm:window=20", "--set", "window=64")
-    by_hand = program.rows(*base, "--method", "pair:window=64,knorm:window=20")
+    set_all = program.rows(*base, "--method", "walk,knorm:window=20", "--set", "window=64")
+    by_hand = program.rows(*base, "--method", "walk:window=64,knorm:window=20")
     tally.check([r["rel_err"] for r in set_all] == [r["rel_err"] for r in by_hand],
                 "--set reaches every method, its own settings win")
     table = program.run(*base, "--method", "pair")
@@ -490,6 +577,7 @@ def main():
         check_oneshot(tally, program, prompt, make_trace(prompt, 912, 2), 9)
         small = os.path.join(work, "small")
         make_trace(small, 2000, 3, 0.1)
+        check_pages(tally, program, folder, t)
         check_theory(tally, program, folder, small)
         check_options(tally, program, folder, t)
         check_bad_input(tally, program, folder, work)
