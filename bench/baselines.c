@@ -8,8 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { QUERY_MEMORY = 512 }; /* queries over which `expected` averages */
-
 struct bl_cache {
     const bl_method *method;
     bl_config cfg;
@@ -90,7 +88,8 @@ static void observe_last(bl_cache *c, size_t head, const float *q, const float *
 /* Expected Attention (arXiv 2510.00636): future queries are taken for a Gaussian, so that a key's
    expected weight is exp(<mean, k> scale + k^T cov k scale^2 / 2); times |v|. The paper has the
    queries of before RoPE and turns them to the positions to come; here mean and covariance are
-   those of the latest queries as they are. Weights are normalised for each query head and averaged
+   those of the latest queries as they are (of the whole prompt they are useless: 0.30 instead of
+   0.02 at rate 1/2; 64, 256 and 512 do as well or worse). Weights are normalised for each query head and averaged
    over the group; the paper's small constant keeps values of tiny weights apart. */
 static void score_expected(const bl_cache *c, size_t head, float *score) {
     const slots *s = c->heads[head];

@@ -375,10 +375,9 @@ size_t select_kvcrush_alternate(const bl_prompt *t, size_t keep, bl_token *out) 
     return select_kvcrush(t, keep, out, ANCHOR_ALTERNATE);
 }
 
-/* Expected Attention (arXiv 2510.00636), see baselines.c; mean and covariance are those of all
-   queries of the prompt but the first few, as the paper's. */
+/* Expected Attention (arXiv 2510.00636), see baselines.c; the latest queries of the prompt. */
 size_t select_expected(const bl_prompt *t, size_t keep, bl_token *out) {
-    size_t n = t->in->head_dim, first = t->end > 64 ? 4 : 0;
+    size_t n = t->in->head_dim, first = t->end > QUERY_MEMORY ? t->end - QUERY_MEMORY : 0;
     double *mean = (double *)calloc(n, sizeof *mean), *y = (double *)calloc(n, sizeof *y);
     double *moment = (double *)calloc(n * n, sizeof *moment);
     double scale = (double)t->cfg.scale;

@@ -4,6 +4,8 @@
 
 #include "baselines.h"
 
+enum { QUERY_MEMORY = 128 }; /* queries over which `expected` averages */
+
 typedef size_t select_function(const bl_prompt *t, size_t keep, bl_token *out);
 
 select_function select_newest, select_knorm, select_keydiff, select_expected, select_h2o,

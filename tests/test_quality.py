@@ -139,7 +139,7 @@ class Stream:
         if self.method == "tova":
             self.word = list(all_rows)
         if self.method == "expected":
-            rate = 1.0 if self.mean is None else 1.0 / min(512, self.seen + 1)
+            rate = 1.0 if self.mean is None else 1.0 / min(128, self.seen + 1)
             if self.mean is None:
                 self.mean, self.moment, self.seen = 0.0, 0.0, 0
             self.seen += 1
@@ -305,7 +305,7 @@ def select(t, method, head, begin, end, keep, seed):
     elif method == "tova":
         score = sum(received(t, h, end - 1, end, end).sum(0) for h in range(KV_HEADS))
     elif method == "expected":
-        q = t["q"][4:end, head * GROUP:(head + 1) * GROUP]
+        q = t["q"][end - 128:end, head * GROUP:(head + 1) * GROUP]
         a = []
         for r in range(GROUP):
             mean, cov = q[:, r].mean(0), np.cov(q[:, r].T, bias=True)
