@@ -18,8 +18,8 @@ pool *pool_new(const bl_config *cfg, size_t kv_head, size_t batch) {
     n = p->s ? p->s->capacity : 0;
     p->group = (int *)calloc(n, sizeof *p->group);
     p->level = (int *)calloc(n, sizeof *p->level);
-    p->p = (float *)calloc(n, sizeof *p->p);
-    p->logit = (float *)calloc(n, sizeof *p->logit);
+    p->p = (float *)calloc(n * p->query_heads, sizeof *p->p);
+    p->logit = (float *)calloc(n * p->query_heads, sizeof *p->logit);
     p->list = (uint32_t *)calloc(n, sizeof *p->list);
     p->gram = (double *)calloc(batch * batch, sizeof *p->gram);
     p->key = (float *)calloc(cfg->head_dim, sizeof *p->key);
@@ -76,9 +76,14 @@ size_t pool_gather(pool *p, int group, int level) {
     return n < p->batch ? n : p->batch;
 }
 
+/* Several sums, so that they fit the lanes of a vector. */
 double pool_dot(const float *a, const float *b, size_t n) {
-    double sum = 0;
-    for (size_t d = 0; d < n; d++) sum += (double)a[d] * (double)b[d];
+    double sums[8] = {0}, sum = 0;
+    size_t d = 0;
+    for (; d + 8 <= n; d += 8)
+        for (size_t x = 0; x < 8; x++) sums[x] += (double)a[d + x] * (double)b[d + x];
+    for (; d < n; d++) sum += (double)a[d] * (double)b[d];
+    for (size_t x = 0; x < 8; x++) sum += sums[x];
     return sum;
 }
 
@@ -103,21 +108,22 @@ void pool_append(pool *p, const float *k, const float *v) {
 }
 
 void pool_attend(pool *p, const float *q, float *out) {
-    size_t d = p->s->dim, dv = p->s->v_dim;
-    float max, sum;
-    double moments[512];
-    for (size_t r = 0; r < p->query_heads; r++, q += d, out += dv) {
-        double total = 0;
-        slots_logits(p->s, q, 1, p->cfg.scale, p->p);
-        memcpy(p->logit, p->p, p->s->capacity * sizeof *p->logit);
-        slots_exp(p->s, 1, p->p, &max);
+    size_t d = p->s->dim, dv = p->s->v_dim, n = p->s->capacity, rows = p->query_heads;
+    float max[16], sum[16];
+    double moments[512], totals[16] = {0};
+    slots_logits(p->s, q, rows, p->cfg.scale, p->p);
+    memcpy(p->logit, p->p, rows * n * sizeof *p->logit);
+    slots_exp(p->s, rows, p->p, max);
+    for (size_t r = 0; p->n_parts && r < rows; r++)
+        hybrid_residual(p, q + r * d, (double)max[r], p->logit + r * n, p->p + r * n);
+    slots_output(p->s, p->p, rows, sum, out);
+    for (size_t r = 0; r < rows; r++, out += dv) {
         memset(moments, 0, sizeof moments);
-        if (p->n_parts) total = hybrid_moments(p, q, (double)max, p->p, moments);
-        slots_output(p->s, p->p, 1, &sum, out);
-        total += (double)sum;
-        p->failures += total <= 0; /* a sum that was badly estimated; 0 is the answer then */
+        if (p->n_parts) totals[r] = hybrid_moments(p, q + r * d, (double)max[r], moments);
+        totals[r] += (double)sum[r];
+        p->failures += totals[r] <= 0; /* a sum that was badly estimated; 0 is the answer then */
         for (size_t b = 0; b < dv; b++)
-            out[b] = total > 0 ? (float)(((double)out[b] + moments[b]) / total) : 0;
+            out[b] = totals[r] > 0 ? (float)(((double)out[b] + moments[b]) / totals[r]) : 0;
     }
 }
 

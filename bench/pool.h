@@ -24,7 +24,7 @@ struct pool {
     void (*append)(pool *p, const float *k, const float *v);
     slots *s;
     int *group, *level;   /* [capacity]; group -1: kept exactly */
-    float *p, *logit;     /* [capacity]: scratch, as the next ones */
+    float *p, *logit;     /* [query_heads][capacity]: scratch, as the next ones */
     uint32_t *list;       /* [capacity] */
     double *gram;         /* [batch][batch] */
     float *key, *keys;    /* [d], [batch][d] */

@@ -467,7 +467,6 @@ static void configure_baseline(run *x, const reference *r, int protocol) {
         set_field(&x->bl, find_field(c, c->settings[i].key), &c->settings[i]);
     filled = x->bl;
     least = bl_resolve(c->baseline, &filled);
-    if (t->n_q_heads / t->n_kv_heads > 16) fail("%s: at most 16 query heads per KV head", c->name);
     if (filled.layer >= filled.layers)
         fail("%s: layer %" PRIu32 " of %" PRIu32 "; set layers", c->name, filled.layer,
              filled.layers);
@@ -828,6 +827,8 @@ static void load(reference *r, char *dir, const options *o) {
     if (o->tokens > r->t.n) fail("%s: has %zu tokens, not %zu", dir, r->t.n, o->tokens);
     if (o->tokens) r->t.n = o->tokens;
     if (r->t.n <= edge) fail("%s: %zu tokens are too few", dir, r->t.n);
+    if (r->t.n_q_heads / r->t.n_kv_heads > 16 || r->t.head_dim > 512 || r->t.value_dim > 512)
+        fail("%s: more than 16 query heads per KV head, or 512 elements, are too many", dir);
     r->first = o->protocol == STREAM ? r->t.n / 2 : r->t.n - ONESHOT_EDGE;
     r->every = o->every;
     r->n = (r->t.n - r->first + r->every - 1) / r->every;

@@ -265,24 +265,30 @@ pool *hybrid_new(const bl_config *cfg, size_t kv_head) {
     return p;
 }
 
-double hybrid_moments(pool *p, const float *q, double max, float *weight, double *out) {
+void hybrid_residual(pool *p, const float *q, double max, const float *logit, float *weight) {
+    double base[POOL_PARTS], shifted[POOL_PARTS];
+    for (size_t g = 0; g < p->n_parts; g++) {
+        base[g] = pool_dot(q, p->parts[g].centre, p->s->dim) * (double)p->cfg.scale;
+        shifted[g] = exp(base[g] - max);
+    }
+    for (size_t i = 0; i < p->s->held; i++) {
+        int g = p->group[i];
+        if (g < 0 || g >= POOL_PARTS) continue;
+        weight[i] -= (float)((1 + (double)logit[i] - base[g]) * shifted[g]);
+    }
+}
+
+double hybrid_moments(pool *p, const float *q, double max, double *out) {
     size_t d = p->s->dim, dv = p->s->v_dim;
-    double scale = (double)p->cfg.scale, total = 0, base[POOL_PARTS], shifted[POOL_PARTS];
+    double scale = (double)p->cfg.scale, total = 0;
     for (size_t g = 0; g < p->n_parts; g++) {
         const part *x = &p->parts[g];
-        double e;
-        base[g] = pool_dot(q, x->centre, d) * scale;
-        e = shifted[g] = exp(base[g] - max);
+        double e = exp(pool_dot(q, x->centre, d) * scale - max);
         total += e * ((double)x->n + scale * pool_dot(q, x->k, d));
         for (size_t b = 0; b < dv; b++) out[b] += e * (double)x->v[b];
         for (size_t a = 0; a < d; a++)
             for (size_t b = 0; b < dv; b++)
                 out[b] += e * scale * (double)q[a] * (double)x->kv[a * dv + b];
-    }
-    for (size_t i = 0; i < p->s->held; i++) {
-        int g = p->group[i];
-        if (g < 0 || g >= POOL_PARTS) continue;
-        weight[i] -= (float)((1 + (double)p->logit[i] - base[g]) * shifted[g]);
     }
     return total;
 }

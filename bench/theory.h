@@ -18,9 +18,10 @@ size_t pool_failures(const pool *p);
 /* Slots whose bytes of K and V the moments of one part take. */
 size_t hybrid_part_slots(const bl_config *cfg);
 
-/* Adds moments to the sums of one query, the denominator's is returned, and turns the weights
-   e^(logit - max) of tokens of parts into those of the residual. */
-double hybrid_moments(pool *p, const float *q, double max, float *weight, double *out);
+/* Of one query: turns the weights e^(logit - max) of tokens of parts into those of the residual, and
+   adds the moments to the sum of the numerator, while that of the denominator is returned. */
+void hybrid_residual(pool *p, const float *q, double max, const float *logit, float *weight);
+double hybrid_moments(pool *p, const float *q, double max, double *out);
 
 /* Splits cfg->budget as balancekv.h does; returns the least budget that works. */
 uint32_t pages_resolve(bl_config *cfg, int default_window);
