@@ -93,7 +93,7 @@ def quality(path):
     lines = collections.defaultdict(list)
     for (method, _), values in points.items():
         lines[method].append(tuple(map(mean, zip(*values))))
-    lines = {m: sorted(p) for m, p in lines.items() if max(y for _, y in p) < 1}
+    lines = {m: sorted(p) for m, p in lines.items()}
     traces = len({r["trace"] for r in rows})
     return line_chart("%s: mean relative error of %d traces" % (rows[0]["protocol"], traces),
                       "KiB of state per layer", "error", lines)

@@ -28,7 +28,7 @@ static const char help[] =
     "usage: quality --trace DIR[,DIR] [options]\n"
     "Relative error |o - o'| / |o| of attention over a cache of fixed size, against exact softmax\n"
     "in double. DIR has q.npy [n, n_q_heads, d], k.npy [n, n_kv_heads, d], v.npy [n, n_kv_heads,\n"
-    "dv], f16 or f32.\n"
+    "dv], f16 or f32; DIR+DIR is one stream after the other.\n"
     "  --protocol NAME     stream (default): tokens one by one, each query attends after its own\n"
     "                      token is appended; those of the second half count.\n"
     "                      oneshot: the first and the last 256 tokens are exact and the rest is\n"
@@ -375,7 +375,7 @@ static void parse_options(options *o, int argc, char **argv) {
 
 /* A trace and the exact outputs at the positions first + i * every. */
 typedef struct reference {
-    const char *name;
+    char name[TEXT];
     int is_first; /* of the command's traces */
     npy_trace t;
     size_t first, every, n; /* n of them */
@@ -818,12 +818,45 @@ static const char *base_name(char *path) {
     return end;
 }
 
+static void append_array(npy_array *a, npy_array *b) {
+    size_t row = a->shape[1] * a->shape[2];
+    float *both = (float *)realloc(a->data, (a->shape[0] + b->shape[0]) * row * sizeof *both);
+    if (!both) fail("no memory for so many tokens");
+    memcpy(both + a->shape[0] * row, b->data, b->shape[0] * row * sizeof *both);
+    a->data = both;
+    a->shape[0] += b->shape[0];
+}
+
+/* DIR or DIR+DIR+.., one stream after the other. */
+static void load_trace(npy_trace *t, char *name, char *dir) {
+    char err[NPY_ERROR], *plus = strchr(dir, '+');
+    npy_trace next;
+    size_t used;
+    if (plus) *plus = 0;
+    if (!npy_load_trace(t, dir, err)) fail("%s", err);
+    snprintf(name, TEXT, "%s", base_name(dir));
+    while (plus) {
+        dir = plus + 1;
+        plus = strchr(dir, '+');
+        if (plus) *plus = 0;
+        if (!npy_load_trace(&next, dir, err)) fail("%s", err);
+        if (next.n_q_heads != t->n_q_heads || next.n_kv_heads != t->n_kv_heads ||
+            next.head_dim != t->head_dim || next.value_dim != t->value_dim)
+            fail("%s: other heads or elements than the trace before it", dir);
+        append_array(&t->q, &next.q);
+        append_array(&t->k, &next.k);
+        append_array(&t->v, &next.v);
+        t->n += next.n;
+        npy_free_trace(&next);
+        used = strlen(name);
+        snprintf(name + used, TEXT - used, "+%s", base_name(dir));
+    }
+}
+
 static void load(reference *r, char *dir, const options *o) {
     size_t edge = o->protocol == ONESHOT ? 2 * ONESHOT_EDGE : 1;
-    char err[NPY_ERROR];
     memset(r, 0, sizeof *r);
-    r->name = base_name(dir);
-    if (!npy_load_trace(&r->t, dir, err)) fail("%s", err);
+    load_trace(&r->t, r->name, dir);
     if (o->tokens > r->t.n) fail("%s: has %zu tokens, not %zu", dir, r->t.n, o->tokens);
     if (o->tokens) r->t.n = o->tokens;
     if (r->t.n <= edge) fail("%s: %zu tokens are too few", dir, r->t.n);

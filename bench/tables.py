@@ -80,9 +80,11 @@ def traces(path):
     cells = collections.defaultdict(list)
     for r in rows:
         cells[r["trace"], r["column"], r["method"]].append(r["rel_err"])
-    own = {"balancekv", "walk", "pair", "uniform", "stride", "window"}
+    own = {"balancekv", "walk", "uniform", "window"}
     others = [m for m in dict.fromkeys(r["method"] for r in rows)
-              if m.split(":")[0] not in own and "ahead" not in m]
+              if m.split(":")[0] not in own and not any(
+                  r["held_max"] > r["budget"] or "future" in r["needs"]
+                  for r in rows if r["method"] == m)]
     lines = []
     for t in dict.fromkeys(r["trace"] for r in rows):
         line = [t]

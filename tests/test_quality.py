@@ -10,10 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree
 
 import numpy as np
 
-from bad_config import Tally
+from bad_config import ROOT, Tally
 
 EDGE = 256  # tokens at both ends that every method keeps in the oneshot protocol
 Q_HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 16, 20
@@ -465,6 +466,49 @@ def check_theory(tally, program, folder, small):
     tally.check(error["hybrid"] < error["walk"] / 3, "hybrid wins on short keys", str(error))
 
 
+# ---- tables and pictures -----------------------------------------------------------------------
+def script(name, *args):
+    ran = subprocess.run([sys.executable, os.path.join(ROOT, "bench", name), *args],
+                         stdout=subprocess.PIPE, universal_newlines=True, check=True)
+    return ran.stdout
+
+
+def check_reports(tally, program, folder, work):
+    path, text = os.path.join(work, "stream.json"), os.path.join(work, "text.md")
+    args = ("--trace", "%s,%s+%s" % (folder, folder, folder), "--budget", "256,320", "--seed",
+            "1,2", "--method", "balancekv,walk,knorm,keydiff")
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(program.run(*args, "--json").stdout)
+    rows = program.rows(*args)
+    name = os.path.basename(folder)
+    tally.check({r["trace"] for r in rows} == {name, name + "+" + name} and
+                {r["tokens"] for r in rows} == {700, 1400}, "folders are joined by +")
+    means = script("tables.py", "means", path)
+    want = [np.mean([r["rel_err"] for r in rows if r["method"] == "walk" and r["seed"] == s and
+                     r["budget"] == 256]) for s in (1, 2)]
+    half = 12.71 * np.std(want, ddof=1) / 2 ** 0.5  # Student's t, one degree of freedom
+    line = next(x for x in means.splitlines() if x.startswith("| `walk`")).split()
+    tally.check(abs(float(line[3]) - np.mean(want)) < 1e-3 and abs(float(line[5]) - half) < 1e-3,
+                "a mean and its interval", means + str((want, half)))
+    table = script("tables.py", "traces", path)
+    best = min(("knorm", "keydiff"), key=lambda m: np.mean(
+        [r["rel_err"] for r in rows if r["method"] == m and r["trace"] == name and
+         r["budget"] == 320]))
+    line = next(x for x in table.splitlines() if x.startswith("| %s |" % name))
+    tally.check(line.rstrip(" |").endswith(" " + best), "the best other method", table + best)
+    with open(text, "w", encoding="utf-8") as f:
+        f.write("a\n<!-- means stream -->\nold\n<!-- end -->\nb\n<!-- means none -->x<!-- end -->\n")
+    script("tables.py", "update", text, work)
+    with open(text, encoding="utf-8") as f:
+        tally.check(f.read() == "a\n<!-- means stream -->\n%s<!-- end -->\nb\n"
+                    "<!-- means none -->x<!-- end -->\n" % means, "update replaces one table")
+    picture = xml.etree.ElementTree.fromstring(script("plot.py", "quality", path))
+    words = [e.text for e in picture.iter("{http://www.w3.org/2000/svg}text")]
+    tally.check(all(m in words for m in ("balancekv", "walk", "knorm", "keydiff")) and
+                not any("nan" in e.get("d") for e in picture.iter(
+                    "{http://www.w3.org/2000/svg}path")), "a line for each method", str(words))
+
+
 # ---- options and bad input ---------------------------------------------------------------------
 def strip(rows):
     return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
@@ -530,6 +574,9 @@ def check_bad_input(tally, program, folder, work):
     def shorten(a):
         a["v"] = a["v"][:-1]
 
+    def keep_heads(a):
+        a.update({x: y[:, :3 if x == "q" else 1] for x, y in a.items()})
+
     ok = ("--trace", folder)
     cases = {
         "--trace is missing": (),
@@ -554,6 +601,8 @@ def check_bad_input(tally, program, folder, work):
         "is not a number": (*ok, "--set", "gamma=strong"),
         "gamma, temp": (*ok, "--set", "gamma=-1"),
         "has 700 tokens, not 701": (*ok, "--tokens", 701),
+        "No such file or directory; a": ("--trace", folder + "+" + os.path.join(work, "none")),
+        "other heads": ("--trace", folder + "+" + bad("few", keep_heads)),
         "too few": (*ok, "--protocol", "oneshot", "--tokens", 512),
         "unknown option '--colour'": (*ok, "--colour", 1),
         "--budget needs a value": (*ok, "--budget"),
@@ -579,6 +628,7 @@ def main():
         make_trace(small, 2000, 3, 0.1)
         check_pages(tally, program, folder, t)
         check_theory(tally, program, folder, small)
+        check_reports(tally, program, folder, work)
         check_options(tally, program, folder, t)
         check_bad_input(tally, program, folder, work)
     tally.done()
