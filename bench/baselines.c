@@ -32,7 +32,7 @@ static float norm(const float *x, size_t n) {
     return (float)sqrt(sum);
 }
 
-/* ---- scores: the lowest goes ------------------------------------------------------------------ */
+/* ---- scores: the lowest goes ----------------------------------------------------------------- */
 
 /* StreamingLLM (arXiv 2309.17453): sinks and the newest tokens. Positions stay as they are. */
 static void score_window(const bl_cache *c, size_t head, float *score) {
@@ -88,9 +88,9 @@ static void observe_last(bl_cache *c, size_t head, const float *q, const float *
 /* Expected Attention (arXiv 2510.00636): future queries are taken for a Gaussian, so that a key's
    expected weight is exp(<mean, k> scale + k^T cov k scale^2 / 2); times |v|. The paper has the
    queries of before RoPE and turns them to the positions to come; here mean and covariance are
-   those of the latest queries as they are (of the whole prompt they are useless: 0.30 instead of
-   0.02 at rate 1/2; 64, 256 and 512 do as well or worse). Weights are normalised for each query head and averaged
-   over the group; the paper's small constant keeps values of tiny weights apart. */
+   those of the latest queries as they are (64, 256 or 512 of them do no better than 128; those of
+   the whole prompt point everywhere, and are useless). Weights are normalised for each query head
+   and averaged over the group; the paper's small constant keeps tiny weights apart. */
 static void score_expected(const bl_cache *c, size_t head, float *score) {
     const slots *s = c->heads[head];
     size_t n = s->dim;
@@ -175,8 +175,8 @@ const bl_method bl_methods[] = {
      select_kvcrush_alternate, NULL},
     {"pair", nothing, "kernel halving of pairs on the pages of balancekv.h, arXiv 2105.05842",
      BL_STREAM, 1, 0, NULL, NULL, 1, 1, NULL, pair_new},
-    {"stride", nothing, "every other token on the pages of balancekv.h", BL_STREAM, 1, 0, NULL, NULL,
-     1, 1, NULL, stride_new},
+    {"stride", nothing, "every other token on the pages of balancekv.h", BL_STREAM, 1, 0, NULL,
+     NULL, 1, 1, NULL, stride_new},
     {"algorithm1", nothing, "merge-and-reduce of arXiv 2502.07861 as stated", BL_STREAM, 1, 0, NULL,
      NULL, 3, 1, NULL, algorithm1_new},
     {"hybrid", nothing, "moments, parts and a coreset, after arXiv 2606.07205", BL_STREAM, 1,
@@ -184,7 +184,7 @@ const bl_method bl_methods[] = {
 };
 const size_t bl_n_methods = sizeof bl_methods / sizeof *bl_methods;
 
-/* ---- the cache -------------------------------------------------------------------------------- */
+/* ---- the cache ------------------------------------------------------------------------------- */
 
 const bl_method *bl_find(const char *name) {
     for (size_t i = 0; i < bl_n_methods; i++)
@@ -369,8 +369,10 @@ int bl_fit(const bl_method *m, bl_config *cfg, const float *k, const float *v, s
             bl_append(c, k + i * k_row, v + i * v_row);
             fits = bl_held(c) <= cfg->budget;
         }
-        if (c && fits) low = middle;
-        else high = middle - 1;
+        if (c && fits)
+            low = middle;
+        else
+            high = middle - 1;
         bl_free(c);
     }
     cfg->block = 2 * low;

@@ -95,7 +95,7 @@ size_t bl_bytes(const bl_cache *c);
 size_t bl_keep(const bl_method *m, const bl_config *cfg, size_t keep);
 
 /* Chooses at most bl_keep() of the tokens begin..end-1 of one KV head. Tokens 0..end-1 and their
-   queries are the prompt; cfg->queries <= end. Returns how many were written to out; 0: no memory. */
+   queries are the prompt; cfg->queries <= end. Returns how many it wrote to out; 0: no memory. */
 size_t bl_select(const bl_method *m, const bl_config *cfg, const exact_input *prompt,
                  size_t kv_head, size_t begin, size_t end, size_t keep, bl_token *out);
 

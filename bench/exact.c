@@ -13,9 +13,10 @@ enum { LANES = 8, KEYS = 64, VECTORS = KEYS / LANES, ROWS = 2 }; /* of a tile */
 
 /* e^x for x <= 0, within 2 ulp: 2^n times a Taylor series on |r| <= ln(2) / 2. */
 static inline __attribute__((always_inline)) void exp_lanes(lanes *x) {
-    static const double inverse[] = {/* 1 / 2! .. 1 / 13! */
-        1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880,
-        1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+    static const double inverse[] = {1.0 / 2,        1.0 / 6,         1.0 / 24,
+                                     1.0 / 120,      1.0 / 720,       1.0 / 5040,
+                                     1.0 / 40320,    1.0 / 362880,    1.0 / 3628800,
+                                     1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800}; /* 1/i! */
     const double shifter = 6755399441055744.0; /* 1.5 * 2^52: adding it rounds to an integer */
     lanes n, r, p = {0};
     int_lanes bits = *x > -700; /* below, e^x is next to nothing: e^-700 will do */
@@ -144,8 +145,8 @@ void exact_attend(const exact_input *in, size_t kv_head, size_t first, size_t st
         }
     }
     for (size_t r = 0; r < n_rows; r++) {
-        double *o = out + (r / j.group * in->n_q_heads + kv_head * j.group + r % j.group) *
-                              in->value_dim;
+        double *o =
+            out + (r / j.group * in->n_q_heads + kv_head * j.group + r % j.group) * in->value_dim;
         for (size_t d = 0; d < in->value_dim; d++) o[d] = j.out[r * j.v_dim + d] / j.sum[r];
     }
 }

@@ -48,7 +48,7 @@ static int sample_next(const bl_prompt *t, uint64_t number, size_t n, size_t wan
     return u * (double)n < (double)wanted;
 }
 
-/* ---- keeping the largest scores --------------------------------------------------------------- */
+/* ---- keeping the largest scores -------------------------------------------------------------- */
 
 typedef struct ranked {
     float score;
@@ -86,7 +86,7 @@ static size_t keep_best(const bl_prompt *t, size_t keep, size_t window, bl_token
     return keep;
 }
 
-/* ---- from keys and values --------------------------------------------------------------------- */
+/* ---- from keys and values -------------------------------------------------------------------- */
 
 /* StreamingLLM (arXiv 2309.17453): the whole budget to the window. */
 size_t select_newest(const bl_prompt *t, size_t keep, bl_token *out) {
@@ -133,7 +133,7 @@ size_t select_uniform(const bl_prompt *t, size_t keep, bl_token *out) {
     return found;
 }
 
-/* ---- the published BalanceKV ------------------------------------------------------------------ */
+/* ---- the published BalanceKV ----------------------------------------------------------------- */
 
 /* One self-balancing walk over a block (arXiv 2502.07861, SoftmaxBalance): sign_i is + with
    probability 1/2 - gamma sum_{j<i} sign_j K_ij, K_ij = e^(<k_i,k_j> scale temp) (<v_i,v_j> + c). As
@@ -218,7 +218,7 @@ size_t select_published_both(const bl_prompt *t, size_t keep, bl_token *out) {
     return select_walk(t, keep, out, 1);
 }
 
-/* ---- from attention rows ---------------------------------------------------------------------- */
+/* ---- from attention rows --------------------------------------------------------------------- */
 
 /* rows[h][i] = attention that token i receives from query head h at positions from..to-1, for the
    heads of one KV head. */
@@ -346,7 +346,8 @@ static size_t select_kvcrush(const bl_prompt *t, size_t keep, bl_token *out, anc
         }
         for (size_t h = 0; h < heads; h++) {
             size_t ones = 0, bit;
-            for (size_t i = 0; i < rest; i++) ones += bits[(list[i].position - t->begin) * heads + h];
+            for (size_t i = 0; i < rest; i++)
+                ones += bits[(list[i].position - t->begin) * heads + h];
             bit = h % 2;
             if (kind == ANCHOR_RANDOM) bit = draw(t->cfg.seed, t->kv_head, h) % 2;
             if (kind == ANCHOR_MEAN) bit = 2 * ones > rest;
@@ -387,8 +388,7 @@ size_t select_expected(const bl_prompt *t, size_t keep, bl_token *out) {
         memset(mean, 0, n * sizeof *mean);
         memset(moment, 0, n * n * sizeof *moment);
         for (size_t at = first; at < t->end; at++) {
-            const float *q =
-                t->in->q + (at * t->in->n_q_heads + t->kv_head * t->group + r) * n;
+            const float *q = t->in->q + (at * t->in->n_q_heads + t->kv_head * t->group + r) * n;
             for (size_t a = 0; a < n; a++) {
                 mean[a] += (double)q[a] / (double)(t->end - first);
                 for (size_t b = 0; b < n; b++)
@@ -429,8 +429,7 @@ size_t bl_keep(const bl_method *m, const bl_config *cfg, size_t keep) {
     if (m->select != select_pyramidkv) return keep;
     bl_resolve(m, &filled);
     if (filled.layers < 2) return keep;
-    return (size_t)(first -
-                    (first - last) * (double)filled.layer / (double)(filled.layers - 1));
+    return (size_t)(first - (first - last) * (double)filled.layer / (double)(filled.layers - 1));
 }
 
 size_t bl_select(const bl_method *m, const bl_config *cfg, const exact_input *prompt,

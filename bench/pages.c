@@ -21,7 +21,8 @@ enum { PAGE = 64, BLOCK = 2 * PAGE, ROW = 16 };
 /* Sinks and slots in multiples of 16; what whole pages leave over goes to the sinks. */
 uint32_t pages_resolve(bl_config *cfg, int default_window) {
     uint32_t room = cfg->budget / ROW * ROW, sinks = (cfg->sinks + ROW - 1) / ROW * ROW;
-    uint32_t window = (cfg->window + PAGE - 1) / PAGE, pages = room > sinks ? (room - sinks) / PAGE : 0;
+    uint32_t pages = room > sinks ? (room - sinks) / PAGE : 0;
+    uint32_t window = (cfg->window + PAGE - 1) / PAGE;
     if (default_window) {
         window = cfg->budget / 3 / PAGE ? cfg->budget / 3 / PAGE : 1;
         if (window > pages - 2) window = pages > 2 ? pages - 2 : 0;
@@ -73,8 +74,7 @@ static void choose_pairs(pool *p) {
         size_t b = a + 1, kept, gone;
         double w_a = (double)p->s->numerator[p->list[a]], w_b = (double)p->s->numerator[p->list[b]];
         double u = draw(p, p->draws, a / 2) / 16777216.0, share;
-        int first = f[a] / w_a < f[b] / w_b ||
-                    (f[a] / w_a <= f[b] / w_b && u < w_a / (w_a + w_b));
+        int first = f[a] / w_a < f[b] / w_b || (f[a] / w_a <= f[b] / w_b && u < w_a / (w_a + w_b));
         kept = first ? a : b;
         gone = first ? b : a;
         share = first ? w_b / w_a : w_a / w_b;
@@ -109,8 +109,10 @@ static void halve(pool *p, void (*choose)(pool *p)) {
     p->draws++;
     for (size_t i = 0; i < n; i++) {
         float both = p->s->numerator[p->list[i]] + p->s->numerator[p->list[i ^ 1]];
-        if (p->sign[i]) p->s->denominator[p->list[i]] = both;
-        else p->level[p->list[i]] = -1;
+        if (p->sign[i])
+            p->s->denominator[p->list[i]] = both;
+        else
+            p->level[p->list[i]] = -1;
     }
     for (size_t i = p->s->held; i-- > 0;) {
         p->s->numerator[i] = p->s->denominator[i];

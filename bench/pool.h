@@ -1,5 +1,5 @@
-/* pool.h - weighted tokens of one KV head that are kept, reweighted and dropped by groups: the common
-   ground of the streaming baselines with weights (theory.c, pages.c). */
+/* pool.h - weighted tokens of one KV head that are kept, reweighted and dropped by groups: the
+   common ground of the streaming baselines with weights (theory.c, pages.c). */
 #ifndef POOL_H
 #define POOL_H
 
@@ -23,13 +23,13 @@ struct pool {
     size_t query_heads, batch, failures;
     void (*append)(pool *p, const float *k, const float *v);
     slots *s;
-    int *group, *level;   /* [capacity]; group -1: kept exactly */
-    float *p, *logit;     /* [query_heads][capacity]: scratch, as the next ones */
-    uint32_t *list;       /* [capacity] */
-    double *gram;         /* [batch][batch] */
-    float *key, *keys;    /* [d], [batch][d] */
-    signed char *sign;    /* [batch] */
-    uint64_t draws;       /* halvings so far, or single random numbers */
+    int *group, *level; /* [capacity]; group -1: kept exactly */
+    float *p, *logit;   /* [query_heads][capacity]: scratch, as the next ones */
+    uint32_t *list;     /* [capacity] */
+    double *gram;       /* [batch][batch] */
+    float *key, *keys;  /* [d], [batch][d] */
+    signed char *sign;  /* [batch] */
+    uint64_t draws;     /* halvings so far, or single random numbers */
     /* theory.c */
     part parts[POOL_PARTS];
     size_t n_parts, wanted_parts;

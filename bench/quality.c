@@ -16,8 +16,8 @@
 #include <unistd.h>
 
 enum {
-    MAX_ITEMS = 64,     /* of each list on the command line */
-    MAX_SETTINGS = 16,  /* of a method */
+    MAX_ITEMS = 64,    /* of each list on the command line */
+    MAX_SETTINGS = 16, /* of a method */
     MAX_THREADS = 64,
     TEXT = 256,
     ONESHOT_EDGE = 256, /* first tokens, and last ones, that every method keeps exactly */
@@ -35,12 +35,14 @@ static const char help[] =
     "                      compressed before any of the last 256 queries attends; those count.\n"
     "  --budget B[,B]      slots per KV head, everything included (default 512,1024,2048);\n"
     "                      oneshot also 1/8, a share of the rest (default 1/2,1/4,1/8,1/16)\n"
-    "  --method NAME[,..]  default balancekv; a name may carry settings: balancekv:window=128:temp=2\n"
+    "  --method NAME[,..]  default balancekv; a name may carry settings: "
+    "balancekv:window=128:temp=2\n"
     "  --set KEY=VALUE     a setting for every method that has it\n"
     "  --seed S[,S]        default 1; a method without randomness runs once, for all of them\n"
     "  --tokens N          only the first N tokens of each trace\n"
     "  --every R           compare one query in R (default 1)\n"
-    "  --chunk N           tokens of a call, at most (default 64; the results do not depend on it)\n"
+    "  --chunk N           tokens of a call, at most (default 64; the results do not depend on "
+    "it)\n"
     "  --threads N         default 2\n"
     "  --json              one JSON object a line instead of a table\n"
     "  --list              the methods and settings\n"
@@ -291,9 +293,9 @@ static void add_common(options *o, const setting *s) {
 }
 
 static void parse_options(options *o, int argc, char **argv) {
-    static const char *const names[] = {"--trace",  "--protocol", "--budget", "--method",
-                                        "--set",    "--seed",     "--tokens", "--every",
-                                        "--chunk",  "--threads"};
+    static const char *const names[] = {"--trace", "--protocol", "--budget", "--method",
+                                        "--set",   "--seed",     "--tokens", "--every",
+                                        "--chunk", "--threads"};
     static char default_method[] = "balancekv";
     setting common[MAX_SETTINGS];
     size_t n_common = 0;
@@ -322,7 +324,9 @@ static void parse_options(options *o, int argc, char **argv) {
         if (!value) fail("%s needs a value; --help explains it", option);
         i++;
         if (!strcmp(option, "--protocol")) {
-            o->protocol = !strcmp(value, "stream") ? STREAM : !strcmp(value, "oneshot") ? ONESHOT : 0;
+            o->protocol = !strcmp(value, "stream")    ? STREAM
+                          : !strcmp(value, "oneshot") ? ONESHOT
+                                                      : 0;
             if (!o->protocol) fail("--protocol: '%s' is neither stream nor oneshot", value);
         } else if (!strcmp(option, "--set")) {
             add_setting(common, &n_common, value, option);
@@ -384,8 +388,8 @@ typedef struct reference {
 
 typedef struct run {
     const choice *choice;
-    bkv_config cfg;    /* if the method is the header's, */
-    bl_config bl;      /* or else this */
+    bkv_config cfg; /* if the method is the header's, */
+    bl_config bl;   /* or else this */
     uint64_t seed;
     uint32_t budget, held_max;
     const struct run *same_as; /* a run that this one would repeat */
@@ -485,15 +489,16 @@ static run make_run(const options *o, const reference *r, const choice *c, const
     x.budget = slots_of(b, r);
     if (o->protocol == ONESHOT && x.budget <= 2 * ONESHOT_EDGE)
         fail("budget %" PRIu32 ": oneshot needs more than %d slots", x.budget, 2 * ONESHOT_EDGE);
-    if (c->method) configure_header(&x, &r->t, o->protocol);
-    else configure_baseline(&x, r, o->protocol);
+    if (c->method)
+        configure_header(&x, &r->t, o->protocol);
+    else
+        configure_baseline(&x, r, o->protocol);
     return x;
 }
 
 /* |out - exact| / |exact| of one head. *clamped: with max(exact, 1e-8), element by element, in the
    denominator, as the published figures of BalanceKV have it. */
-static double relative_error(const float *out, const double *exact_out, size_t n,
-                             double *clamped) {
+static double relative_error(const float *out, const double *exact_out, size_t n, double *clamped) {
     double diff = 0, norm = 0, positive = 0;
     for (size_t d = 0; d < n; d++) {
         double x = (double)out[d] - exact_out[d], y = exact_out[d] > 1e-8 ? exact_out[d] : 1e-8;
@@ -545,8 +550,7 @@ static void check(bkv_result r, const run *x) {
 
 /* Tokens 0..n-1 through the cache. Where outputs are compared, or the method looks at the queries,
    by bkv_prefill(): it gives the bits of single tokens. */
-static void feed(run *x, const reference *r, bkv_cache *c, size_t n, size_t chunk,
-                 double *errors) {
+static void feed(run *x, const reference *r, bkv_cache *c, size_t n, size_t chunk, double *errors) {
     const npy_trace *t = &r->t;
     size_t q_row = t->n_q_heads * t->head_dim, k_row = t->n_kv_heads * t->head_dim;
     size_t v_row = t->n_kv_heads * t->value_dim;
@@ -697,8 +701,7 @@ static void oneshot_baseline(run *x, const reference *r, double *errors) {
         size_t weighted = 0, n = bl_select(x->choice->baseline, &x->bl, &in, h, ONESHOT_EDGE,
                                            t->n - ONESHOT_EDGE, most, list);
         if (!n || n > most) fail("%s: selected %zu of %zu tokens", x->choice->name, n, most);
-        for (size_t i = 0; i < n; i++)
-            weighted |= list[i].numerator > 1 || list[i].denominator > 1;
+        for (size_t i = 0; i < n; i++) weighted |= list[i].numerator > 1 || list[i].denominator > 1;
         x->bytes += (n + 2 * ONESHOT_EDGE) * (2 * (t->head_dim + t->value_dim) + 4 + 4 * weighted);
         attend_selected(x, r, h, list, n, outs);
     }
@@ -711,9 +714,12 @@ static void execute(run *x, const reference *r, const options *o) {
     double start = seconds();
     uint32_t most = x->budget;
     double *errors = (double *)get_memory(r->n * r->t.n_q_heads * sizeof *errors);
-    if (x->choice->method) run_header(x, r, o, errors);
-    else if (o->protocol == STREAM) stream_baseline(x, r, errors);
-    else oneshot_baseline(x, r, errors);
+    if (x->choice->method)
+        run_header(x, r, o, errors);
+    else if (o->protocol == STREAM)
+        stream_baseline(x, r, errors);
+    else
+        oneshot_baseline(x, r, errors);
     if (x->choice->baseline && o->protocol == ONESHOT) /* budgets may differ between layers */
         most = (uint32_t)bl_keep(x->choice->baseline, &x->bl, x->budget - 2 * ONESHOT_EDGE) +
                2 * ONESHOT_EDGE;
@@ -749,8 +755,8 @@ static void exact_job(const work *w, size_t job, void *scratch) {
                       t->n_kv_heads, t->head_dim, t->value_dim, 1 / sqrt((double)t->head_dim)};
     size_t i = job / t->n_kv_heads * EXACT_QUERIES, n = r->n - i;
     exact_attend(&in, job % t->n_kv_heads, r->first + i * r->every, r->every,
-                 n < EXACT_QUERIES ? n : EXACT_QUERIES,
-                 r->out + i * t->n_q_heads * t->value_dim, scratch);
+                 n < EXACT_QUERIES ? n : EXACT_QUERIES, r->out + i * t->n_q_heads * t->value_dim,
+                 scratch);
 }
 
 static void *worker(void *argument) {
@@ -762,8 +768,10 @@ static void *worker(void *argument) {
     while (w->next < w->n) {
         size_t job = w->next++;
         pthread_mutex_unlock(&w->lock);
-        if (!w->runs) exact_job(w, job, scratch);
-        else if (!w->runs[job].same_as) execute(&w->runs[job], w->reference, w->options);
+        if (!w->runs)
+            exact_job(w, job, scratch);
+        else if (!w->runs[job].same_as)
+            execute(&w->runs[job], w->reference, w->options);
         pthread_mutex_lock(&w->lock);
         w->done++;
         if (w->runs || w->done % 16 == 0) show_progress(w);
@@ -792,8 +800,7 @@ static void print_json(const run *x, const run *as, const reference *r, const op
            ", \"held_max\": %" PRIu32 ", \"bytes\": %zu, \"rel_err\": %.6g, \"rel_err_p95\": %.6g, "
            "\"seed\": %" PRIu64 ", \"needs\": \"%s\", \"tokens\": %zu, \"head_err\": [",
            r->name, o->protocol == STREAM ? "stream" : "oneshot", x->choice->name, x->budget,
-           as->held_max, as->bytes, as->error, as->error_p95, x->seed, x->choice->needs,
-           r->t.n);
+           as->held_max, as->bytes, as->error, as->error_p95, x->seed, x->choice->needs, r->t.n);
     for (size_t h = 0; h < r->t.n_kv_heads; h++) printf("%s%.6g", h ? ", " : "", as->head_error[h]);
     printf("], \"rel_err_clamped\": %.6g, \"failures\": %zu, \"seconds\": %.3f}\n",
            as->error_clamped, as->failures, as->seconds);
@@ -896,8 +903,10 @@ static void evaluate(reference *r, const options *o, double start) {
                "KiB", "error", "95 %", "seed", "s");
     for (size_t i = 0; i < w.n; i++) {
         const run *as = w.runs[i].same_as ? w.runs[i].same_as : &w.runs[i];
-        if (o->json) print_json(&w.runs[i], as, r, o);
-        else print_row(&w.runs[i], as, r);
+        if (o->json)
+            print_json(&w.runs[i], as, r, o);
+        else
+            print_row(&w.runs[i], as, r);
     }
     fflush(stdout);
     for (size_t i = 0; i < w.n; i++) free(w.runs[i].head_error);

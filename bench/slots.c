@@ -103,10 +103,14 @@ static ALWAYS_INLINE void logits_tile(const slots *s, const float *q, size_t row
 void slots_logits(const slots *s, const float *q, size_t rows, float scale, float *p) {
     for (size_t r = 0; r < rows; r += ROWS, q += ROWS * s->dim, p += ROWS * s->capacity) {
         size_t n = rows - r;
-        if (n >= 4) logits_tile(s, q, 4, scale, p);
-        else if (n == 3) logits_tile(s, q, 3, scale, p);
-        else if (n == 2) logits_tile(s, q, 2, scale, p);
-        else logits_tile(s, q, 1, scale, p);
+        if (n >= 4)
+            logits_tile(s, q, 4, scale, p);
+        else if (n == 3)
+            logits_tile(s, q, 3, scale, p);
+        else if (n == 2)
+            logits_tile(s, q, 2, scale, p);
+        else
+            logits_tile(s, q, 1, scale, p);
     }
 }
 
@@ -165,17 +169,21 @@ void slots_output(const slots *s, const float *p, size_t rows, float *sum, float
     for (size_t r = 0; r < rows; r++) {
         lanes total = {0};
         for (size_t i = 0; i < s->capacity; i += LANES)
-            total += *(const lanes *)(p + r * s->capacity + i) *
-                     *(const lanes *)(s->denominator + i);
+            total +=
+                *(const lanes *)(p + r * s->capacity + i) * *(const lanes *)(s->denominator + i);
         sum[r] = 0;
         for (size_t x = 0; x < LANES; x++) sum[r] += total[x];
     }
     if (!out) return;
     for (size_t r = 0; r < rows; r += ROWS, p += ROWS * s->capacity, out += ROWS * s->v_dim) {
         size_t n = rows - r;
-        if (n >= 4) output_tile(s, p, 4, out);
-        else if (n == 3) output_tile(s, p, 3, out);
-        else if (n == 2) output_tile(s, p, 2, out);
-        else output_tile(s, p, 1, out);
+        if (n >= 4)
+            output_tile(s, p, 4, out);
+        else if (n == 3)
+            output_tile(s, p, 3, out);
+        else if (n == 2)
+            output_tile(s, p, 2, out);
+        else
+            output_tile(s, p, 1, out);
     }
 }

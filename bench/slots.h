@@ -7,10 +7,10 @@
 #include <stdint.h>
 
 typedef struct slots {
-    size_t dim, v_dim, v_stride; /* elements of a key, of a value, of a value's row */
-    size_t capacity, held;       /* slots 0..held-1 are in use */
-    float *k;                    /* [capacity / 16][dim][16] */
-    float *v;                    /* [capacity][v_stride] */
+    size_t dim, v_dim, v_stride;    /* elements of a key, of a value, of a value's row */
+    size_t capacity, held;          /* slots 0..held-1 are in use */
+    float *k;                       /* [capacity / 16][dim][16] */
+    float *v;                       /* [capacity][v_stride] */
     float *numerator, *denominator; /* weights [capacity], normally 1 */
     uint32_t *position;             /* [capacity] */
 } slots;

@@ -67,7 +67,8 @@ def means(path):
         for c in columns:
             half = interval(cells[c][m])
             line.append(short(mean(cells[c][m])) + (" ± " + short(half) if half else ""))
-        lines.append(line + [" ".join("%.0f" % (mean(kib[c][m]) / 1024) for c in columns), needs[m]])
+        size = " ".join("%.0f" % (mean(kib[c][m]) / 1024) for c in columns)
+        lines.append(line + [size, needs[m]])
     traces = len({r["trace"] for r in rows})
     seeds = len({r["seed"] for r in rows})
     return table(["mean of %d traces, %d seeds" % (traces, seeds)] + [str(c) for c in columns] +

@@ -6,15 +6,15 @@
    instance, in which all values are 1, is for the denominator. An instance collects t tokens, keeps
    those of one sign of a self-balancing walk (the fewer), which go to the next level with doubled
    weights, where two such batches are reduced again. The walk takes + with probability
-   1/2 - <w, x> / 2c, c = 30 ln(n / delta), for vectors x = e^(<k, .>/sqrt d) v of norm 1 at most, and
-   fails where |<w, x>| > c. The paper's bound r on the keys is not known to a stream, so a batch is
-   divided by its largest norm. Octaves whose values are too small to matter are dropped in the
+   1/2 - <w, x> / 2c, c = 30 ln(n / delta), delta = 0.01, for vectors x = e^(<k, .>/sqrt d) v of norm
+   1 at most, and fails where |<w, x>| > c. The paper's bound r on the keys is not known to a stream,
+   so a batch is divided by its largest norm. Octaves whose values are too small to matter are dropped in the
    paper; with r of real keys that never happens.
 
    hybrid: after arXiv 2606.07205, which joins discrepancy, the polynomial method and a partition of
    space. Keys are assigned to the nearest of a few centres c (farthest points of the first 64). In
-   each part e^<q,k> = e^<q,c> (1 + x + R(x)), x = <q, k - c>: the sums of 1 and x are kept exactly by
-   moments of degree 0 and 1 of (1, v); the residual R(x) = e^x - 1 - x, a kernel as its Taylor
+   each part e^<q,k> = e^<q,c> (1 + x + R(x)), x = <q, k - c>: the sums of 1 and x are kept exactly
+   by moments of degree 0 and 1 of (1, v); the residual R(x) = e^x - 1 - x, a kernel as its Taylor
    coefficients are positive, is estimated from a coreset halved by the walk on that kernel. */
 #include "theory.h"
 #include "pool.h"
@@ -93,7 +93,7 @@ static size_t leaving(const pool *p) {
     return i;
 }
 
-/* ---- algorithm 1 ------------------------------------------------------------------------------ */
+/* ---- algorithm 1 ----------------------------------------------------------------------------- */
 
 static void reduce_batch(pool *p, int group, int level) {
     size_t n = pool_gather(p, group, level), plus;
@@ -140,7 +140,7 @@ pool *algorithm1_new(const bl_config *cfg, size_t kv_head) {
     return p;
 }
 
-/* ---- the hybrid ------------------------------------------------------------------------------- */
+/* ---- the hybrid ------------------------------------------------------------------------------ */
 
 size_t hybrid_part_slots(const bl_config *cfg) {
     size_t d = cfg->head_dim, dv = cfg->value_dim;

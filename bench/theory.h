@@ -18,8 +18,8 @@ size_t pool_failures(const pool *p);
 /* Slots whose bytes of K and V the moments of one part take. */
 size_t hybrid_part_slots(const bl_config *cfg);
 
-/* Of one query: turns the weights e^(logit - max) of tokens of parts into those of the residual, and
-   adds the moments to the sum of the numerator, while that of the denominator is returned. */
+/* Of one query: turns the weights e^(logit - max) of tokens of parts into those of the residual;
+   adds the moments to the sum of the numerator and returns those of the denominator. */
 void hybrid_residual(pool *p, const float *q, double max, const float *logit, float *weight);
 double hybrid_moments(pool *p, const float *q, double max, double *out);
 
