@@ -136,9 +136,9 @@ size_t select_uniform(const bl_prompt *t, size_t keep, bl_token *out) {
 /* ---- the published BalanceKV ----------------------------------------------------------------- */
 
 /* One self-balancing walk over a block (arXiv 2502.07861, SoftmaxBalance): sign_i is + with
-   probability 1/2 - gamma sum_{j<i} sign_j K_ij, K_ij = e^(<k_i,k_j> scale temp) (<v_i,v_j> + c). As
-   published gamma is not in units of the kernel; keys are centred, which changes K_ij by factors of
-   i and of j only and keeps the exponents small. */
+   probability 1/2 - gamma sum_{j<i} sign_j K_ij, K_ij = e^(<k_i,k_j> scale temp) (<v_i,v_j> + c).
+   As published gamma is not in units of the kernel; keys are centred, which changes K_ij by factors
+   of i and of j only and keeps the exponents small. */
 static void walk(const bl_prompt *t, const bl_token *block, size_t n, uint64_t number,
                  signed char *sign) {
     size_t dim = t->in->head_dim;
@@ -308,7 +308,7 @@ size_t select_pyramidkv(const bl_prompt *t, size_t keep, bl_token *out) {
 /* KVCrush (arXiv 2503.00022): part of the budget goes to the tokens of the largest scores (here
    SnapKV's), the rest to representatives of the others. A token's signature has a bit for each head
    that would keep it. The others are ordered by the Hamming distance of their signatures to one
-   anchor, cut into as many buckets as there is room for, and the middle one of each bucket stays. */
+   anchor, cut into as many buckets as there is room for; the middle one of each bucket stays. */
 typedef enum anchor { ANCHOR_RANDOM, ANCHOR_MEAN, ANCHOR_ALTERNATE } anchor;
 
 static void make_signatures(const bl_prompt *t, size_t keep, unsigned char *bits) {

@@ -6,10 +6,10 @@
    instance, in which all values are 1, is for the denominator. An instance collects t tokens, keeps
    those of one sign of a self-balancing walk (the fewer), which go to the next level with doubled
    weights, where two such batches are reduced again. The walk takes + with probability
-   1/2 - <w, x> / 2c, c = 30 ln(n / delta), delta = 0.01, for vectors x = e^(<k, .>/sqrt d) v of norm
-   1 at most, and fails where |<w, x>| > c. The paper's bound r on the keys is not known to a stream,
-   so a batch is divided by its largest norm. Octaves whose values are too small to matter are dropped in the
-   paper; with r of real keys that never happens.
+   1/2 - <w, x> / 2c, c = 30 ln(n / delta), delta = 0.01, for vectors x = e^(<k, .>/sqrt d) v of
+   norm 1 at most, and fails where |<w, x>| > c. The paper's bound r on the keys is not known to a
+   stream, so a batch is divided by its largest norm. Octaves whose values are too small to matter
+   are dropped in the paper; with r of real keys that never happens.
 
    hybrid: after arXiv 2606.07205, which joins discrepancy, the polynomial method and a partition of
    space. Keys are assigned to the nearest of a few centres c (farthest points of the first 64). In
