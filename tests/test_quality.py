@@ -29,7 +29,7 @@ def make_trace(folder, n, seed, size=1.0):
     topic = topics[np.repeat(rng.integers(0, 9, n // 20 + 1), 20)[:n]]
     k = rng.normal(size=(n, KV_HEADS, DIM)) + 1.5 * topic[:, None] + rng.normal(size=DIM)
     q = rng.normal(size=(n, Q_HEADS, DIM)) + topic[:, None]
-    v = rng.normal(size=(n, KV_HEADS, VALUE_DIM)) * rng.lognormal(size=(n, KV_HEADS, 1))
+    v = rng.normal(size=(n, KV_HEADS, VALUE_DIM)) * rng.lognormal(size=(n, KV_HEADS, 1)) / 10
     os.makedirs(folder)
     arrays = {}
     for name, x in (("q", q), ("k", k * size), ("v", v)):
@@ -189,6 +189,25 @@ def check_streams(tally, program, folder, t):
     for row in program.rows("--trace", folder, "--budget", n, "--method", ",".join(methods)):
         tally.check(row["rel_err"] < 2e-6, "%s is exact with room for all" % row["method"],
                     str(row))
+
+
+def check_rounding(tally, program, folder, t):
+    """Baselines hold f16: every element of K and V is made a tie, some are below 2^-14."""
+    os.makedirs(folder)
+    ties, stored = {"q": t["q"].astype(np.float32)}, {"q": t["q"]}
+    for x in "kv":
+        half = (t[x] * np.where(np.arange(t[x].shape[2]) % 5, 1, 2.0 ** -14)).astype(np.float16)
+        ties[x] = (half.astype(np.float64) + np.spacing(half).astype(np.float64) / 2).astype(
+            np.float32)
+        stored[x] = ties[x].astype(np.float16).astype(np.float64)
+    for x, a in ties.items():
+        np.save(os.path.join(folder, x + ".npy"), a)
+        ties[x] = a.astype(np.float64)
+    n = len(t["k"])
+    row, = program.rows("--trace", folder, "--budget", n, "--method", "streamingllm")
+    errors = [relative_errors(exact(stored, at, h), exact(ties, at, h))
+              for at in range(n // 2, n) for h in range(KV_HEADS)]
+    check_row(tally, "rounding to f16", row, errors, n)
 
 
 # ---- the model: oneshot ------------------------------------------------------------------------
@@ -448,6 +467,162 @@ def check_pages(tally, program, folder, t):
 
 
 # ---- the systems with proofs -------------------------------------------------------------------
+class Pool:
+    """One KV head of algorithm1 or hybrid; a token: [position, group, level, numerator, denominator],
+    group -1: exact."""
+
+    def __init__(self, t, head, budget, sinks, window, seed, block):
+        self.t, self.head, self.budget, self.block = t, head, budget, block
+        self.sinks, self.window, self.seed = sinks, window, seed + (head << 32)
+        self.tokens, self.draws, self.waiting, self.failures, self.held = [], 0, {}, 0, 0
+        self.parts = []  # hybrid: [centre, n, sum k, sum v, sum k v^T]
+        self.wanted = max(1, (budget - sinks - window) // 3 // self.part_slots())
+
+    @staticmethod
+    def part_slots():
+        return -(-4 * (2 * DIM + VALUE_DIM + DIM * VALUE_DIM + 1) // (2 * (DIM + VALUE_DIM)))
+
+    def draw(self):
+        self.draws += 1
+        return (mix((self.draws * 0x9E3779B97F4A7C15 + self.seed) & MASK) >> 11) / 2 ** 53
+
+    def halve(self, batch, c, even, centre=None, values=True):
+        at = [x[0] for x in batch]
+        if not at:
+            return
+        k, v = self.t["k"][at, self.head], self.t["v"][at, self.head]
+        x = (k - (0 if centre is None else centre)) @ (k - (0 if centre is None else centre)).T
+        x = x * SCALE
+        gram = np.exp(x) if centre is None else np.exp(x) - 1 - x
+        if values:
+            gram = gram * (v @ v.T + (0 if centre is None else 0.025))
+        gram, n, signs = gram / gram.diagonal().max(), len(batch), []
+        for i in range(n):
+            f = gram[i, :i] @ np.array(signs) if i else 0.0
+            self.failures += not even and abs(f) > c
+            sign = 1 if self.draw() < 0.5 - f / (2 * c) else -1
+            if even and signs.count(1) == n // 2:
+                sign = -1
+            if even and signs.count(-1) == n - n // 2:
+                sign = 1
+            signs.append(sign)
+        kept = 1 if even or 2 * signs.count(1) <= n else -1
+        for x, sign in zip(batch, signs):
+            x[2] += 1
+            x[3:] = [2 * x[3], 2 * x[4]]
+            if sign != kept:
+                self.tokens.remove(x)
+
+    def batch(self, group, level, most):
+        return sorted(x for x in self.tokens if x[1:3] == [group, level])[:most]
+
+    def leaving(self, at):
+        old = at - self.window
+        return [x for x in self.tokens if x[0] == old and x[1] == -1 and old >= self.sinks]
+
+    def reduce(self, group, n_tokens):
+        level, waiting = 0, self.waiting.setdefault(group, [0] * 32)
+        waiting[0] += 1
+        if waiting[0] < self.block:
+            return
+        while True:
+            self.halve(self.batch(group, level, self.block), 30 * math.log(n_tokens / 0.01), False,
+                       values=group != "all")
+            waiting[level] = 0
+            level += 1
+            waiting[level] += 1
+            if waiting[level] < 2:
+                return
+
+    def append_algorithm1(self, at):
+        self.tokens.append([at, -1, 0, 1.0, 1.0])
+        for x in self.leaving(at):
+            norm = np.linalg.norm(self.t["v"][x[0], self.head])
+            x[1], x[4] = "octave %d" % math.frexp(norm)[1], 0.0
+            self.tokens.append([x[0], "all", 0, 0.0, 1.0])
+            self.held = max(self.held, len(self.tokens))
+            self.reduce(x[1], len(self.t["k"]))
+            self.reduce("all", len(self.t["k"]))
+
+    def nearest(self, k):
+        far = [np.sum((k - p[0]) ** 2) for p in self.parts]
+        return int(np.argmin(far)), min(far)
+
+    def assign(self, x):
+        k, v = self.t["k"][x[0], self.head], self.t["v"][x[0], self.head]
+        x[1] = self.nearest(k)[0]
+        part = self.parts[x[1]]
+        part[1:] = [part[1] + 1, part[2] + k - part[0], part[3] + v,
+                    part[4] + np.outer(k - part[0], v)]
+
+    def append_hybrid(self, at):
+        self.tokens.append([at, -1, 0, 1.0, 1.0])
+        for x in self.leaving(at):
+            if self.parts:
+                self.assign(x)
+                continue
+            x[1] = 99  # waits
+            first = self.batch(99, 0, 64)
+            if len(first) < 64:
+                continue
+            keys = [self.t["k"][y[0], self.head] for y in first]
+            self.parts.append([keys[0], 0, 0, 0, 0])
+            while len(self.parts) < self.wanted:
+                far = [self.nearest(k)[1] for k in keys]
+                self.parts.append([keys[int(np.argmax(far))], 0, 0, 0, 0])
+            for y in first:
+                self.assign(y)
+        while len(self.tokens) + self.wanted * self.part_slots() >= self.budget:
+            best = []
+            for level in range(32):
+                for g in range(len(self.parts)):
+                    group = self.batch(g, level, 10 ** 6)
+                    if len(group) > len(best):
+                        best = group
+                if len(best) >= 64:
+                    break
+            self.halve(best[:128], 0.125, True, self.parts[best[0][1]][0])
+        self.held = max(self.held, len(self.tokens) + self.wanted * self.part_slots())
+
+    def attend(self, at):
+        q = queries_of(self.t, at, self.head)
+        kept, group = [x[0] for x in self.tokens], [x[1] for x in self.tokens]
+        e = np.exp(q @ self.t["k"][kept, self.head].T * SCALE)
+        total, out = np.zeros(GROUP), np.zeros((GROUP, VALUE_DIM))
+        for g, (c, n, k, v, kv) in enumerate(self.parts):
+            base = np.exp(q @ c * SCALE)
+            total += base * (n + q @ np.asarray(k) * SCALE)
+            out += base[:, None] * (v + q @ np.asarray(kv) * SCALE)
+            here = np.array(group) == g
+            x = (q @ self.t["k"][kept, self.head].T - (q @ c)[:, None]) * SCALE
+            e[:, here] -= ((1 + x) * base[:, None])[:, here]
+        total += e @ [x[4] for x in self.tokens]
+        out += (e * [x[3] for x in self.tokens]) @ self.t["v"][kept, self.head]
+        return np.where(total[:, None] > 0, out / total[:, None], 0.0)
+
+
+def check_pools(tally, program, folder, t):
+    n = len(t["k"])
+    for method, budget, sinks, window, block in (
+            ("algorithm1:block=20", 400, 0, 0, 20),
+            ("algorithm1:block=14:sinks=3:window=50", 400, 3, 50, 14), ("hybrid", 350, 4, 116, 0),
+            ("hybrid:window=none", 330, 4, 0, 0)):
+        row, = program.rows("--trace", folder, "--budget", budget, "--seed", 7, "--method", method)
+        pools = [Pool(t, h, budget, sinks, window, 7, block) for h in range(KV_HEADS)]
+        errors, held = [], 0
+        for at in range(n):
+            for h, pool in enumerate(pools):
+                if method.startswith("hybrid"):
+                    pool.append_hybrid(at)
+                else:
+                    pool.append_algorithm1(at)
+                if at >= n // 2:
+                    errors.append(relative_errors(pool.attend(at), exact(t, at, h)))
+                held = max(held, len(pool.tokens) + (
+                    pool.wanted * pool.part_slots() if method.startswith("hybrid") else 0))
+        check_row(tally, method, row, errors, held)
+
+
 def check_theory(tally, program, folder, small):
     row, = program.rows("--trace", folder, "--budget", 2000, "--method", "algorithm1:block=900")
     tally.check(row["rel_err"] < 1e-5 and row["failures"] == 0,
@@ -459,11 +634,11 @@ def check_theory(tally, program, folder, small):
         tally.check(0.5 * budget < row["held_max"] <= budget, "algorithm1 fills its budget",
                     str(row))
     # Where its series converges fast the hybrid must win, and by much: that is what it is for.
-    rows = program.rows("--trace", small, "--budget", 330, "--method",
-                        "hybrid:window=64,walk:window=64", "--seed", "1,2,3")
-    error = {m: np.mean([r["rel_err"] for r in rows if r["method"].startswith(m)])
+    rows = program.rows("--trace", small, "--budget", 330, "--method", "hybrid,walk", "--seed",
+                        "1,2,3")
+    error = {m: np.mean([r["rel_err"] for r in rows if r["method"] == m])
              for m in ("hybrid", "walk")}
-    tally.check(error["hybrid"] < error["walk"] / 3, "hybrid wins on short keys", str(error))
+    tally.check(error["hybrid"] < error["walk"] / 2, "hybrid wins on short keys", str(error))
 
 
 # ---- tables and pictures -----------------------------------------------------------------------
@@ -623,11 +798,13 @@ def main():
         folder = os.path.join(work, "random_layer04")
         t = make_trace(folder, 700, 1)
         check_streams(tally, program, folder, t)
+        check_rounding(tally, program, os.path.join(work, "ties"), t)
         prompt = os.path.join(work, "prompt_layer09")
         check_oneshot(tally, program, prompt, make_trace(prompt, 912, 2), 9)
         small = os.path.join(work, "small")
-        make_trace(small, 2000, 3, 0.1)
+        t_small = make_trace(small, 1000, 3, 0.15)
         check_pages(tally, program, folder, t)
+        check_pools(tally, program, small, t_small)
         check_theory(tally, program, folder, small)
         check_reports(tally, program, folder, work)
         check_options(tally, program, folder, t)
