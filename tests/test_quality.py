@@ -395,8 +395,8 @@ def page_draw(seed, head, halving, i):
 class Pages:
     """One KV head under `pair` or `stride`."""
 
-    def __init__(self, method, budget, sinks, window, seed, head):
-        self.method, self.seed, self.head = method, seed, head
+    def __init__(self, method, budget, sinks, window, seed, head, temp):
+        self.method, self.seed, self.head, self.temp = method, seed, head, temp
         slots, sinks = budget // 16 * 16, -(-sinks // 16) * 16
         self.n_pages = (slots - sinks) // 64
         self.window_pages = -(-window // 64)
@@ -411,7 +411,7 @@ class Pages:
         w = np.array(self.pages[i][2] + self.pages[i + 1][2])
         k, v = t["k"][kept, self.head], t["v"][kept, self.head]
         k = k - k.mean(0)
-        e = k @ k.T * SCALE
+        e = k @ k.T * SCALE * self.temp
         kernel = np.exp(e - e.diagonal().max()) * (v @ v.T + 0.025) * np.outer(w, w)
         f, chosen = np.zeros(128), []
         for a in range(0, 128, 2):
@@ -450,10 +450,11 @@ def check_pages(tally, program, folder, t):
     n = len(t["k"])
     for method, budget, sinks, window, settings in (
             ("pair", 300, 4, 64, ""), ("stride", 300, 4, 64, ""),
-            ("pair", 400, 30, 0, ":sinks=30:window=none")):
+            ("pair", 400, 30, 0, ":sinks=30:window=none:temp=0.1")):
+        temp = 0.1 if "temp" in settings else 1.0
         row, = program.rows("--trace", folder, "--budget", budget, "--seed", 5, "--method",
                             method + settings)
-        heads = [Pages(method, budget, sinks, window, 5, h) for h in range(KV_HEADS)]
+        heads = [Pages(method, budget, sinks, window, 5, h, temp) for h in range(KV_HEADS)]
         errors, held = [], 0
         for at in range(n):
             for h, pages in enumerate(heads):
