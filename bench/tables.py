@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Markdown tables from the JSON lines of build/bench/quality.
+
+    tables.py means FILE        method x budget: mean error over the traces, interval over the seeds
+    tables.py traces FILE       trace x budget: balancekv, walk and the best other method
+    tables.py ratio FILE        a first layer at rate 1/2: balanced against uniform
+    tables.py update TEXT DIR   writes the tables of DIR/*.json between the marks of a text
+"""
+import collections
+import json
+import os
+import re
+import sys
+from statistics import mean, stdev
+
+# 97.5 % quantile of Student's t for 1, 2, .. degrees of freedom
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+def read(path):
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def shares(rows):
+    """Oneshot budgets differ from trace to trace; the share of the middle does not."""
+    for r in rows:
+        r["column"] = r["budget"]
+        if r["protocol"] == "oneshot":
+            r["column"] = "1/%d" % round((r["tokens"] - 512) / (r["budget"] - 512))
+    return list(dict.fromkeys(r["column"] for r in rows))
+
+
+def interval(values):
+    """Half of the 95 % confidence interval of a mean."""
+    n = len(values)
+    return STUDENT[min(n - 1, len(STUDENT)) - 1] * stdev(values) / n ** 0.5 if n > 1 else 0.0
+
+
+def by_method(rows, column, field="rel_err"):
+    """method -> [mean over the traces, for each seed]"""
+    of_seed = collections.defaultdict(lambda: collections.defaultdict(list))
+    for r in rows:
+        if r["column"] == column:
+            of_seed[r["method"]][r["seed"]].append(r[field])
+    return {m: [mean(v) for v in seeds.values()] for m, seeds in of_seed.items()}
+
+
+def short(x):
+    return ("%.4f" if x < 0.1 else "%.3f" if x < 10 else "%.3g") % x
+
+
+def table(head, lines):
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(out + ["| " + " | ".join(line) + " |" for line in lines]) + "\n"
+
+
+def means(path):
+    rows = read(path)
+    columns = shares(rows)
+    cells = {c: by_method(rows, c) for c in columns}
+    needs = {r["method"]: r["needs"] for r in rows}
+    kib = {c: by_method(rows, c, "bytes") for c in columns}
+    lines = []
+    for m in needs:
+        line = ["`%s`" % m]
+        for c in columns:
+            half = interval(cells[c][m])
+            line.append(short(mean(cells[c][m])) + (" ± " + short(half) if half else ""))
+        size = " ".join("%.0f" % (mean(kib[c][m]) / 1024) for c in columns)
+        lines.append(line + [size, needs[m]])
+    traces = len({r["trace"] for r in rows})
+    seeds = len({r["seed"] for r in rows})
+    return table(["mean of %d traces, %d seeds" % (traces, seeds)] + [str(c) for c in columns] +
+                 ["KiB", "needs beside k, v"], lines)
+
+
+def traces(path):
+    rows = read(path)
+    columns = shares(rows)
+    cells = collections.defaultdict(list)
+    for r in rows:
+        cells[r["trace"], r["column"], r["method"]].append(r["rel_err"])
+    own = {"balancekv", "walk", "uniform", "window"}
+    others = [m for m in dict.fromkeys(r["method"] for r in rows)
+              if m.split(":")[0] not in own and not any(
+                  r["held_max"] > r["budget"] or "future" in r["needs"]
+                  for r in rows if r["method"] == m)]
+    lines = []
+    for t in dict.fromkeys(r["trace"] for r in rows):
+        line = [t]
+        for c in columns:
+            best = min(others, key=lambda m: mean(cells[t, c, m]))
+            line.append("%s, %s, %s %s" % (short(mean(cells[t, c, "balancekv"])),
+                                           short(mean(cells[t, c, "walk"])),
+                                           short(mean(cells[t, c, best])), best))
+        lines.append(line)
+    return table(["balancekv, walk, best other"] + [str(c) for c in columns], lines)
+
+
+def ratio(path):
+    rows = read(path)
+    shares(rows)
+    lines = []
+    for t in dict.fromkeys(r["trace"] for r in rows):
+        here = [r for r in rows if r["trace"] == t]
+        uniform = {f: mean(r[f] for r in here if r["method"] == "uniform-once")
+                   for f in ("rel_err", "rel_err_clamped")}
+        for m in dict.fromkeys(r["method"] for r in here):
+            line = [t, "`%s`" % m]
+            for f in ("rel_err_clamped", "rel_err"):
+                x = mean(r[f] for r in here if r["method"] == m)
+                line += [short(x), "%.2f" % (x / uniform[f])]
+            lines.append(line)
+    seeds = len({r["seed"] for r in rows})
+    return table(["first layer, rate 1/2, %d seeds" % seeds, "method", "clamped error",
+                  "to uniform", "error", "to uniform"], lines)
+
+
+COMMANDS = {"means": means, "traces": traces, "ratio": ratio}
+
+
+def update(path, folder):
+    """Between <!-- means stream --> and <!-- end --> goes the table `means` of stream.json."""
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+
+    def fill(match):
+        source = os.path.join(folder, match[2] + ".json")
+        if not os.path.exists(source):
+            return match[0]
+        return "<!-- %s %s -->\n%s<!-- end -->" % (match[1], match[2], COMMANDS[match[1]](source))
+
+    text = re.sub(r"<!-- (%s) (\w+) -->.*?<!-- end -->" % "|".join(COMMANDS), fill, text,
+                  flags=re.S)
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text)
+
+
+def main(args):
+    if len(args) == 3 and args[0] == "update":
+        update(*args[1:])
+    elif len(args) == 2 and args[0] in COMMANDS:
+        print(COMMANDS[args[0]](args[1]), end="")
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
