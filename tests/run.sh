@@ -133,6 +133,12 @@ fi
 if have meson && have ninja; then
     step "native, $CC" meson_run build "$native" '' ''
     numpy_there || leave_out 'golden vectors against the model' "no NumPy: $no_tools"
+    why=$(python3 bench/insn.py --why-not 2>&1) || why='bench/insn.py fails'
+    if [ -n "$why" ]; then
+        leave_out 'instruction counts' "$why"
+    else
+        step "instruction counts, $CC" python3 bench/insn.py
+    fi
 
     if have clang; then
         CC=clang
