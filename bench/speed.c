@@ -15,6 +15,7 @@
 
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <unistd.h>
 
@@ -47,7 +48,7 @@ static void die(const char *format, ...) {
     exit(1);
 }
 
-/* Text beside the results: in the table, or out of the way of the JSON lines. */
+/* The table, and what belongs to it: with --json it goes to stderr, out of the way of the lines. */
 static void note(const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -203,13 +204,12 @@ static void print_row(size_t i, double share, const char *of) {
                 comma = ", ";
             }
         printf("}}\n");
-    } else {
-        printf("%-12s %4u %3u %8zu  %-9s %-7s %9s", r->name, r->d, r->group, r->n, r->type,
-               list[i].name, readable(ns));
-        if (share > 0.0) printf("  %5.1f %% of %s", 100.0 * share, of);
-        if (e->error >= 0.0) printf("  error %.1e", e->error);
-        printf("\n");
     }
+    note("%-12s %4u %3u %8zu  %-9s %-7s %9s", r->name, r->d, r->group, r->n, r->type, list[i].name,
+         readable(ns));
+    if (share > 0.0) note("  %5.1f %% of %s", 100.0 * share, of);
+    if (e->error >= 0.0) note("  error %.1e", e->error);
+    note("\n");
     fflush(stdout);
 }
 
@@ -218,8 +218,7 @@ static void print_peer(size_t i) {
     const entry *e = &entries[i];
     double ours = -1.0;
     size_t j;
-    if (opt.json) note("peer %s: ", label(&e->r));
-    note(opt.json ? "%s %s" : "    %-28s %23s", list[i].name, readable(result(i)));
+    note("    %-28s %23s", list[i].name, readable(result(i)));
     for (j = 0; j < n_entries; j++)
         if (entries[j].role == OURS && beside(i, j)) {
             note("  x %.2f of %s", result(i) / result(j), list[j].name);
@@ -1095,9 +1094,11 @@ static void attend_share(pool *p, size_t i, uint32_t ith, uint32_t nth) {
                        nth),
             "bkv_attend");
 }
+/* Spins, as a decode loop would; gives way now and then, in case both are on one core. */
 static void wait_for(const unsigned *counter, unsigned value) {
-    while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < value) {
-    }
+    unsigned spins = 0;
+    while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < value)
+        if (++spins % 4096 == 0) sched_yield();
 }
 static void *second_thread(void *self) {
     team *x = (team *)self;
