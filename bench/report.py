@@ -3,6 +3,7 @@
 
     build/bench/speed --peers --json >speed.json 2>speed.log
     report.py bars speed.json           the bars the project set itself, and what was measured
+    report.py summary speed.json        the most telling rows of the next two
     report.py shares speed.json         share of the machine's limit
     report.py peers speed.json          other implementations, in multiples of our time
     report.py growth speed.json         time of a token against the length of the stream
@@ -69,11 +70,15 @@ def machine(path):
     words = {key: [line.split(": ", 1)[1] for line in lines if line.startswith(key + ": ")]
              for key in ("cpu", "compiler", "limit", "peers")}
     version = next((line for line in lines if line.startswith("balancekv ")), "balancekv")
-    limits = "; ".join(re.sub(" +", " ", x) for x in words["limit"])
-    out = "%s. %s; %s. Limits of one core: %s.\n" % (version, words["cpu"][0], words["compiler"][0],
-                                                    limits)
+    best = {}
+    for x in words["limit"]: # several runs may stand one behind the other
+        name, value, unit = re.match(r"(.*?) +([\d.]+) (\S+)$", x).groups()
+        best[name + " %s " + unit] = max(float(value), best.get(name + " %s " + unit, 0))
+    out = "%s. %s; %s. Limits of one core: %s.\n" % (
+        version, re.sub(", load.*", "", words["cpu"][0]), words["compiler"][0],
+        ", ".join(name % ("%.0f" % x) for name, x in best.items()))
     if words["peers"]:
-        out += "Peers: %s.\n" % "; ".join(words["peers"])
+        out += "Peers: %s.\n" % "; ".join(dict.fromkeys(words["peers"]))
     return out
 
 
@@ -90,21 +95,46 @@ def shares(path):
                  [[name] + [c.get(b, "") for b in backends] for name, c in cells.items()])
 
 
+def cell_of(r, found):
+    """Our time and error."""
+    return duration(r["ns"]) + (" (%.0e)" % float(found["ours"]) if found.get("ours") else "")
+
+
+def peer_cells(r, found, families):
+    cells = []
+    for f in families:
+        ratio, peer = family_best(r, FAMILIES[f])
+        error = " (%.0e)" % float(found[peer]) if found.get("ours") and peer in found else ""
+        cells.append("%.1f" % ratio + error if ratio else "")
+    return cells
+
+
+def used_families(rows):
+    return [f for f in FAMILIES if any(family_ratio(r, FAMILIES[f]) for r in rows)]
+
+
 def peers(path):
+    rows = [r for r in best_rows(chosen(read(path))) if r["ratio_to"] and r["case"] != "threads"]
+    more, families = details(path), used_families(rows)
+    rows = [r for r in rows if any(family_ratio(r, FAMILIES[f]) for f in families)]
+    return table(["times our time (relative error)", "ours"] + families,
+                 [["%s, %s" % (name_of(r), r["backend"]), cell_of(r, more.get(key_of(r), {}))] +
+                  peer_cells(r, more.get(key_of(r), {}), families) for r in rows])
+
+
+def summary(path):
     rows = [r for r in best_rows(chosen(read(path)))
-            if any(family_ratio(r, p) for p in FAMILIES.values())]
-    more, lines = details(path), []
-    used = [f for f in FAMILIES if any(family_ratio(r, FAMILIES[f]) for r in rows)]
+            if r["type"] == "f32" and r["case"] == "halve" or
+            r["type"] == "f16" and r["case"] in ("attend_hot", "attend_cold", "prefill") or
+            r["type"] == "f16 1/16" and r["n"] == 65536]
+    more, families = details(path), used_families(rows)
+    lines = []
     for r in rows:
         found = more.get(key_of(r), {})
-        line = ["%s, %s" % (name_of(r), r["backend"]), duration(r["ns"])]
-        for f in used:
-            ratio, peer = family_best(r, FAMILIES[f])
-            error = " (%.0e)" % float(found[peer]) if found.get("ours") and peer in found else ""
-            line.append("%.1f" % ratio + error if ratio else "")
-        line[1] += " (%.0e)" % float(found["ours"]) if found.get("ours") else ""
-        lines.append(line)
-    return table(["times our time (relative error)", "ours"] + used, lines)
+        lines.append([name_of(r), cell_of(r, found), "%.0f %% of %s" % (
+            100 * (r["share_of_limit"] or 0), found.get(("of", r["backend"])) or "the limit")] +
+            peer_cells(r, found, families))
+    return table(["fastest backend", "time (relative error)", "share of limit"] + families, lines)
 
 
 def growth(path):
@@ -196,7 +226,7 @@ def bars(path):
     return table(["bar", "wanted", "measured", "met"], lines)
 
 
-COMMANDS = {"machine": machine, "shares": shares, "peers": peers, "growth": growth, "bars": bars}
+COMMANDS = {"machine": machine, "summary": summary, "shares": shares, "peers": peers, "growth": growth, "bars": bars}
 
 
 def update(path, folder):
