@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Counts instructions (valgrind's callgrind) of the fixed work of bench/insn.c and compares them with
-bench/insn.json: a regression gate that a noisy machine cannot fool. More than 2 % more or fewer fail;
-fewer, so that the baseline is never loose.
+"""Counts instructions (valgrind's callgrind) of the fixed work of bench/insn.c and compares them
+with bench/insn.json: a regression gate that a noisy machine cannot fool. More than 2 % more or fewer
+fail; fewer, so that the baseline is never loose.
 
     insn.py [--header FILE]     compare; the last line is "N passed, N failed"
     insn.py --update            store the counts of this compiler

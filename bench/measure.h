@@ -1,6 +1,6 @@
-/* measure.h - clock, memory, random data, and races: contenders take turns in short samples, and the
-   best sample of each counts. What disturbs the machine then disturbs all of them, and ratios within
-   a race hold where absolute times do not. */
+/* measure.h - clock, memory, random data, and races: contenders take turns in short samples, and
+   the best sample of each counts. What disturbs the machine then disturbs all of them, and ratios
+   within a race hold where absolute times do not. */
 #ifndef BENCH_MEASURE_H
 #define BENCH_MEASURE_H
 

@@ -1,5 +1,5 @@
-/* outside.h - the peers as contenders: those of the shared object, called; those of Python, a process
-   of their own that is asked and answers with its time. None of them is needed to build or run. */
+/* outside.h - the peers as contenders: those of the shared object, called; those of Python, asked:
+   a process of its own answers with its time. None of them is needed to build or run. */
 #ifndef BENCH_OUTSIDE_H
 #define BENCH_OUTSIDE_H
 

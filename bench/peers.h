@@ -1,5 +1,5 @@
-/* peers.h - what bench/speed asks of other implementations. They live in a shared object of their own,
-   which bench/peers.sh builds from bench/peers.c outside the tree; bench/speed needs none of them. */
+/* peers.h - what bench/speed asks of other implementations. They live in a shared object that
+   bench/peers.sh builds from bench/peers.c outside the tree; bench/speed needs none of them. */
 #ifndef BENCH_PEERS_H
 #define BENCH_PEERS_H
 

@@ -117,7 +117,8 @@ find_openblas() {
     echo "-L$lib -Wl,-rpath,$lib -lscipy_openblas" >openblas.libs
 }
 build_peers() { # compiles with -O2; plain C, which is to be fast by the compiler alone, with -Ofast
-    $CC -std=gnu11 -Ofast -march=native -fPIC -c "$source/peers_naive.c" -o peers_naive.o || return 1
+    $CC -std=gnu11 -Ofast -march=native -fPIC -c "$source/peers_naive.c" -o peers_naive.o ||
+        return 1
     # gcc 12 cannot compile numkong's bf16 for AVX-512.
     no_bf16=
     ! echo 'int x;' | $CC -mno-avx512bf16 -xc -c - -o /dev/null || no_bf16=-mno-avx512bf16

@@ -1,5 +1,5 @@
-/* peers_naive.c - the same work as a plain user writes it; bench/peers.sh compiles it with -Ofast and
-   -march=native, so that the compiler may vectorise, reorder and call its vector library. */
+/* peers_naive.c - the same work as a plain user writes it; bench/peers.sh compiles it with -Ofast
+   and -march=native, so that the compiler may vectorise, reorder and call its vector library. */
 #include "peers_naive.h"
 
 #include <math.h>

@@ -1,6 +1,6 @@
-"""Peers that need Python: torch.nn.functional.scaled_dot_product_attention, and the PyTorch reference
-of BalanceKV if the folder of its balanced_walk.py is given. One thread. bench/speed starts this file
-and lets it have its turn in every round: one command a line on stdin, one answer a line on stdout.
+"""Peers that need Python: torch.nn.functional.scaled_dot_product_attention, and the reference of
+BalanceKV in PyTorch if the folder of its balanced_walk.py is given. One thread. bench/speed starts
+this file and gives it its turn in every round: a command a line on stdin, an answer on stdout.
 
     open NAME WORK Q_HEADS KV_HEADS DIM N QUERIES COPIES FILE   FILE: k, v, q as raw f32
     run NAME TIMES        answers the nanoseconds of that many calls

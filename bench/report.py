@@ -153,9 +153,10 @@ def growth(path):
 def bars(path):
     rows = read(path)
 
-    def find(case, backend=None, **want):
-        return [r for r in rows if r["case"] == case and (not backend or r["backend"] == backend) and
-                all(r[k] in v if isinstance(v, tuple) else r[k] == v for k, v in want.items())]
+    def find(case, **want):
+        want["case"] = case
+        return [r for r in rows
+                if all(r[k] in v if isinstance(v, tuple) else r[k] == v for k, v in want.items())]
 
     def share(case, **want):
         return [r["share_of_limit"] for r in find(case, **want)]
@@ -200,12 +201,14 @@ def bars(path):
     for group, w in ((2, 2.4), (3, 3.3), (4, 3.5), (7, 5)):
         bar("attend cold f16 group %d, times ggml's best path" % group, ">= %g" % w,
             ratio("attend_cold", best, type="f16", group=group))
-    errors = [found for k, found in details(path).items() if k[0] == "attend_cold" and k[4] == "f16"]
+    errors = [found for (case, _, _, _, kind), found in details(path).items()
+              if case == "attend_cold" and kind == "f16"]
     bar("attend cold f16: our relative error", "<= 1e-3",
         [float(f["ours"]) for f in errors if f.get("ours")], "%.1e", most=True)
     theirs = [float(f["ggml_flash_llama"]) for f in errors if "ggml_flash_llama" in f]
     if theirs:
-        lines.append(["the same of ggml flash", "", "%.1e .. %.1e" % (min(theirs), max(theirs)), ""])
+        lines.append(["the same of ggml flash", "",
+                      "%.1e .. %.1e" % (min(theirs), max(theirs)), ""])
     bar("prefill f16, times the better of ggml and torch SDPA", ">= 2",
         [min(x for p, x in r["ratio_to"].items() if p.startswith(("ggml", "torch")))
          for r in best_rows(find("prefill")) if r["ratio_to"]])
@@ -226,7 +229,7 @@ def bars(path):
     return table(["bar", "wanted", "measured", "met"], lines)
 
 
-COMMANDS = {"machine": machine, "summary": summary, "shares": shares, "peers": peers, "growth": growth, "bars": bars}
+COMMANDS = {f.__name__: f for f in (machine, summary, shares, peers, growth, bars)}
 
 
 def update(path, folder):

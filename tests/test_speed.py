@@ -96,7 +96,8 @@ def test_all_cases(folder):
 def test_backend():
     rows = rows_of(run("--quick", "--json", "--case", "halve", "--filter", "d64", "--backend",
                        "scalar").stdout)
-    check({(r["case"], r["backend"], r["d"]) for r in rows} == {("halve", "scalar", 64)}, "--backend")
+    check({(r["case"], r["backend"], r["d"]) for r in rows} == {("halve", "scalar", 64)},
+          "--backend, --filter")
     r = run("--quick", "--case", "exp")
     check(r.returncode == 0 and "exp" in r.stdout.splitlines()[-1], "the table")
 
@@ -144,8 +145,8 @@ def test_insn():
     devnull, stdout = open(os.devnull, "w", encoding="utf-8"), sys.stdout
     sys.stdout = devnull
     results = [insn.compare(c, known) for c in (
-        known, dict(known, a=1019000), dict(known, a=1030000), dict(known, a=970000), {"a": 1000000},
-        dict(known, c=1))]
+        known, dict(known, a=1019000), dict(known, a=1030000), dict(known, a=970000),
+        {"a": 1000000}, dict(known, c=1))]
     sys.stdout = stdout
     devnull.close()
     check(results == [(2, 0), (2, 0), (1, 1), (1, 1), (1, 1), (2, 1)], "insn.compare: %s" % results)
