@@ -35,7 +35,7 @@ static struct {
     const char *cases, *backends, *filter;
     size_t pool_bytes; /* what a cold case cycles through */
     race_rules rules;
-} opt = {0, 0, 0, NULL, NULL, "", (size_t)256 << 20, {60, 9, 3e5, 3e9}};
+} opt = {0, 0, 0, NULL, NULL, "", (size_t)256 << 20, {60, 5, 3e5, 2e9}};
 static int failures;
 
 static void die(const char *format, ...) {

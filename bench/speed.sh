@@ -39,9 +39,11 @@ part() { # command.., of a part that is a share of the whole
 # shellcheck disable=SC2086
 for name in $($program --list | cut -d ' ' -f 1); do
     case $name in
-    attend_* | prefill)
+    attend_* | prefill) # in parts of less than a minute
         for shape in 'd64 g3' 'd128 g4' 'd64 g7' 'd128 g2'; do
-            part ${RUN:-} $program --case $name --filter "$shape" "$@"
+            for n in 1024 4096 16384 65536; do
+                part ${RUN:-} $program --case $name --filter "$shape n$n " "$@"
+            done
         done
         ;;
     threads) part $program --case threads ;;
