@@ -155,7 +155,7 @@ def family_ratio(row, prefixes):
 
 
 def chart(title, x_name, names, series, axis, marks, draw):
-    """A frame for horizontal rows: names on the left, a legend on top. draw(i, y): marks of row i."""
+    """Horizontal rows: names on the left, a legend on top. draw(i, y): the marks of row i."""
     left, step, top = 270, 20, TOP + 16 * ((len(series) + 1) // 2)
     height = step * len(names)
     out = ['<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d">\n' %
@@ -166,13 +166,15 @@ def chart(title, x_name, names, series, axis, marks, draw):
         x, y = 20 + 330 * (i % 2), 38 + 16 * (i // 2)
         out.append(point(x, y, i) + '<text x="%d" y="%d">%s</text>\n' % (x + 12, y + 4, escape(s)))
     for x, text in marks:
-        out.append('<path class="grid" d="M%.1f %dv%d"/>\n<text class="num" x="%.1f" y="%d">%s</text>\n'
-                   % (axis.at(x), top, height, axis.at(x), top + height + 18, text))
+        out.append('<path class="grid" d="M%.1f %dv%d"/>\n' % (axis.at(x), top, height))
+        out.append('<text class="num" x="%.1f" y="%d">%s</text>\n' %
+                   (axis.at(x), top + height + 18, text))
     out.append('<text class="num" x="%.1f" y="%d">%s</text>\n' %
                ((axis.start + axis.end) / 2, top + height + 40, escape(x_name)))
     for i, name in enumerate(names):
         y = top + step * (i + 0.5)
-        out.append('<text class="right" x="%d" y="%.1f">%s</text>\n' % (left - 8, y + 4, escape(name)))
+        out.append('<text class="right" x="%d" y="%.1f">%s</text>\n' %
+                   (left - 8, y + 4, escape(name)))
         out.append(draw(i, y))
     return "".join(out) + "</svg>\n"
 
@@ -223,8 +225,9 @@ def peers(path):
     def draw(i, y):
         return "".join(point(axis.at(x), y, j) for j, x in enumerate(ratios[i]) if x) + "\n"
 
-    return chart("Other implementations", "times our time (fastest backend)", list(map(name_of, rows)),
-                 list(FAMILIES), axis, [(x, "%g" % x) for x in axis.marks()], draw)
+    return chart("Other implementations", "times our time (fastest backend)",
+                 list(map(name_of, rows)), list(FAMILIES), axis,
+                 [(x, "%g" % x) for x in axis.marks()], draw)
 
 
 def growth(path):
@@ -251,7 +254,8 @@ def speed(path):
         out.append(picture.replace("<svg ", '<svg y="%d" ' % y, 1))
         width, y = max(width, int(size[1])), y + int(size[2])
     return ('<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d">\n'
-            '<rect width="100%%" height="100%%" fill="#fff"/>\n%s</svg>\n' % (width, y, "".join(out)))
+            '<rect width="100%%" height="100%%" fill="#fff"/>\n%s</svg>\n' %
+            (width, y, "".join(out)))
 
 
 COMMANDS = {"quality": quality, "speed": speed, "growth": growth, "shares": shares, "peers": peers}

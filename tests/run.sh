@@ -99,6 +99,12 @@ plain_hashes() {
     echo "backends whose hash was compared: $native"
 }
 
+plain_speed() {
+    mkdir -p build/plain &&
+        $CC -std=c99 -O2 -I. bench/speed.c -o build/plain/speed -lm -lpthread -ldl &&
+        python3 tests/test_speed.py build/plain/speed
+}
+
 # What this CPU has, found without the header's own detection, which is to be tested.
 cpu_has() {
     for flag; do grep -qw -- "$flag" /proc/cpuinfo 2>/dev/null || return 1; done
@@ -133,6 +139,12 @@ fi
 if have meson && have ninja; then
     step "native, $CC" meson_run build "$native" '' ''
     numpy_there || leave_out 'golden vectors against the model' "no NumPy: $no_tools"
+    why=$(python3 bench/insn.py --why-not 2>&1) || why='bench/insn.py fails'
+    if [ -n "$why" ]; then
+        leave_out 'instruction counts' "$why"
+    else
+        step "instruction counts, $CC" python3 bench/insn.py
+    fi
 
     if have clang; then
         CC=clang
@@ -184,6 +196,7 @@ else
             leave_out "$script" 'no python3'
         fi
     done
+    ! have python3 || step 'speed' plain_speed
     if numpy_there; then
         step 'golden vectors against the model' python3 tests/gen_golden.py --check
     else

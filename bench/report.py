@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""Markdown of what bench/speed printed, so that no figure is typed by hand:
+
+    build/bench/speed --peers --json >speed.json 2>speed.log
+    report.py bars speed.json           the bars the project set itself, and what was measured
+    report.py summary speed.json        the most telling rows of the next two
+    report.py shares speed.json         share of the machine's limit
+    report.py peers speed.json          other implementations, in multiples of our time
+    report.py growth speed.json         time of a token against the length of the stream
+    report.py machine speed.json        CPU, compiler, limits, date
+    report.py update TEXT FOLDER        writes tables of FOLDER/*.json between the marks of a text:
+                                        <!-- shares speed --> .. <!-- end --> from speed.json
+
+The .log beside the .json has the machine, and the errors of ours and the peers.
+"""
+import math
+import os
+import re
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from plot import FAMILIES, best_rows, chosen, family_best, family_ratio, name_of, read  # noqa: E402
+
+ERROR = re.compile(r"^    (\S+) .* error (\S+) \(tolerance \S+\)(?:, ours (\S+))?$")
+ROW = re.compile(r"^(\w+) +(\d+) +(\d+) +(\d+)  (\S+(?: \S+)?) +(\w+) +[\d.]+ \w+"
+                 r"(?: +[\d.]+ % of (\w+))?(?:  error (\S+))?$")
+
+
+def log_of(path):
+    path = os.path.splitext(path)[0] + ".log"
+    if not os.path.exists(path):
+        sys.exit("report.py: no %s; keep what bench/speed prints on stderr" % path)
+    with open(path, encoding="utf-8") as f:
+        return [line.rsplit("\r\033[K", 1)[-1].rstrip("\n") for line in f]
+
+
+def details(path):
+    """(case, d, group, n, type) -> {"of": limit, "ours": error, peer: error}"""
+    found, here = {}, {}
+    for line in log_of(path):
+        row, error = ROW.match(line), ERROR.match(line)
+        if row:
+            case, d, group, n, kind, backend, limit, ours = row.groups()
+            here = found.setdefault((case, int(d), int(group), int(n), kind), {})
+            here["of", backend] = limit
+            here["ours"] = ours
+        elif error:
+            here[error[1]] = error[2]
+    return found
+
+
+def key_of(r):
+    return r["case"], r["d"], r["group"], r["n"], r["type"]
+
+
+def duration(ns):
+    for unit in ("ns", "us", "ms", "s"):
+        if ns < 999.5 or unit == "s":
+            return ("%.0f" if ns >= 99.95 else "%.1f" if ns >= 9.995 else "%.2f") % ns + " " + unit
+        ns /= 1000
+
+
+def table(head, lines):
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(out + ["| " + " | ".join(line) + " |" for line in lines]) + "\n"
+
+
+def machine(path):
+    lines = log_of(path)
+    words = {key: [line.split(": ", 1)[1] for line in lines if line.startswith(key + ": ")]
+             for key in ("cpu", "compiler", "limit", "peers")}
+    version = next((line for line in lines if line.startswith("balancekv ")), "balancekv")
+    best = {}
+    for x in words["limit"]: # several runs may stand one behind the other
+        name, value, unit = re.match(r"(.*?) +([\d.]+) (\S+)$", x).groups()
+        best[name + " %s " + unit] = max(float(value), best.get(name + " %s " + unit, 0))
+    out = "%s. %s; %s. Limits of one core: %s.\n" % (
+        version, re.sub(", load.*", "", words["cpu"][0]), words["compiler"][0],
+        ", ".join(name % ("%.0f" % x) for name, x in best.items()))
+    if words["peers"]:
+        out += "Peers: %s.\n" % "; ".join(dict.fromkeys(words["peers"]))
+    return out
+
+
+def shares(path):
+    rows, more = chosen(read(path)), details(path)
+    backends = list(dict.fromkeys(r["backend"] for r in rows))
+    cells = {}
+    for r in rows:
+        share = r["share_of_limit"]
+        cells.setdefault(name_of(r), {})[r["backend"]] = "%s%s" % (
+            duration(r["ns"]), ", %.0f %% of %s" % (100 * share, more.get(key_of(r), {}).get(
+                ("of", r["backend"]), "the limit")) if share else "")
+    return table(["case"] + backends,
+                 [[name] + [c.get(b, "") for b in backends] for name, c in cells.items()])
+
+
+def cell_of(r, found):
+    """Our time and error."""
+    return duration(r["ns"]) + (" (%.0e)" % float(found["ours"]) if found.get("ours") else "")
+
+
+def peer_cells(r, found, families):
+    cells = []
+    for f in families:
+        ratio, peer = family_best(r, FAMILIES[f])
+        error = " (%.0e)" % float(found[peer]) if found.get("ours") and peer in found else ""
+        cells.append("%.1f" % ratio + error if ratio else "")
+    return cells
+
+
+def used_families(rows):
+    return [f for f in FAMILIES if any(family_ratio(r, FAMILIES[f]) for r in rows)]
+
+
+def peers(path):
+    rows = [r for r in best_rows(chosen(read(path))) if r["ratio_to"] and r["case"] != "threads"]
+    more, families = details(path), used_families(rows)
+    rows = [r for r in rows if any(family_ratio(r, FAMILIES[f]) for f in families)]
+    return table(["times our time (relative error)", "ours"] + families,
+                 [["%s, %s" % (name_of(r), r["backend"]), cell_of(r, more.get(key_of(r), {}))] +
+                  peer_cells(r, more.get(key_of(r), {}), families) for r in rows])
+
+
+def summary(path):
+    rows = [r for r in best_rows(chosen(read(path)))
+            if r["type"] == "f32" and r["case"] == "halve" or
+            r["type"] == "f16" and r["case"] in ("attend_hot", "attend_cold", "prefill") or
+            r["type"] == "f16 1/16" and r["n"] == 65536]
+    more, families = details(path), used_families(rows)
+    lines = []
+    for r in rows:
+        found = more.get(key_of(r), {})
+        lines.append([name_of(r), cell_of(r, found), "%.0f %% of %s" % (
+            100 * (r["share_of_limit"] or 0), found.get(("of", r["backend"])) or "the limit")] +
+            peer_cells(r, found, families))
+    return table(["fastest backend", "time (relative error)", "share of limit"] + families, lines)
+
+
+def growth(path):
+    rows = [r for r in best_rows(read(path)) if r["case"] == "growth"]
+    more, lines = details(path), []
+    for r in rows:
+        fixed = r["type"] == "f16"
+        flash, best = (family_ratio(r, FAMILIES[f]) for f in list(FAMILIES)[:2])
+        lines.append(["d %d, group %d" % (r["d"], r["group"]), str(r["n"]),
+                      "2048" if fixed else "n / 16", duration(r["ns"]),
+                      "%.0f" % flash if flash else "", "%.0f" % best if best else ""])
+    return table(["shape", "tokens so far", "budget", "append + attend",
+                  "x: ggml flash on all tokens, as in llama.cpp", "x: ggml, best path"], lines)
+
+
+def bars(path):
+    rows = read(path)
+
+    def find(case, **want):
+        want["case"] = case
+        return [r for r in rows
+                if all(r[k] in v if isinstance(v, tuple) else r[k] == v for k, v in want.items())]
+
+    def share(case, **want):
+        return [r["share_of_limit"] for r in find(case, **want)]
+
+    def ratio(case, family, **want):
+        """Per row the faster backend."""
+        prefixes = FAMILIES.get(family, (family,))
+        return [x for x in (family_ratio(r, prefixes) for r in best_rows(find(case, **want))) if x]
+
+    wide = "avx512" if any(r["backend"] == "avx512" for r in rows) else "avx2"
+    lines = []
+
+    def bar(text, wanted, values, form="%.2f", most=False):
+        if not values:
+            lines.append([text, wanted, "not measured", ""])
+            return
+        worst = max(values) if most else min(values)
+        limit = float(re.search(r"[\d.e-]+", wanted)[0])
+        limit /= 100 if "%" in wanted else 1
+        met = worst <= limit if most else worst >= limit
+        shown = ["%.0f %%" % (100 * x) if "%" in wanted else form % x
+                 for x in (min(values), max(values))]
+        lines.append([text, wanted, shown[0] if shown[0] == shown[1] else " .. ".join(shown),
+                      "yes" if met else "no"])
+
+    for backend, wanted in ((wide, (">= 70 %", ">= 72 %")), ("avx2", (">= 65 %", ">= 65 %"))):
+        for d, w in zip((64, 128), wanted):
+            bar("halving d %d, %s, of FMA peak" % (d, backend), w,
+                share("halve", backend=backend, d=d, type="f32"))
+    for family, wanted in (("openblas_ssyrk", (1.8, 1.6)), ("naive", (4.5, 3.5)),
+                           ("reference_4k", (7, 7)), ("reference_32k", (15, 15))):
+        for d, w in zip((64, 128), wanted):
+            bar("halving d %d, times %s" % (d, family), ">= %g" % w,
+                ratio("halve", family, d=d, type="f32"))
+    bar("attend f16 in cache, group >= 3, %s, of FMA peak" % wide, ">= 80 %",
+        share("attend_hot", backend=wide, type="f16", group=(3, 4, 7), n=1024))
+    bar("attend cold, group <= 4, f16 bf16 f32, of read (or FMA)", ">= 90 %",
+        share("attend_cold", backend=wide, group=(2, 3, 4)))
+    flash, best = list(FAMILIES)[:2]
+    bar("attend cold f16, times ggml flash as in llama.cpp", ">= 6",
+        ratio("attend_cold", flash, type="f16"))
+    for group, w in ((2, 2.4), (3, 3.3), (4, 3.5), (7, 5)):
+        bar("attend cold f16 group %d, times ggml's best path" % group, ">= %g" % w,
+            ratio("attend_cold", best, type="f16", group=group))
+    errors = [found for (case, _, _, _, kind), found in details(path).items()
+              if case == "attend_cold" and kind == "f16"]
+    bar("attend cold f16: our relative error", "<= 1e-3",
+        [float(f["ours"]) for f in errors if f.get("ours")], "%.1e", most=True)
+    theirs = [float(f["ggml_flash_llama"]) for f in errors if "ggml_flash_llama" in f]
+    if theirs:
+        lines.append(["the same of ggml flash", "",
+                      "%.1e .. %.1e" % (min(theirs), max(theirs)), ""])
+    bar("prefill f16, times the better of ggml and torch SDPA", ">= 2",
+        [min(x for p, x in r["ratio_to"].items() if p.startswith(("ggml", "torch")))
+         for r in best_rows(find("prefill")) if r["ratio_to"]])
+    fixed = [r["ns"] for r in find("growth", backend=wide, type="f16") if r["n"] > 2048]
+    bar("growth, budget 2048, from where it is full to 1M tokens: max/min", "<= 1.2",
+        [max(fixed) / min(fixed)] if fixed else [], most=True)
+    bar("growth at 1/16 of the keys, times ggml flash on all", ">= 70",
+        ratio("growth", flash, type="f16 1/16"), "%.0f")
+    for r in best_rows(find("worst_append")): # bench/speed counts, and fails if there are more
+        lines.append(["worst append d %d" % r["d"], "one halving per KV head",
+                      "one; %.2f times its time in a cache by itself" % (
+                          1 / r["ratio_to"]["halvings"]), "yes"])
+    for d in (64, 128):
+        ends = sorted(find("append", backend=wide, d=d), key=lambda r: r["n"])
+        bar("append d %d, after 1M tokens over after 1k" % d, "<= 1.15",
+            [ends[-1]["ns"] / ends[0]["ns"]] if len(ends) > 1 else [], most=True)
+    bar("two threads over one", ">= 1.9", ratio("threads", "one_thread"))
+    return table(["bar", "wanted", "measured", "met"], lines)
+
+
+COMMANDS = {f.__name__: f for f in (machine, summary, shares, peers, growth, bars)}
+
+
+def update(path, folder):
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+
+    def fill(match):
+        source = os.path.join(folder, match[2] + ".json")
+        if not os.path.exists(source):
+            sys.exit("report.py: %s asks for %s" % (path, source))
+        return "<!-- %s %s -->\n%s<!-- end -->" % (match[1], match[2], COMMANDS[match[1]](source))
+
+    text = re.sub(r"<!-- (%s) (\w+) -->.*?<!-- end -->" % "|".join(COMMANDS), fill, text,
+                  flags=re.S)
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text)
+
+
+def main(args):
+    if len(args) == 3 and args[0] == "update":
+        update(*args[1:])
+    elif len(args) == 2 and args[0] in COMMANDS:
+        print(COMMANDS[args[0]](args[1]), end="")
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,63 @@
+#!/bin/sh
+# Measures everything anew and writes it where it is shown:  sh bench/speed.sh [--peers[=DIR]]
+#     bench/results/speed.json, speed.log     what bench/speed printed
+#     bench/growth.svg, shares.svg, peers.svg pictures of it
+#     README.md, bench/README.md              the tables between their marks
+# Needs build/bench/speed, and a quiet machine for a quarter of an hour.
+# Environment: RUN, a command before each part, e.g. RUN='chrt -f 1 taskset -c 1' (threads goes
+# without it: it wants two processors).
+set -eu
+cd "$(dirname "$0")/.."
+program=build/bench/speed
+if [ ! -x $program ]; then
+    echo 'speed.sh: first: meson setup build && ninja -C build' >&2
+    exit 1
+fi
+case $# in
+0) ;;
+1) case $1 in --peers | --peers=?*) ;; *)
+    echo "speed.sh: unknown option '$1'; it takes --peers[=DIR]" >&2
+    exit 2
+    ;;
+    esac ;;
+*)
+    echo 'speed.sh: it takes --peers[=DIR], and nothing else' >&2
+    exit 2
+    ;;
+esac
+mkdir -p bench/results
+new=$(mktemp -d)
+trap 'rm -rf "$new"' EXIT
+
+part() { # command.., of a part that is a share of the whole
+    echo "speed.sh: $*"
+    "$@" --json >>"$new/speed.json" 2>>"$new/speed.log" || {
+        tail -n 3 "$new/speed.log" >&2
+        exit 1
+    }
+}
+# shellcheck disable=SC2086
+for name in $($program --list | cut -d ' ' -f 1); do
+    case $name in
+    attend_* | prefill) # in parts of less than a minute
+        for shape in 'd64 g3' 'd128 g4' 'd64 g7' 'd128 g2'; do
+            for n in 1024 4096 16384 65536; do
+                part ${RUN:-} $program --case $name --filter "$shape n$n " "$@"
+            done
+        done
+        ;;
+    threads) part $program --case threads ;;
+    *) part ${RUN:-} $program --case $name "$@" ;;
+    esac
+done
+mv "$new/speed.json" "$new/speed.log" bench/results/
+for picture in growth shares peers; do
+    case $picture$# in
+    peers0) ;; # none were there
+    *) python3 bench/plot.py $picture bench/results/speed.json >bench/$picture.svg ;;
+    esac
+done
+for text in README.md bench/README.md; do
+    python3 bench/report.py update $text bench/results
+done
+echo 'speed.sh: written; look at git diff'

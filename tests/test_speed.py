@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""Tests of bench/speed and of the scripts around it: test_speed.py PROGRAM. Not of any time."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.dom.minidom
+
+BENCH = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "bench")
+sys.path.insert(0, BENCH)
+import insn  # noqa: E402
+import plot  # noqa: E402
+import report  # noqa: E402
+
+FIELDS = {"case": str, "backend": str, "d": int, "group": int, "n": int, "type": str, "ns": float,
+          "share_of_limit": (float, type(None)), "ratio_to": dict}
+CASES = ["halve", "attend_hot", "attend_cold", "prefill", "append", "growth", "worst_append",
+         "threads", "exp"]
+PROGRAM = os.path.abspath(sys.argv[1])
+counts = [0, 0]
+
+
+def check(good, what):
+    counts[not good] += 1
+    if not good:
+        print("FAILED:", what)
+
+
+def run(*args):
+    return subprocess.run([PROGRAM, *args], capture_output=True, text=True)
+
+
+def rows_of(text):
+    """Of JSON lines, each checked to be one."""
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            check(False, "not JSON: " + line)
+            continue
+        check(list(row) == list(FIELDS) and
+              all(isinstance(row[k], t) for k, t in FIELDS.items()), "fields of " + line)
+        share = row["share_of_limit"]
+        check(0 < row["ns"] < 1e10 and (share is None or 0 < share < 1.5), "numbers of " + line)
+        check(all(isinstance(x, float) and x > 0 for x in row["ratio_to"].values()),
+              "ratios of " + line)
+        rows.append(row)
+    return rows
+
+
+def test_usage():
+    for args, words in ((["--case", "halves"], CASES), (["--case", "exp,nonsense"], CASES), 
+                        (["--backend", "mmx"], ["scalar"]), (["--nonsense"], ["--case", "--list"]),
+                        (["--case"], ["no value"]), (["--peers="], ["--peers"]),
+                        (["exp"], ["--case"])):
+        r = run(*args)
+        check(r.returncode == 2, "exit code of %s: %d" % (args, r.returncode))
+        check(r.stdout == "" and r.stderr.count("\n") == 1, "one line for %s" % args)
+        check(all(w in r.stderr for w in words), "%s says what to do: %s" % (args, r.stderr))
+    r = run("--list")
+    check([line.split()[0] for line in r.stdout.splitlines()] == CASES, "--list: " + r.stdout)
+
+
+def test_all_cases(folder):
+    r = run("--quick", "--json")
+    check(r.returncode == 0, "--quick --json: %s" % r.stderr)
+    rows = rows_of(r.stdout)
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    expected = [c for c in CASES if c != "threads" or os.cpu_count() > 1]
+    check(cases == expected, "cases %s" % cases)
+    for word in ("cpu: ", "compiler: ", "limit: "):
+        check("\n" + word in "\n" + r.stderr, "no '%s' on stderr" % word)
+    path = os.path.join(folder, "speed.json")
+    for end, text in ((".json", r.stdout), (".log", r.stderr)):
+        with open(path[:-5] + end, "w", encoding="utf-8") as f:
+            f.write(text)
+    for name in ("growth", "shares", "speed"):
+        svg = plot.COMMANDS[name](path)
+        xml.dom.minidom.parseString(svg)
+        check(len(svg) < 100000 and svg == plot.COMMANDS[name](path), "picture " + name)
+    for name, command in report.COMMANDS.items():
+        check(name == "peers" or len(command(path)) > 100, "table " + name)
+    text = os.path.join(folder, "text.md")
+    with open(text, "w", encoding="utf-8") as f:
+        f.write("a\n<!-- growth speed -->\nold\n<!-- end -->\nb\n")
+    report.update(text, folder)
+    with open(text, encoding="utf-8") as f:
+        new = f.read()
+    check(new == "a\n<!-- growth speed -->\n%s<!-- end -->\nb\n" % report.growth(path), "update")
+    return rows
+
+
+def test_backend():
+    rows = rows_of(run("--quick", "--json", "--case", "halve", "--filter", "d64", "--backend",
+                       "scalar").stdout)
+    check({(r["case"], r["backend"], r["d"]) for r in rows} == {("halve", "scalar", 64)},
+          "--backend, --filter")
+    r = run("--quick", "--case", "exp")
+    check(r.returncode == 0 and "exp" in r.stdout.splitlines()[-1], "the table")
+
+
+def test_missing_peers(folder):
+    r = run("--quick", "--json", "--case", "exp", "--peers=" + folder)
+    check(r.returncode == 0 and rows_of(r.stdout), "without peers")
+    for name in ("ggml", "openblas", "numkong", "torch", "BalanceKV reference"):
+        check(any(name in line and "sh bench/peers.sh" in line for line in r.stderr.splitlines()),
+              "stderr names %s and how to install it" % name)
+
+
+def build_peers(folder, changed=("", "")):
+    """Plain C only, which needs nothing but the compiler."""
+    os.makedirs(folder)
+    for name in ("peers.c", "peers.h", "peers_naive.c", "peers_naive.h"):
+        shutil.copy(os.path.join(BENCH, name), folder)
+    path = os.path.join(folder, "peers_naive.c")
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    check(changed[0] in text, "peers_naive.c has " + changed[0])
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text.replace(*changed))
+    cc = (os.environ.get("CC") or "cc").split()
+    return subprocess.run(cc + ["-std=gnu11", "-O2", "-fPIC", "-shared", "peers.c", "peers_naive.c",
+                                "-o", "libpeers.so", "-lm"], cwd=folder).returncode == 0
+
+
+def test_peers(folder):
+    good, bad = os.path.join(folder, "good"), os.path.join(folder, "bad")
+    check(build_peers(good) and build_peers(bad, ("+ CONSTANT", "- CONSTANT")), "peers.c builds")
+    r = run("--quick", "--json", "--case", "halve,exp", "--peers=" + good)
+    rows = rows_of(r.stdout)
+    check(r.returncode == 0 and rows and all("naive" in row["ratio_to"] for row in rows),
+          "naive is beside every row: " + r.stderr)
+    r = run("--quick", "--json", "--case", "halve", "--peers=" + bad)
+    rows = rows_of(r.stdout)
+    check(r.returncode == 1 and rows and not any(row["ratio_to"] for row in rows),
+          "a peer that computes something else is left out, and the run fails")
+    check("naive left out" in r.stderr, "which is said")
+
+
+def test_insn():
+    known = {"a": 1000000, "b": 5000}
+    devnull, stdout = open(os.devnull, "w", encoding="utf-8"), sys.stdout
+    sys.stdout = devnull
+    results = [insn.compare(c, known) for c in (
+        known, dict(known, a=1019000), dict(known, a=1030000), dict(known, a=970000),
+        {"a": 1000000}, dict(known, c=1))]
+    sys.stdout = stdout
+    devnull.close()
+    check(results == [(2, 0), (2, 0), (1, 1), (1, 1), (1, 1), (2, 1)], "insn.compare: %s" % results)
+    check(insn.compiler().split()[0] in ("gcc", "clang"), "insn.compiler")
+
+
+with tempfile.TemporaryDirectory() as where:
+    test_usage()
+    test_all_cases(where)
+    test_backend()
+    test_missing_peers(where)
+    test_peers(where)
+    test_insn()
+print("%d passed, %d failed" % tuple(counts))
+sys.exit(counts[1] > 0)
