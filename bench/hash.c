@@ -1,4 +1,4 @@
-/* One hash of every output and every state byte of a fixed scenario: equal hashes from two machines,
+/* One hash of every output and every state byte of a fixed scenario: equal hashes from machines,
    backends or compilers mean equal bits. The last line is the hash; bench/hash.golden holds it.
 
        cc -std=c99 -O2 -I. bench/hash.c -o hash && ./hash --backend auto
@@ -24,7 +24,7 @@ typedef struct part {
 
 enum { KEY = BKV_IMPORTANCE_KEY, QUERY = BKV_IMPORTANCE_QUERY, USE = BKV_IMPORTANCE_USE };
 
-/* Every rule and importance, every pair of types, the tuned head dims and odd ones, groups 1 to 16. */
+/* Every rule and importance, pairs of types, the tuned head dims and odd ones, groups 1 to 16. */
 #define SAMPLE BKV_RULE_SAMPLE
 static const part parts[] = {
     {SAMPLE, 0, 0, BKV_F16, BKV_F32, 3, 2, 64, 0, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},

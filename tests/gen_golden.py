@@ -8,9 +8,9 @@
 
 The inputs are not stored: both sides make them from a counter, as small integers over a power of
 two, so that f32, f16 and bf16 hold them exactly. The model works in double and the library in f32,
-hence a decision that hangs on rounding may fall either way. Every decision of `walk` and `sample` is
-therefore measured, and a case in which one comes closer to its threshold than MARGIN, relative to
-the largest term of the comparison, is refused: it needs another data seed.
+hence a decision that hangs on rounding may fall either way. Every decision of `walk` and `sample`
+is therefore measured, and a case in which one comes closer to its threshold than MARGIN, relative
+to the largest term of the comparison, is refused: it needs another data seed.
 """
 import math
 import os
@@ -36,20 +36,20 @@ G = 0x9E3779B97F4A7C15  # the increment of splitmix64
 FIELDS = ("rule importance rounds n_q_heads n_kv_heads head_dim value_dim budget sinks window "
           "gamma temp scale softcap seed data every at").split()
 CASES = [dict(zip(FIELDS, row)) for row in [
-    (WALK,    0,     0,    2, 2,  8,  8, 400, 4,    64,   0.05, 0,   0,    0,  11, 1, 0, (384, 900)),
-    (WALK,    0,     0,    3, 1, 16, 24, 480, 20,   128,  0,    0,   0,    0,  12, 1, 0, (449, 1100)),
-    (WALK,    0,     0,    2, 1, 24, 16, 336, NONE, 64,   0.5,  0.5, 0.25, 0,  13, 1, 7, (320, 800)),
-    (SAMPLE,  0,     0,    4, 2,  8, 16, 272, 4,    64,   0,    0,   0,    0,  14, 1, 1, (340, 700)),
-    (SAMPLE,  0,     0,    3, 1, 16,  8, 350, 0,    0,    0,    0,   1,    20, 15, 1, 1, (400, 900)),
-    (SAMPLE,  QUERY, 0,    2, 1, 24, 24, 272, NONE, 100,  0,    0.5, 0.25, 0,  G,  1, 3, (321, 700)),
-    (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4,    NONE, 0,    0,   1,    5,  21, 2, 1, (209, 500)),
-    (SAMPLE,  KEY,   0,    1, 1, 16, 16, 208, 4,    64,   0,    0,   0,    0,  22, 2, 0, (273, 800)),
-    (SAMPLE,  NONE,  0,    2, 2,  8,  8, 208, 4,    NONE, 0,    1,   0,    0,  23, 1, 0, (209, 270)),
-    (SAMPLE,  7,     1,    3, 1, 16, 24, 272, 4,    64,   0,    0,   1,    0,  24, 1, 1, (300, 700)),
-    (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4,    64,   0,    0,   1,    0,  25, 1, 1, (300, 900)),
-    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4,    0,    0,    0,   2,    0,  26, 1, 1, (400, 1500)),
-    (UNIFORM, 0,     0,    4, 2, 16, 16, 272, 4,    64,   0,    0,   0,    0,  17, 1, 0, (385, 800)),
-    (WINDOW,  0,     0,    3, 1, 24,  8, 350, 4,    64,   0,    0,   0,    5,  19, 1, 0, (337, 640)),
+    (WALK,    0,     0,    2, 2, 8, 8, 400, 4, 64, 0.05, 0, 0, 0, 11, 1, 0, (384, 900)),
+    (WALK,    0,     0,    3, 1, 16, 24, 480, 20, 128, 0, 0, 0, 0, 12, 1, 0, (449, 1100)),
+    (WALK,    0,     0,    2, 1, 24, 16, 336, NONE, 64, 0.5, 0.5, 0.25, 0, 13, 1, 7, (320, 800)),
+    (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 0, 14, 1, 1, (340, 700)),
+    (SAMPLE,  0,     0,    3, 1, 16, 8, 350, 0, 0, 0, 0, 1, 20, 15, 1, 1, (400, 900)),
+    (SAMPLE,  QUERY, 0,    2, 1, 24, 24, 272, NONE, 100, 0, 0.5, 0.25, 0, G, 1, 3, (321, 700)),
+    (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4, NONE, 0, 0, 1, 5, 21, 2, 1, (209, 500)),
+    (SAMPLE,  KEY,   0,    1, 1, 16, 16, 208, 4, 64, 0, 0, 0, 0, 22, 2, 0, (273, 800)),
+    (SAMPLE,  NONE,  0,    2, 2, 8, 8, 208, 4, NONE, 0, 1, 0, 0, 23, 1, 0, (209, 270)),
+    (SAMPLE,  7,     1,    3, 1, 16, 24, 272, 4, 64, 0, 0, 1, 0, 24, 1, 1, (300, 700)),
+    (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4, 64, 0, 0, 1, 0, 25, 1, 1, (300, 900)),
+    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 0, 2, 0, 26, 1, 1, (400, 1500)),
+    (UNIFORM, 0,     0,    4, 2, 16, 16, 272, 4, 64, 0, 0, 0, 0, 17, 1, 0, (385, 800)),
+    (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 0, 5, 19, 1, 0, (337, 640)),
 ]]
 
 

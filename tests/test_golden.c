@@ -1,8 +1,8 @@
 /* test_golden.c - the library against an independent model.
 
    tests/golden/cases.h holds what the float64 NumPy model of gen_golden.py keeps of a stream, with
-   which weights and uses, and what attention over it gives. Each case is replayed on every backend and with
-   every storage type: the inputs are exact in all of them, so the results must be the same. */
+   which weights and uses, and what attention over it gives. Each case is replayed on every backend
+   and with every storage type: the inputs are exact in all of them, so the results must agree. */
 #include "test.h"
 
 #define BALANCEKV_IMPLEMENTATION
