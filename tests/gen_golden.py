@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Golden vectors for tests/test_golden.c: a model of the cache in float64, written from the manual
-(balancekv.h, section 1) and arXiv 2502.07861, sharing nothing with the C code.
+"""Golden vectors for tests/test_golden.c: a model of the cache in float64, written from
+tests/golden/README.md, the manual (balancekv.h, section 1) and arXiv 2502.07861, sharing nothing
+with the C code.
 
     gen_golden.py             write tests/golden/cases.h
     gen_golden.py --check     make the cases anew and compare them with the stored file
@@ -42,12 +43,12 @@ CASES = [dict(zip(FIELDS, row)) for row in [
     (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 0, 14, 1, 1, (340, 700)),
     (SAMPLE,  0,     0,    3, 1, 16, 8, 350, 0, 0, 0, 0, 1, 20, 15, 1, 1, (400, 900)),
     (SAMPLE,  QUERY, 0,    2, 1, 24, 24, 272, NONE, 100, 0, 0.5, 0.25, 0, G, 1, 3, (321, 700)),
-    (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4, NONE, 0, 0, 1, 5, 21, 2, 1, (209, 500)),
+    (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4, NONE, 0, 0, 1, 5, 21, 1, 1, (209, 500)),
     (SAMPLE,  KEY,   0,    1, 1, 16, 16, 208, 4, 64, 0, 0, 0, 0, 22, 2, 0, (273, 800)),
     (SAMPLE,  NONE,  0,    2, 2, 8, 8, 208, 4, NONE, 0, 1, 0, 0, 23, 1, 0, (209, 270)),
     (SAMPLE,  7,     1,    3, 1, 16, 24, 272, 4, 64, 0, 0, 1, 0, 24, 1, 1, (300, 700)),
     (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4, 64, 0, 0, 1, 0, 25, 1, 1, (300, 900)),
-    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 0, 2, 0, 26, 1, 1, (400, 1500)),
+    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 0, 2, 0, 26, 2, 1, (400, 1500)),
     (UNIFORM, 0,     0,    4, 2, 16, 16, 272, 4, 64, 0, 0, 0, 0, 17, 1, 0, (385, 800)),
     (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 0, 5, 19, 1, 0, (337, 640)),
 ]]
@@ -149,7 +150,7 @@ def importance_of(case, block, e):
     mean = block.k.mean(axis=0)
     cosine = block.k @ mean / np.linalg.norm(block.k, axis=1) / np.linalg.norm(mean)
     parts = [(0.1, block.weights)]
-    parts += [(1.0, np.sqrt(block.use) * size)] if bits & USE else []
+    parts += [(2.0, np.sqrt(block.use) * size)] if bits & USE else []
     parts += [(1.0, e * size)] if bits & QUERY else []
     parts += [(1.0, block.weights * np.exp(-4 * cosine) * size)] if bits & KEY else []
     return sum(share * x / x.sum() for share, x in parts if x.sum() > 0)
