@@ -221,8 +221,7 @@ enum {
     BKV_RULE_WALK = 1,
     BKV_RULE_SAMPLE = 2,
     BKV_RULE_UNIFORM = 3,
-    BKV_RULE_STRIDE = 4,
-    BKV_RULE_WINDOW = 5
+    BKV_RULE_WINDOW = 4
 };
 
 /* What BKV_RULE_SAMPLE takes for important, see §1; the sum of any. 0 in bkv_config means

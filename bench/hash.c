@@ -1,4 +1,4 @@
-/* One hash of every output and every state byte of a fixed scenario: equal hashes from two machines,
+/* One hash of every output and every state byte of a fixed scenario: equal hashes from machines,
    backends or compilers mean equal bits. The last line is the hash; bench/hash.golden holds it.
 
        cc -std=c99 -O2 -I. bench/hash.c -o hash && ./hash --backend auto
@@ -17,38 +17,45 @@ enum { MAX_CHUNK = 130, TOKENS_BEYOND_BUDGET = 330 };
 
 /* What one part of the scenario runs. Zeros are the defaults of bkv_config. */
 typedef struct part {
-    uint32_t rule, kv_type, in_type, group, heads, head_dim, value_dim, budget, sinks, window;
-    uint32_t threads;
+    uint32_t rule, importance, rounds, kv_type, in_type, group, heads, head_dim, value_dim;
+    uint32_t budget, sinks, window, threads;
     float scale, softcap, temp;
 } part;
 
-/* Every rule, every pair of types, the tuned head dims and odd ones, groups 1 to 16. */
+enum { KEY = BKV_IMPORTANCE_KEY, QUERY = BKV_IMPORTANCE_QUERY, USE = BKV_IMPORTANCE_USE };
+
+/* Every rule and importance, pairs of types, the tuned head dims and odd ones, groups 1 to 16. */
+#define SAMPLE BKV_RULE_SAMPLE
 static const part parts[] = {
-    {BKV_RULE_SAMPLE, BKV_F16, BKV_F32, 3, 2, 64, 0, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_SAMPLE, BKV_F32, BKV_F32, 4, 1, 128, 0, 272, 0, 0, 1, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_SAMPLE, BKV_BF16, BKV_BF16, 2, 3, 80, 0, 300, 20, 100, 2, 0.5f, 0.0f, 0.0f},
-    {BKV_RULE_SAMPLE, BKV_F16, BKV_F16, 7, 1, 33, 57, 320, BKV_NONE, 0, 1, 0.0f, 0.0f, 0.25f},
-    {BKV_RULE_SAMPLE, BKV_F32, BKV_F16, 1, 2, 1, 1, 256, 0, BKV_NONE, 1, 1.0f, 0.0f, 0.0f},
-    {BKV_RULE_SAMPLE, BKV_F16, BKV_BF16, 1, 1, 192, 128, 256, 0, 0, 1, 0.0f, 30.0f, 0.0f},
-    {BKV_RULE_WALK, BKV_F16, BKV_F32, 4, 2, 64, 0, 256, 0, 0, 2, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_WALK, BKV_F32, BKV_BF16, 2, 1, 128, 0, 256, 0, 64, 1, 0.0f, 2.0f, 0.0f},
-    {BKV_RULE_WALK, BKV_BF16, BKV_F32, 5, 3, 20, 96, 272, 5, 0, 3, 0.3f, 0.0f, 4.0f},
-    {BKV_RULE_WALK, BKV_BF16, BKV_F16, 16, 1, 17, 0, 400, 0, 0, 1, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_UNIFORM, BKV_F16, BKV_F16, 2, 2, 96, 0, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_UNIFORM, BKV_F32, BKV_F32, 6, 1, 64, 7, 256, 100, BKV_NONE, 1, 2.0f, 5.0f, 0.0f},
-    {BKV_RULE_SAMPLE, BKV_BF16, BKV_BF16, 1, 4, 64, 0, 256, 0, 0, 4, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_SAMPLE, BKV_F16, BKV_F32, 3, 1, 256, 0, 256, 0, 0, 1, 0.0f, 50.0f, 0.0f},
-    {BKV_RULE_WINDOW, BKV_F16, BKV_F32, 8, 1, 80, 81, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_WINDOW, BKV_F32, BKV_F16, 1, 2, 512, 2, 220, 0, 64, 1, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, 0, 0, BKV_F16, BKV_F32, 3, 2, 64, 0, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, 0, 1, BKV_F32, BKV_F32, 4, 1, 128, 0, 272, 0, 0, 1, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, KEY + QUERY + USE, 0, BKV_BF16, BKV_BF16, 2, 3, 80, 0, 300, 20, 100, 2, 0.5f, 0.0f,
+     0.0f},
+    {SAMPLE, KEY, 0, BKV_F16, BKV_F16, 7, 1, 33, 57, 320, BKV_NONE, 0, 1, 0.0f, 0.0f, 0.25f},
+    {SAMPLE, QUERY, 3, BKV_F32, BKV_F16, 1, 2, 1, 1, 256, 0, BKV_NONE, 1, 1.0f, 0.0f, 0.0f},
+    {SAMPLE, USE, 0, BKV_F16, BKV_BF16, 1, 1, 192, 128, 256, 0, 0, 1, 0.0f, 30.0f, 0.0f},
+    {BKV_RULE_WALK, 0, 0, BKV_F16, BKV_F32, 4, 2, 64, 0, 256, 0, 0, 2, 0.0f, 0.0f, 0.0f},
+    {BKV_RULE_WALK, 0, 0, BKV_F32, BKV_BF16, 2, 1, 128, 0, 256, 0, 64, 1, 0.0f, 2.0f, 0.0f},
+    {BKV_RULE_WALK, 0, 0, BKV_BF16, BKV_F32, 5, 3, 20, 96, 272, 5, 0, 3, 0.3f, 0.0f, 4.0f},
+    {BKV_RULE_WALK, 0, 0, BKV_BF16, BKV_F16, 16, 1, 17, 0, 400, 0, 0, 1, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, KEY + USE, BKV_NONE, BKV_F16, BKV_F16, 2, 2, 96, 0, 256, 0, 0, 1, 1.0f, 0.0f, 0.0f},
+    {BKV_RULE_UNIFORM, 0, 0, BKV_F32, BKV_F32, 6, 1, 64, 7, 256, 100, BKV_NONE, 1, 2.0f, 5.0f,
+     0.0f},
+    {SAMPLE, BKV_NONE, 0, BKV_BF16, BKV_BF16, 1, 4, 64, 0, 256, 0, 0, 4, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, KEY + QUERY, 0, BKV_F16, BKV_F32, 3, 1, 256, 0, 256, 0, 0, 1, 0.0f, 50.0f, 0.0f},
+    {SAMPLE, 0, 0, BKV_F32, BKV_F16, 16, 1, 17, 30, 500, 0, 0, 1, 2.0f, 0.0f, 0.0f},
+    {BKV_RULE_WINDOW, 0, 0, BKV_F16, BKV_F32, 8, 1, 80, 81, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
+    {BKV_RULE_WINDOW, 0, 0, BKV_F32, BKV_F16, 1, 2, 512, 2, 220, 0, 64, 1, 0.0f, 0.0f, 0.0f},
 };
 
-/* How the tokens arrive, again and again. Chunks of 19 and 70 cross halvings in mid-chunk. */
+/* How the tokens arrive, again and again. Chunks of 19 and 70 cross halvings in mid-chunk. Every
+   query teaches the cache, which the state and the next halvings show. */
 enum { APPEND, ATTEND, PARTIAL, PREFILL };
 static const struct {
     int operation;
     size_t n_tokens;
-} steps[] = {{PREFILL, 19}, {ATTEND, 1},  {APPEND, MAX_CHUNK}, {PARTIAL, 7},
-             {APPEND, 64},  {PREFILL, 3}, {ATTEND, 70}};
+} steps[] = {{PREFILL, 19}, {ATTEND, 1}, {APPEND, MAX_CHUNK}, {PARTIAL, 7}, {PREFILL, 70},
+             {ATTEND, 1},   {ATTEND, 1}, {APPEND, 64},        {PREFILL, 3}, {ATTEND, 70}};
 
 static void *allocate(size_t bytes) {
     void *p = malloc(bytes);
@@ -153,6 +160,8 @@ static void run_part(const part *p, uint64_t number, uint32_t backend, uint64_t 
     cfg.sinks = p->sinks;
     cfg.window = p->window;
     cfg.rule = p->rule;
+    cfg.importance = p->importance;
+    cfg.rounds = p->rounds;
     cfg.backend = backend;
     cfg.n_threads = p->threads;
     cfg.scale = p->scale;
@@ -251,16 +260,17 @@ int main(int argc, char **argv) {
 
     for (i = 0; i < sizeof parts / sizeof *parts; i++) {
         static const char *const types[] = {"?", "f32", "f16", "bf16"};
-        static const char *const rules[] = {"?", "walk", "pair", "uniform", "stride", "window"};
+        static const char *const rules[] = {"?", "walk", "sample", "uniform", "window"};
         const part *p = &parts[i];
         uint64_t outputs = 0, states = 0;
         run_part(p, i, backend, &outputs, &states);
-        printf("%-7s store %-4s input %-4s group %2u heads %u dim %3u/%-3u  outputs %08x%08x  "
-               "states %08x%08x\n",
-               rules[p->rule], types[p->kv_type], types[p->in_type], (unsigned)p->group,
-               (unsigned)p->heads, (unsigned)p->head_dim,
-               (unsigned)(p->value_dim ? p->value_dim : p->head_dim), (unsigned)(outputs >> 32),
-               (unsigned)outputs, (unsigned)(states >> 32), (unsigned)states);
+        printf(
+            "%-7s importance %2d rounds %2d store %-4s input %-4s group %2u heads %u dim %3u/%-3u  "
+            "outputs %08x%08x  states %08x%08x\n",
+            rules[p->rule], (int)p->importance, (int)p->rounds, types[p->kv_type],
+            types[p->in_type], (unsigned)p->group, (unsigned)p->heads, (unsigned)p->head_dim,
+            (unsigned)(p->value_dim ? p->value_dim : p->head_dim), (unsigned)(outputs >> 32),
+            (unsigned)outputs, (unsigned)(states >> 32), (unsigned)states);
         fflush(stdout);
         total = mix(total ^ mix(outputs) ^ states);
     }

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Golden vectors for tests/test_golden.c: a model of the cache in float64, written from the manual
-(balancekv.h, section 1) and arXiv 2502.07861, sharing nothing with the C code.
+"""Golden vectors for tests/test_golden.c: a model of the cache in float64, written from
+tests/golden/README.md, the manual (balancekv.h, section 1) and arXiv 2502.07861, sharing nothing
+with the C code.
 
     gen_golden.py             write tests/golden/cases.h
     gen_golden.py --check     make the cases anew and compare them with the stored file
@@ -8,9 +9,9 @@
 
 The inputs are not stored: both sides make them from a counter, as small integers over a power of
 two, so that f32, f16 and bf16 hold them exactly. The model works in double and the library in f32,
-hence a decision that hangs on rounding may fall either way. Every decision of `walk` and `pair` is
-therefore measured, and a case in which one comes closer to its threshold than MARGIN, relative to
-the largest term of the comparison, is refused: it needs another data seed.
+hence a decision that hangs on rounding may fall either way. Every decision of `walk` and `sample`
+is therefore measured, and a case in which one comes closer to its threshold than MARGIN, relative
+to the largest term of the comparison, is refused: it needs another data seed.
 """
 import math
 import os
@@ -20,32 +21,36 @@ import sys
 import numpy as np
 
 OUTPUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "cases.h")
-MARGIN = 1e-4
+MARGIN = 1e-5
 N_QUERIES = 2  # per checkpoint
 PAGE = 64
-WALK, PAIR, UNIFORM, STRIDE, WINDOW = 1, 2, 3, 4, 5
+WALK, SAMPLE, UNIFORM, WINDOW = "walk", "sample", "uniform", "window"
+KEY, QUERY, USE = 1, 2, 4
+LEARN = 0.01  # the share of a query in the running mean
 NONE = 0xFFFFFFFF
 M64 = (1 << 64) - 1
 G = 0x9E3779B97F4A7C15  # the increment of splitmix64
 
 # One row per case; a 0 is the library's default, as in bkv_config. `data` is the seed of the
-# inputs, `seed` that of the halvings; `at` are the stream lengths at which the cache is examined.
-# The budgets 208 and 272 are for pairs of unequal weights: the first pair of a block (where
-# nothing but chance decides), and later ones.
-FIELDS = ("rule n_q_heads n_kv_heads head_dim value_dim budget sinks window "
-          "gamma temp scale softcap seed data at").split()
+# inputs, `seed` that of the halvings; `every`: after how many tokens the cache attends (0: only at
+# the checkpoints); `at` are the stream lengths at which it is examined.
+FIELDS = ("rule importance rounds n_q_heads n_kv_heads head_dim value_dim budget sinks window "
+          "gamma temp scale softcap seed data every at").split()
 CASES = [dict(zip(FIELDS, row)) for row in [
-    (WALK,    2, 2,  8,  8, 400, 4,    64,   0.05, 0,   0,    0,  11, 2, (384, 700, 1100)),
-    (WALK,    3, 1, 16, 24, 480, 20,   128,  0,    0,   0,    0,  12, 1, (449, 900, 1400)),
-    (WALK,    2, 1, 24, 16, 336, NONE, 64,   0.5,  0.5, 0.25, 0,  13, 1, (320, 640, 1000)),
-    (PAIR,    4, 2,  8, 16, 400, 4,    64,   0,    0,   0,    0,  14, 2, (400, 700, 1100)),
-    (PAIR,    3, 1, 16,  8, 500, 0,    0,    0,    0,   0,    20, 15, 1, (449, 900, 1500)),
-    (PAIR,    1, 1, 24, 24, 336, NONE, 100,  0,    0.5, 0.25, 0,  G,  1, (321, 640, 1000)),
-    (PAIR,    1, 1, 16, 16, 208, 4,    64,   0,    0,   0,    0,  21, 1, (209, 700, 1300)),
-    (PAIR,    2, 1, 16, 16, 272, 4,    64,   0,    0,   0,    0,  21, 1, (273, 2000, 3000)),
-    (UNIFORM, 4, 2, 16, 16, 400, 4,    64,   0,    0,   0,    0,  17, 1, (385, 700, 1100)),
-    (STRIDE,  2, 2,  8, 24, 400, 4,    NONE, 0,    0,   0,    0,  18, 1, (401, 700, 1100)),
-    (WINDOW,  3, 1, 24,  8, 350, 4,    64,   0,    0,   0,    5,  19, 1, (337, 640, 1000)),
+    (WALK,    0,     0,    2, 2, 8, 8, 400, 4, 64, 0.05, 0, 0, 0, 11, 1, 0, (384, 900)),
+    (WALK,    0,     0,    3, 1, 16, 24, 480, 20, 128, 0, 0, 0, 0, 12, 1, 0, (449, 1100)),
+    (WALK,    0,     0,    2, 1, 24, 16, 336, NONE, 64, 0.5, 0.5, 0.25, 0, 13, 1, 7, (320, 800)),
+    (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 0, 14, 1, 1, (340, 700)),
+    (SAMPLE,  0,     0,    3, 1, 16, 8, 350, 0, 0, 0, 0, 1, 20, 15, 1, 1, (400, 900)),
+    (SAMPLE,  QUERY, 0,    2, 1, 24, 24, 272, NONE, 100, 0, 0.5, 0.25, 0, G, 1, 3, (321, 700)),
+    (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4, NONE, 0, 0, 1, 5, 21, 1, 1, (209, 500)),
+    (SAMPLE,  KEY,   0,    1, 1, 16, 16, 208, 4, 64, 0, 0, 0, 0, 22, 2, 0, (273, 800)),
+    (SAMPLE,  NONE,  0,    2, 2, 8, 8, 208, 4, NONE, 0, 1, 0, 0, 23, 1, 0, (209, 270)),
+    (SAMPLE,  7,     1,    3, 1, 16, 24, 272, 4, 64, 0, 0, 1, 0, 24, 1, 1, (300, 700)),
+    (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4, 64, 0, 0, 1, 0, 25, 1, 1, (300, 900)),
+    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 0, 2, 0, 26, 2, 1, (400, 1500)),
+    (UNIFORM, 0,     0,    4, 2, 16, 16, 272, 4, 64, 0, 0, 0, 0, 17, 1, 0, (385, 800)),
+    (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 0, 5, 19, 1, 0, (337, 640)),
 ]]
 
 
@@ -62,9 +67,9 @@ def mix(z):
 
 
 def halving_numbers(seed, head, t):
-    """r_0 .. r_127 (24 bits each) of halving t of a KV head; u_i = r_i / 2^24."""
+    """u_0 .. u_127 of halving t of a KV head: multiples of 2^-24."""
     key = mix((mix((seed + G * (head + 1)) & M64) + G * (t + 1)) & M64)
-    return [mix((key + G * (i + 1)) & M64) >> 40 for i in range(2 * PAGE)]
+    return [(mix((key + G * (i + 1)) & M64) >> 40) / 2**24 for i in range(2 * PAGE)]
 
 
 def noise(data, tensor, token, head, dim):
@@ -83,17 +88,23 @@ def value_of(case, token, head):
     return noise(case["data"], 1, token, head, case["value_dim"]) / 64.0
 
 
-def query_of(case, token, head):
-    return noise(case["data"], 2, token, head, case["head_dim"]) / 32.0
+def query_of(case, token, head):  # the offset gives the queries a mean, too
+    dim = case["head_dim"]
+    return (noise(case["data"], 2, token, head, dim)
+            + noise(case["data"], 4, 0, head, dim)) / 64.0
 
 
 # ---- the rules: which of 128 tokens stay, and with which weights -------------------------------
-def kernel(case, k, v, w):
+def scale_of(case):
+    return case["scale"] or 1 / math.sqrt(case["head_dim"])
+
+
+def kernel(case, k, v, a, temp, c):
     """K, and |K|: the same with every term of <v, v> taken as positive, for the margins."""
-    s = (case["scale"] or 1 / math.sqrt(case["head_dim"])) * (case["temp"] or 1.0)
+    s = scale_of(case) * (case["temp"] or temp)
     k = k - k.mean(axis=0)
-    e = np.outer(w, w) * np.exp(k @ k.T * s - (k * k).sum(axis=1).max() * s)
-    return e * (v @ v.T + 0.025), e * (np.abs(v) @ np.abs(v).T + 0.025)
+    e = np.outer(a, a) * np.exp(k @ k.T * s - (k * k).sum(axis=1).max() * s)
+    return e * (v @ v.T + c), e * (np.abs(v) @ np.abs(v).T + c)
 
 
 def decide(left, right, size, margins):
@@ -110,9 +121,9 @@ def rescaled(stay, w):
     return stay, w[stay] * (w.sum() / w[stay].sum())
 
 
-def walk(case, k, v, w, r, margins):
-    gamma = case["gamma"] or 4.0
-    K, size = kernel(case, k, v, w)
+def walk(case, block, u, margins):
+    gamma, w = case["gamma"] or 4.0, block.weights
+    K, size = kernel(case, block.k, block.v, w, 1.0, 0.025)
     K, size = K / K.diagonal().max(), size / K.diagonal().max()
     sign = np.zeros(2 * PAGE)
     for i in range(2 * PAGE):
@@ -122,48 +133,130 @@ def walk(case, k, v, w, r, margins):
         else:
             limit = 0.5 - gamma * (K[i, :i] @ sign[:i])
             largest = max(1.0, gamma * size[i, :i].max(initial=0))
-            sign[i] = 1 if decide(r[i] / 2**24, limit, largest, margins) else -1
+            sign[i] = 1 if decide(u[i], limit, largest, margins) else -1
     return rescaled(np.flatnonzero(sign == 1), w)
 
 
-def pair(case, k, v, w, r, margins):
-    K, size = kernel(case, k, v, w)
-    f, largest = np.zeros(2 * PAGE), np.zeros(2 * PAGE)
-    stay = []
-    for t in range(PAGE):
-        a, b = 2 * t, 2 * t + 1
-        if f[a] / w[a] == f[b] / w[b]:
-            first = decide(r[t] / 2**24, w[a] / (w[a] + w[b]), 1.0, margins)
+def expected(case, block):
+    """e_i of every token, by the mean queries of the group."""
+    logits = block.mean_queries @ block.k.T * scale_of(case) + np.log(block.weights)
+    e = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return (e / e.sum(axis=1, keepdims=True)).mean(axis=0)
+
+
+def importance_of(case, block, e):
+    bits = {0: QUERY | USE, NONE: 0}.get(case["importance"], case["importance"])
+    size = np.linalg.norm(block.v - block.v.mean(axis=0), axis=1)
+    mean = block.k.mean(axis=0)
+    cosine = block.k @ mean / np.linalg.norm(block.k, axis=1) / np.linalg.norm(mean)
+    parts = [(0.1, block.weights)]
+    parts += [(2.0, np.sqrt(block.use) * size)] if bits & USE else []
+    parts += [(1.0, e * size)] if bits & QUERY else []
+    parts += [(1.0, block.weights * np.exp(-4 * cosine) * size)] if bits & KEY else []
+    return sum(share * x / x.sum() for share, x in parts if x.sum() > 0)
+
+
+def chances(importance, margins):
+    """In proportion to the importance, 64 in all, none above 1."""
+    p = np.zeros(2 * PAGE)
+    while True:
+        free = p < 1
+        p[free] = importance[free] * (PAGE - (~free).sum()) / importance[free].sum()
+        certain = np.array([not decide(x, 1.0, 1.0, margins) for x in p[free]])
+        if not certain.any():
+            return p
+        p[np.flatnonzero(free)[certain]] = 1.0
+
+
+def pivotal(p, u, margins):
+    """Which tokens stay: a boolean of each."""
+    stay = p >= 1
+    carried, a, draws = None, 0.0, iter(u)
+    for i in np.flatnonzero(p < 1):
+        b = p[i]
+        if carried is None:
+            carried, a = i, b
+            continue
+        number = next(draws)
+        if abs(a + b - 1) < 1e-12:  # two halves: one stays, none goes on
+            kept = carried if decide(number, 1 - b, 1.0, margins) else i
+            stay[kept], carried = True, None
+        elif decide(a + b, 1.0, 1.0, margins):
+            carried, a = carried if decide(number * (a + b), a, a + b, margins) else i, a + b
         else:
-            first = decide(f[a] / w[a], f[b] / w[b],
-                           max(largest[a] / w[a], largest[b] / w[b]), margins)
-        keep, drop = (a, b) if first else (b, a)
-        f += w[drop] / w[keep] * K[keep] - K[drop]
-        largest = np.maximum(largest, np.maximum(w[drop] / w[keep] * size[keep], size[drop]))
-        stay.append(keep)
-    return np.array(stay), w[0::2] + w[1::2]
+            first = decide(number * (2 - a - b), 1 - b, 2 - a - b, margins)
+            stay[carried if first else i] = True
+            carried, a = i if first else carried, a + b - 1
+    if carried is not None:  # its chance is 0 or 1 by now
+        stay[carried] = stay.sum() < PAGE
+    return stay
 
 
-def uniform(case, k, v, w, r, margins):
+def exchange(stay, p, K, size, rounds, margins):
+    """Rounds of exchanges that shorten sum_ij z_i z_j K_ij."""
+    chance = p < 1
+    z = np.where(chance, np.where(stay, 1 / p, 0) - 1, 0.0)
+    for _ in range(rounds):
+        for i in range(2 * PAGE):
+            if not (chance[i] and stay[i]):
+                continue
+            others = np.flatnonzero(chance & ~stay)
+            f, terms = K @ z, (size * np.abs(z)).max(axis=1)
+            di, dj = -1 / p[i], 1 / p[others]
+            change = (2 * di * f[i] + di * di * K[i, i] + 2 * dj * f[others]
+                      + dj * dj * K[others, others] + 2 * di * dj * K[i, others])
+            largest = max(np.abs(di) * terms[i], di * di * K[i, i])
+            each = np.maximum(np.maximum(dj * terms[others], dj * dj * K[others, others]), largest)
+            order = np.argsort(change)
+            best = order[0]
+            if decide(change[best], 0.0, each[best], margins):
+                for other in order[1:3]:
+                    decide(change[best], change[other], max(each[best], each[other]), margins)
+                j = others[best]
+                stay[i], stay[j] = False, True
+                z[i], z[j] = -1.0, 1 / p[j] - 1
+    return stay
+
+
+def sample(case, block, u, margins):
+    w, by_query = block.weights, case["importance"] in (0, 2, 3, 6, 7)
+    e = expected(case, block) if by_query else None
+    p = chances(importance_of(case, block, e), margins)
+    stay = pivotal(p, u, margins)
+    if case["rounds"] != NONE:
+        v = block.v - block.v.mean(axis=0)
+        K, size = kernel(case, block.k, v, np.sqrt(w * e) if by_query else w, 0.1,
+                         (v * v).sum(axis=1).mean() / 32)
+        stay = exchange(stay, p, K, size, case["rounds"] or 2, margins)
+    stay = np.flatnonzero(stay)
+    return stay, np.minimum(w[stay] / p[stay], block.seen)
+
+
+def uniform(case, block, u, margins):
     p = list(range(2 * PAGE))
     for i in range(PAGE):
-        j = i + ((r[i] * (2 * PAGE - i)) >> 24)
+        j = i + ((int(u[i] * 2**24) * (2 * PAGE - i)) >> 24)
         p[i], p[j] = p[j], p[i]
-    return rescaled(p[:PAGE], w)
+    return rescaled(p[:PAGE], block.weights)
 
 
-def stride(case, k, v, w, r, margins):
-    return np.arange(0, 2 * PAGE, 2) + (r[0] >> 23), w[0::2] + w[1::2]
+def window(case, block, u, margins):
+    return np.arange(PAGE, 2 * PAGE), block.weights[PAGE:]
 
 
-def window(case, k, v, w, r, margins):
-    return np.arange(PAGE, 2 * PAGE), w[PAGE:]
-
-
-RULES = {WALK: walk, PAIR: pair, UNIFORM: uniform, STRIDE: stride, WINDOW: window}
+RULES = {f.__name__: f for f in (walk, sample, uniform, window)}
 
 
 # ---- the cache of one KV head ------------------------------------------------------------------
+class Block:
+    """The 128 tokens of a halving, and what the head has learned."""
+
+    def __init__(self, head, tokens, weights):
+        self.k, self.v = np.array(head.keys)[tokens], np.array(head.values)[tokens]
+        self.use, self.weights = np.array(head.use)[tokens], weights
+        self.mean_queries, self.seen = head.mean_queries, len(head.keys)
+
+
 class Head:
     def __init__(self, case, head, margins):
         self.case, self.head, self.margins = case, head, margins
@@ -176,22 +269,25 @@ class Head:
             self.n_exact = wanted or (1 if self.n_pages > 2 else 0)
         else:
             self.n_exact = 0 if case["window"] == NONE else -(-case["window"] // PAGE)
-        self.keys, self.values = [], []  # of every token ever seen; the pages refer to them
+        self.keys, self.values, self.use = [], [], []  # of every token ever seen
         self.sinks, self.pages, self.halvings = [], [], 0
+        group = case["n_q_heads"] // case["n_kv_heads"]
+        self.mean_queries = np.zeros((group, case["head_dim"]))
 
     def append(self, key, value):
         token = len(self.keys)
-        self.keys.append(key)
-        self.values.append(value)
         if len(self.sinks) < self.n_sinks:
             self.sinks.append(token)
-            return
-        if not self.pages or len(self.pages[-1][1]) == PAGE:
-            if len(self.pages) == self.n_pages:
-                self.halve()
-            self.pages.append((0, [], []))
-        self.pages[-1][1].append(token)
-        self.pages[-1][2].append(1.0)
+        else:
+            if not self.pages or len(self.pages[-1][1]) == PAGE:
+                if len(self.pages) == self.n_pages:
+                    self.halve()
+                self.pages.append((0, [], []))
+            self.pages[-1][1].append(token)
+            self.pages[-1][2].append(1.0)
+        self.keys.append(key)
+        self.values.append(value)
+        self.use.append(0.0)
 
     def halve(self):
         levels = [level for level, _, _ in self.pages[:self.n_pages - self.n_exact]]
@@ -199,10 +295,10 @@ class Head:
         tokens = np.array(self.pages[i][1] + self.pages[i + 1][1])
         weights = np.array(self.pages[i][2] + self.pages[i + 1][2])
         rule = self.case["rule"]
-        stay, kept = RULES[rule](self.case, np.array(self.keys)[tokens],
-                                 np.array(self.values)[tokens], weights,
+        stay, kept = RULES[rule](self.case, Block(self, tokens, weights),
                                  halving_numbers(self.case["seed"], self.head, self.halvings),
                                  self.margins)
+        assert len(stay) == PAGE
         level = max(levels[i], levels[i + 1]) + (rule != WINDOW)
         self.pages[i:i + 2] = [(level, list(tokens[stay]), list(kept))]
         self.halvings += 1
@@ -212,36 +308,56 @@ class Head:
         return (self.sinks + [t for page in self.pages for t in page[1]],
                 [1.0] * len(self.sinks) + [w for page in self.pages for w in page[2]])
 
-    def attend(self, q):
+    def attend(self, queries):
+        """The outputs of the group's queries; the head learns from them."""
         tokens, w = self.held()
-        s = np.array(self.keys)[tokens] @ q * (self.case["scale"] or 1 / math.sqrt(len(q)))
+        k, v, w = np.array(self.keys)[tokens], np.array(self.values)[tokens], np.array(w)
+        s = queries @ k.T * scale_of(self.case)
         if self.case["softcap"]:
             s = self.case["softcap"] * np.tanh(s / self.case["softcap"])
-        p = np.array(w) * np.exp(s - s.max())
-        return p @ np.array(self.values)[tokens] / p.sum()
+        p = w * np.exp(s - s.max(axis=1, keepdims=True))
+        self.mean_queries = self.mean_queries + LEARN * (queries - self.mean_queries)
+        end = len(tokens)
+        for _, page, _ in self.pages[:-3:-1]:  # the newest, then the one before, without it
+            begin = end - len(page)
+            share = p[:, begin:end] / p[:, :end].sum(axis=1, keepdims=True)
+            for token, x in zip(page, (share**2).sum(axis=0)):
+                self.use[token] += x
+            end = begin
+        return (p @ v / p.sum(axis=1, keepdims=True)).ravel()
 
 
 def run(case):
-    """Positions, weights and outputs of all checkpoints, in the order test_golden.c reads them."""
-    positions, weights, outputs, margins = [], [], [], []
+    """Positions, weights, uses and outputs of all checkpoints, in the order test_golden.c reads
+    them. Of the uses only a sum per head, each times its place among the kept tokens."""
+    positions, weights, uses, outputs, margins = [], [], [], [], []
     heads = [Head(case, h, margins) for h in range(case["n_kv_heads"])]
     group = case["n_q_heads"] // case["n_kv_heads"]
+
+    def attend(token):
+        return [x for h, head in enumerate(heads) for x in head.attend(
+            np.array([query_of(case, token, i) for i in range(h * group, (h + 1) * group)]))]
+
     for token in range(case["at"][-1]):
         for h, head in enumerate(heads):
             head.append(key_of(case, token, h), value_of(case, token, h))
+        if case["every"] and token % case["every"] == 0:
+            attend(token)
         if token + 1 in case["at"]:
             for head in heads:
                 tokens, w = head.held()
                 positions += tokens
                 weights += w
+                pages = [(i, t) for i, t in enumerate(tokens) if i >= head.n_sinks]
+                uses.append(sum(i * head.use[t] for i, t in pages))
             for i in range(N_QUERIES):
-                for h in range(case["n_q_heads"]):
-                    outputs += list(heads[h // group].attend(query_of(case, token + i, h)))
+                outputs += attend(token + i)
     top = max(level for head in heads for level, _, _ in head.pages)
-    print("rule %d: %d + %d halvings, level %d, %s weights, smallest margin %.1e" % (
-        case["rule"], heads[0].halvings, heads[-1].halvings, top,
-        len(set(weights)), min(margins, default=1)))
-    return positions, weights, outputs
+    certain = sum(w == 1 for head in heads for level, _, page in head.pages if level for w in page)
+    print("%-7s %10d: %2d halvings a head, level %d, weights up to %.4g, %d of 1 in halved pages, "
+          "smallest margin %.1e" % (case["rule"], case["importance"], heads[0].halvings, top,
+                                    max(weights), certain, min(margins, default=1)), flush=True)
+    return positions, weights, uses, outputs
 
 
 # ---- the file ----------------------------------------------------------------------------------
@@ -260,19 +376,21 @@ def render():
     rows = []
     for case in CASES:
         rows.append("    {" + ", ".join(
-            ["BKV_RULE_" + RULES[case["rule"]].__name__.upper()]
-            + ["BKV_NONE" if case[name] == NONE else "%du" % case[name] for name in FIELDS[1:8]]
-            + ["%sf" % float(case[name]) for name in FIELDS[8:12]])
-            + ",\n     0x%xu, %du, {%s}},\n" % (
-                case["seed"], case["data"], ", ".join("%du" % n for n in case["at"])))
-    flat = [[x for r in runs for x in r[i]] for i in range(3)]
+            ["BKV_RULE_" + case["rule"].upper()]
+            + ["BKV_NONE" if case[name] == NONE else "%du" % case[name] for name in FIELDS[1:10]]
+            + ["%sf" % float(case[name]) for name in FIELDS[10:14]])
+            + ",\n     0x%xu, %du, %du, {%s}},\n" % (
+                case["seed"], case["data"], case["every"],
+                ", ".join("%du" % n for n in case["at"])))
+    flat = [[x for r in runs for x in r[i]] for i in range(4)]
     return ("/* Made by gen_golden.py, read by test_golden.c; not to be edited. */\n"
             "#define GOLDEN_QUERIES %du\n#define GOLDEN_CHECKPOINTS %du\n\n"
             "static const golden_case golden_cases[] = {\n%s};\n\n"
             % (N_QUERIES, len(CASES[0]["at"]), "".join(rows))
             + array("static const uint16_t golden_positions[]", flat[0], "%d") + "\n"
             + array("static const double golden_weights[]", flat[1], "%.7g") + "\n"
-            + array("static const double golden_outputs[]", flat[2], "%.9g"))
+            + array("static const double golden_uses[]", flat[2], "%.9g") + "\n"
+            + array("static const double golden_outputs[]", flat[3], "%.9g"))
 
 
 def differences(stored, made):
@@ -297,7 +415,7 @@ def first_seeds():
                 break
             except TooClose:
                 data += 1
-        print("    data seed %d" % data)
+        print("    data seed %d" % data, flush=True)
 
 
 def main():

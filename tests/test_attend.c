@@ -267,6 +267,7 @@ static void extremes(void) {
             for (size_t t = 0; t < COUNT(test_types); t++) {
                 bkv_config cfg = config(2, 24, 24, test_types[t], 208);
                 cfg.rule = rule;
+                cfg.importance = kind % 3 == 0 ? BKV_IMPORTANCE_KEY : kind % 3 == 1 ? 7 : 0;
                 cfg.scale = 1;
                 if (kind == LARGEST && cfg.kv_type == BKV_F16) /* such numbers are refused there */
                     continue;
@@ -318,7 +319,7 @@ static void larger_budgets_err_less(void) {
         make_topics(&s);
         for (int b = BUDGETS; b-- > 0;) { /* the last holds all tokens: the truth */
             cfg = config(N_Q / 2, DIM, DIM, BKV_F32, budgets[b]);
-            cfg.rule = BKV_RULE_PAIR;
+            cfg.rule = BKV_RULE_SAMPLE;
             cfg.seed = seed;
             bkv_cache c = cache_new(&cfg);
             append(&c, &s, 0, N);

@@ -1,18 +1,20 @@
 /* test_golden.c - the library against an independent model.
 
    tests/golden/cases.h holds what the float64 NumPy model of gen_golden.py keeps of a stream, with
-   which weights, and what attention over it gives. Each case is replayed on every backend and with
-   every storage type: the inputs are exact in all of them, so the results must be the same. */
+   which weights and uses, and what attention over it gives. Each case is replayed on every backend
+   and with every storage type: the inputs are exact in all of them, so the results must agree. */
 #include "test.h"
 
 #define BALANCEKV_IMPLEMENTATION
 #include "balancekv.h"
 
 typedef struct golden_case {
-    uint32_t rule, n_q_heads, n_kv_heads, head_dim, value_dim, budget, sinks, window;
+    uint32_t rule, importance, rounds, n_q_heads, n_kv_heads, head_dim, value_dim;
+    uint32_t budget, sinks, window;
     float gamma, temp, scale, softcap;
     uint64_t seed, data; /* of the halvings; of the inputs */
-    uint32_t at[3];      /* checkpoints: tokens seen */
+    uint32_t every;      /* tokens from one attend to the next; 0: only at checkpoints */
+    uint32_t at[2];      /* checkpoints: tokens seen */
 } golden_case;
 
 #include "golden/cases.h"
@@ -20,10 +22,10 @@ typedef struct golden_case {
 /* The stored answers are read in order: by checkpoint, then head. */
 typedef struct golden_answers {
     const uint16_t *position;
-    const double *weight, *output;
+    const double *weight, *use, *output;
 } golden_answers;
 
-enum { KEY, VALUE, QUERY, KEY_OFFSET };
+enum { KEY, VALUE, QUERY, KEY_OFFSET, QUERY_OFFSET };
 
 /* An integer -64..63, gen_golden.py's noise(): the finaliser of splitmix64 over a counter. */
 static int noise(uint64_t data, uint64_t what, uint64_t token, uint64_t head, uint64_t i) {
@@ -43,14 +45,17 @@ static void make_token(const golden_case *g, unsigned what, uint32_t token, uint
             int n = noise(g->data, what, token, h, i);
             if (what == KEY)
                 n += (noise(g->data, KEY_OFFSET, 0, h, i) + 64) / 2 - 32; /* rounded down */
-            x[h * dim + i] = (float)n / (what == QUERY ? 32.0f : 64.0f);
+            if (what == QUERY) n += noise(g->data, QUERY_OFFSET, 0, h, i);
+            x[h * dim + i] = (float)n / 64.0f;
         }
 }
 
-/* Compares the tokens of all heads with the answers and steps over them. */
+/* Compares the tokens of all heads with the answers and steps over them. The answers know only a
+   sum of the uses, each times its place; sinks have none to speak of. */
 static void compare_tokens(const bkv_cache *c, const golden_case *g, golden_answers *a) {
     uint32_t held = cache_stats(c).tokens_held;
-    for (uint32_t h = 0; h < g->n_kv_heads; h++, a->position += held, a->weight += held)
+    for (uint32_t h = 0; h < g->n_kv_heads; h++, a->position += held, a->weight += held, a->use++) {
+        double use = 0;
         for (uint32_t i = 0; i < held; i++) {
             bkv_token_info info = cache_token(c, h, i);
             CHECKF(info.position == a->position[i], "head %u, token %u: position %u, not %u",
@@ -58,7 +63,11 @@ static void compare_tokens(const bkv_cache *c, const golden_case *g, golden_answ
             CHECKF(fabs((double)info.weight - a->weight[i]) <= 1e-5 * a->weight[i],
                    "head %u, position %u: weight %.9g, not %.9g", (unsigned)h,
                    (unsigned)info.position, (double)info.weight, a->weight[i]);
+            if (info.kind != BKV_KIND_SINK) use += i * (double)info.use;
         }
+        CHECKF(fabs(use - *a->use) <= 1e-5 * *a->use, "head %u: uses %.9g, not %.9g", (unsigned)h,
+               use, *a->use);
+    }
 }
 
 /* Attends with the checkpoint's queries. max |v| is 1, so the bound is 2e-5 * max |v|. */
@@ -85,6 +94,8 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
     cfg.sinks = g->sinks;
     cfg.window = g->window;
     cfg.rule = g->rule;
+    cfg.importance = g->importance;
+    cfg.rounds = g->rounds;
     cfg.backend = backend;
     cfg.gamma = g->gamma;
     cfg.temp = g->temp;
@@ -92,13 +103,16 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
     cfg.softcap = g->softcap;
     cfg.seed = g->seed;
     bkv_cache c = cache_new(&cfg);
-    float k[2 * 24], v[2 * 24];
+    float k[2 * 24], v[2 * 24], q[4 * 24], out[4 * 24];
     uint32_t seen = 0;
     for (unsigned i = 0; i < GOLDEN_CHECKPOINTS; i++) {
         for (; seen < g->at[i]; seen++) {
             make_token(g, KEY, seen, g->n_kv_heads, g->head_dim, k);
             make_token(g, VALUE, seen, g->n_kv_heads, g->value_dim, v);
             OK(bkv_append(&c, bkv_dense(k, BKV_F32), bkv_dense(v, BKV_F32), 1, 0, 0, 1));
+            if (g->every == 0 || seen % g->every) continue;
+            make_token(g, QUERY, seen, g->n_q_heads, g->head_dim, q);
+            OK(bkv_attend(&c, bkv_dense(q, BKV_F32), out, 0, 1));
         }
         compare_tokens(&c, g, &a);
         compare_outputs(&c, g, seen, &a);
@@ -116,11 +130,12 @@ static void golden(uint32_t type) {
     size_t n_backends = test_backends(backends);
     CHECK(n_backends > 0);
     for (size_t b = 0; b < n_backends; b++) {
-        golden_answers a = {golden_positions, golden_weights, golden_outputs};
+        golden_answers a = {golden_positions, golden_weights, golden_uses, golden_outputs};
         for (size_t i = 0; i < COUNT(golden_cases); i++)
             a = replay(&golden_cases[i], backends[b], type, a);
         CHECK(a.position == golden_positions + COUNT(golden_positions));
         CHECK(a.weight == golden_weights + COUNT(golden_weights));
+        CHECK(a.use == golden_uses + COUNT(golden_uses));
         CHECK(a.output == golden_outputs + COUNT(golden_outputs));
     }
 }

@@ -25,9 +25,10 @@ static uint32_t any(axis *a) {
 
 static const uint32_t dims[] = {1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 80, 96, 100, 128, 256, 512};
 
-static axis value_dims = {COUNT(dims), 0}, types_q = {3, 0}, groups = {16, 0}, rules = {5, 0},
+static axis value_dims = {COUNT(dims), 0}, types_q = {3, 0}, groups = {16, 0}, rules = {6, 0},
             layouts_k = {N_LAYOUTS, 0}, layouts_v = {N_LAYOUTS, 0}, layouts_q = {N_LAYOUTS, 0},
-            shifts = {2, 0}, forms = {4, 0}, windows = {3, 0}, n_heads = {3, 0};
+            shifts = {2, 0}, forms = {4, 0}, windows = {3, 0}, n_heads = {3, 0},
+            importances = {9, 0}, rounds = {4, 0};
 
 static uint32_t exercised; /* bit of each backend that ran */
 
@@ -38,7 +39,7 @@ static tensor random_tensor(size_t n, size_t heads, size_t dim, uint32_t type, u
 }
 
 static scene scene_new(uint32_t d, uint32_t in_type, uint32_t kv_type) {
-    static const uint32_t window[] = {0, BKV_NONE, 64};
+    static const uint32_t window[] = {0, BKV_NONE, 64}, n_rounds[] = {0, BKV_NONE, 1, 5};
     scene s;
     memset(&s, 0, sizeof s);
     bkv_config *cfg = &s.cfg;
@@ -52,7 +53,11 @@ static scene scene_new(uint32_t d, uint32_t in_type, uint32_t kv_type) {
     cfg->kv_type = kv_type;
     cfg->budget = 208;
     cfg->window = window[any(&windows)];
-    cfg->rule = BKV_RULE_WALK + any(&rules);
+    cfg->rule = any(&rules); /* half of the scenes `sample`: it has most to compute */
+    if (cfg->rule == BKV_RULE_DEFAULT || cfg->rule > BKV_RULE_WINDOW) cfg->rule = BKV_RULE_SAMPLE;
+    cfg->importance = any(&importances);
+    if (cfg->importance == 8) cfg->importance = BKV_NONE;
+    cfg->rounds = n_rounds[any(&rounds)];
     cfg->scale = form & 1 ? 0.11f : 0;
     cfg->softcap = form & 2 ? 3.0f : 0;
     cfg->seed = random_bits();
@@ -100,11 +105,12 @@ static void compare_backends(const scene *s) {
         size_t at = 0;
         while (at < s->n_floats && memcmp(&want[at], &got[at], sizeof(float)) == 0) at++;
         CHECKF(at == s->n_floats && same_state(&first, &c),
-               "%s: %s of d %u, %u, %s from %s, q %s, heads %u/%u, rule %u, scale %g, softcap %g",
+               "%s: %s of d %u, %u, %s from %s, q %s, heads %u/%u, rule %u, importance %u, "
+               "rounds %u, scale %g, softcap %g",
                bkv_backend_name(list[b]), at == s->n_floats ? "state" : "output", s->cfg.head_dim,
                s->cfg.value_dim, type_name(s->cfg.kv_type), type_name(s->k.view.type),
                type_name(s->q.view.type), s->cfg.n_q_heads, s->cfg.n_kv_heads, s->cfg.rule,
-               (double)s->cfg.scale, (double)s->cfg.softcap);
+               s->cfg.importance, s->cfg.rounds, (double)s->cfg.scale, (double)s->cfg.softcap);
         cache_free(&c);
     }
     cache_free(&first);
@@ -119,8 +125,8 @@ static void backends_agree(void) {
             compare_backends(&s);
             scene_free(&s);
         }
-    axis *all[] = {&types_q, &rules,   &layouts_k, &layouts_v, &layouts_q, &shifts,
-                   &forms,   &windows, &n_heads,   &groups,    &value_dims};
+    axis *all[] = {&types_q, &rules,  &layouts_k,  &layouts_v,   &layouts_q, &shifts, &forms,
+                   &windows, &groups, &value_dims, &importances, &n_heads,   &rounds};
     for (size_t i = 0; i < COUNT(all) && !test_quick(); i++)
         CHECKF(all[i]->seen == (1u << all[i]->n_values) - 1, "axis %zu: only %x", i, all[i]->seen);
 }

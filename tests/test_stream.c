@@ -35,6 +35,7 @@ static void append(bkv_cache *c, const stream *s, size_t from, size_t n) {
 }
 
 /* ---- ways to feed n tokens: each fills out[n][N_KV * GROUP][VALUE_DIM] or only its last row -- */
+/* Queries teach the cache, so the same state is due to those feeders that ask the same queries. */
 
 enum { ROW = N_KV * GROUP * VALUE_DIM };
 
@@ -78,6 +79,11 @@ static void feed_singly(bkv_cache *c, const stream *s, size_t from, size_t n, fl
         append(c, s, from + t, 1);
         OK(bkv_attend(c, tensor_from(&s->q, from + t), out + t * ROW, 0, 1));
     }
+}
+
+static void feed_appending(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
+    for (size_t t = 0; t < n; t++) append(c, s, from + t, 1);
+    OK(bkv_attend(c, tensor_from(&s->q, from + n - 1), out + (n - 1) * ROW, 0, 1));
 }
 
 static void feed_chunk(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
@@ -134,20 +140,33 @@ static void feed_moving(bkv_cache *c, const stream *s, size_t from, size_t n, fl
     move(c);
 }
 
+/* The query that counts in parts: bkv_attend_partial() teaches as bkv_attend() does. */
+static void feed_partial(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
+    float part[ROW], max[N_KV * GROUP], sum[N_KV * GROUP];
+    bkv_cache twin = cache_new(&c->cfg);
+    append(c, s, from, n);
+    memcpy(twin.mem, c->mem, c->state_bytes);
+    OK(bkv_attend(&twin, tensor_from(&s->q, from + n - 1), out + (n - 1) * ROW, 0, 1));
+    OK(bkv_attend_partial(c, tensor_from(&s->q, from + n - 1), part, max, sum, 0, 1));
+    cache_free(&twin);
+}
+
 static const struct feeder {
     const char *name;
     void (*feed)(bkv_cache *c, const stream *s, size_t from, size_t n, float *out);
     int last_row_only;
 } feeders[] = {
     {"one by one", feed_singly, 0},
-    {"chunks", feed_chunk, 1},
-    {"chunks in shares", feed_chunk_shared, 1},
     {"prefill", feed_prefill, 0},
     {"2 shares", feed_shares_2, 0},
     {"3 shares", feed_shares_3, 0},
     {"5 shares", feed_shares_5, 0},
     {"threads", feed_threads, 0},
+    {"appending", feed_appending, 1},
+    {"chunks", feed_chunk, 1},
+    {"chunks in shares", feed_chunk_shared, 1},
     {"moving", feed_moving, 1},
+    {"partial", feed_partial, 1},
 };
 
 /* Sizes at which something could go wrong, and any other. */
@@ -167,13 +186,15 @@ static void lockstep(bkv_config cfg, const stream *s) {
         out[f] = new_floats(300 * ROW);
     }
     for (size_t from = 0, n; from < s->n; from += n) {
+        size_t first = 0; /* of the feeders that ask the same queries */
         n = chunk_size(s->n - from);
         for (size_t f = 0; f < COUNT(feeders); f++) {
             size_t skip = feeders[f].last_row_only ? n - 1 : 0;
             feeders[f].feed(&c[f], s, from, n, out[f]);
-            CHECKF(same_state(&c[0], &c[f]), "state: rule %u, %s: %s, tokens %zu to %zu", cfg.rule,
-                   type_name(cfg.kv_type), feeders[f].name, from, from + n - 1);
-            CHECKF(memcmp(out[0] + skip * ROW, out[f] + skip * ROW,
+            if (feeders[f].last_row_only != feeders[first].last_row_only) first = f;
+            CHECKF(same_state(&c[first], &c[f]), "state: rule %u, %s: %s, tokens %zu to %zu",
+                   cfg.rule, type_name(cfg.kv_type), feeders[f].name, from, from + n - 1);
+            CHECKF(memcmp(out[first] + skip * ROW, out[f] + skip * ROW,
                           (n - skip) * ROW * sizeof(float)) == 0,
                    "output: rule %u, %s: %s, tokens %zu to %zu", cfg.rule, type_name(cfg.kv_type),
                    feeders[f].name, from, from + n - 1);
@@ -186,6 +207,10 @@ static void lockstep(bkv_config cfg, const stream *s) {
     }
 }
 
+/* For rule `sample`: what it takes for important, and how often it balances. */
+static const uint32_t importances[] = {0, 1, 2, 3, 4, 5, 6, 7, BKV_NONE};
+static const uint32_t rounds[] = {0, BKV_NONE, 1, 7};
+
 static void ways_to_feed(void) {
     size_t n = test_quick() ? 560 : 1500;
     for (size_t t = 0; t < COUNT(test_types); t++) {
@@ -193,6 +218,12 @@ static void ways_to_feed(void) {
         for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
             if (!test_quick() || t == rule % 3)
                 lockstep(config(rule, test_types[(t + rule) % 3], 300), &s);
+        for (size_t i = t; i < COUNT(importances) && !test_quick(); i += 3) {
+            bkv_config cfg = config(BKV_RULE_SAMPLE, test_types[t], 300);
+            cfg.importance = importances[i];
+            cfg.rounds = rounds[i % COUNT(rounds)];
+            lockstep(cfg, &s);
+        }
         stream_free(&s);
     }
 }
@@ -202,7 +233,7 @@ static void ways_to_feed(void) {
 enum { MOST_PAGES = 64, MOST_SLOTS = 2048 };
 
 typedef struct model {
-    uint32_t sinks, n_pages, window_pages, rule;
+    uint32_t sinks, n_pages, window_pages, rule, importance;
     uint32_t level[MOST_PAGES]; /* of the pages in use, oldest first */
     uint32_t pages, newest;     /* pages in use, tokens in the newest of them */
     uint64_t seen, halvings;
@@ -237,8 +268,8 @@ static uint32_t model_held(const model *m) {
 
 static bkv_token_info kept[MOST_SLOTS];
 
-/* All that is promised of the tokens of a head; returns the largest weight. was: 1 for every position
-   that was held at the last look or is newer. */
+/* All that is promised of the tokens of a head; returns the largest weight. was: 1 for every
+   position that was held at the last look or is newer. */
 static float check_head(const bkv_cache *c, const model *m, uint32_t head, unsigned char *was) {
     bkv_stats_info s = cache_stats(c);
     double mass = 0;
@@ -250,7 +281,8 @@ static float check_head(const bkv_cache *c, const model *m, uint32_t head, unsig
         mass += (double)t.weight;
         CHECK(i == 0 || t.position > kept[i - 1].position);
         CHECK(t.position < m->seen && was[t.position]);
-        CHECK(t.weight >= 1 && t.weight <= s.max_weight && t.use == 0);
+        CHECK(t.weight >= 1 && t.weight <= s.max_weight && t.weight <= (float)m->seen);
+        CHECK(t.use >= 0 && isfinite(t.use));
         heaviest = t.weight > heaviest ? t.weight : heaviest;
         CHECK((t.kind == BKV_KIND_SINK) == (i < m->sinks));
         CHECK(t.kind >= BKV_KIND_SINK && t.kind <= BKV_KIND_WINDOW);
@@ -266,9 +298,7 @@ static float check_head(const bkv_cache *c, const model *m, uint32_t head, unsig
     if (m->rule == BKV_RULE_WINDOW)
         for (uint32_t i = 0; i + m->sinks < n; i++)
             CHECK(kept[n - 1 - i].position == m->seen - 1 - i && kept[n - 1 - i].weight == 1);
-    else if (m->rule == BKV_RULE_PAIR || m->rule == BKV_RULE_STRIDE)
-        CHECK(mass == (double)m->seen);
-    else
+    else if (m->rule != BKV_RULE_SAMPLE || m->importance == BKV_NONE)
         CHECKF(fabs(mass - (double)m->seen) <= 1e-5 * (double)m->seen, "mass %.9g", mass);
     memset(was, 0, (size_t)m->seen);
     for (uint32_t i = 0; i < n; i++) was[kept[i].position] = 1;
@@ -283,7 +313,7 @@ static void stream_against_model(bkv_config cfg, const stream *s) {
     uint32_t window = cfg.window == BKV_NONE ? 0 : round_up(cfg.window, 64);
     model m;
     memset(&m, 0, sizeof m);
-    m.rule = cfg.rule;
+    m.rule = cfg.rule, m.importance = cfg.importance;
     if (slots < sinks + window + 128) {
         RESULT(bkv_check(&cfg), BKV_E_BUDGET);
         return;
@@ -301,7 +331,9 @@ static void stream_against_model(bkv_config cfg, const stream *s) {
     unsigned char *was = (unsigned char *)checked(calloc(N_KV, s->n));
     for (size_t t = 0; t < s->n; t++) {
         uint32_t top = 0;
+        float out[ROW];
         append(&c, s, t, 1);
+        if (t % 5 == 0) OK(bkv_attend(&c, tensor_from(&s->q, t), out, 0, 1));
         model_append(&m);
         st = cache_stats(&c);
         for (uint32_t i = 0; i < m.pages; i++) top = m.level[i] > top ? m.level[i] : top;
@@ -331,10 +363,12 @@ static void state_at_any_time(void) {
     for (size_t b = 0; b < COUNT(budgets); b++)
         for (size_t i = 0; i < COUNT(sinks); i++)
             for (size_t w = 0; w < COUNT(window); w++) {
-                bkv_config cfg = config(BKV_RULE_WALK + n++ % 5, BKV_F16, budgets[b]);
+                bkv_config cfg = config(BKV_RULE_WALK + n % 4, BKV_F16, budgets[b]);
+                cfg.importance = importances[n / 4 % COUNT(importances)];
+                cfg.rounds = rounds[n++ / 4 % COUNT(rounds)];
                 cfg.sinks = sinks[i];
                 cfg.window = window[w];
-                if (!test_quick() || n % 4 == 0) stream_against_model(cfg, &s);
+                if (!test_quick() || n % 3 == 0) stream_against_model(cfg, &s);
             }
     stream_free(&s);
 }
@@ -343,6 +377,201 @@ static void long_streams(void) {
     stream s = stream_new(test_quick() ? 1000 : 3000, BKV_BF16);
     for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
         stream_against_model(config(rule, BKV_F32, 208), &s);
+    stream_free(&s);
+}
+
+/* ---- rule sample ----------------------------------------------------------------------------- */
+
+enum { RANDOM, ZERO_VALUES, EQUAL_KEYS, EQUAL_VALUES, ONE_HUGE, ALL_HUGE, N_KINDS };
+
+/* Whatever it takes for important and whatever comes, 64 of 128 stay, in order, with finite weights
+   of at least 1, and attention is finite. stream_against_model() looks at every token. */
+static void any_importance_of_any_input(void) {
+    enum { N_TOKENS = 460 };
+    for (int kind = 0; kind < N_KINDS; kind++) {
+        stream s = stream_new(N_TOKENS, BKV_F32);
+        for (size_t t = 0; t < N_TOKENS; t++)
+            for (size_t h = 0; h < N_KV; h++)
+                for (size_t i = 0; i < DIM; i++) {
+                    double k = tensor_get(&s.k, t, h, i), huge = ldexp(1.5, 55);
+                    if (kind == EQUAL_KEYS) k = 0.5;
+                    if (kind == ONE_HUGE && t == 100) k *= 1e15;
+                    if (kind == ALL_HUGE) k = k < 0 ? -huge : huge;
+                    tensor_set(&s.k, t, h, i, k);
+                    if (i >= VALUE_DIM) continue;
+                    double v = tensor_get(&s.v, t, h, i);
+                    if (kind == ZERO_VALUES) v = 0;
+                    if (kind == EQUAL_VALUES) v = -3;
+                    if (kind == ONE_HUGE && t == 101) v *= 1e15;
+                    if (kind == ALL_HUGE) v = v < 0 ? -huge : huge;
+                    tensor_set(&s.v, t, h, i, v);
+                }
+        for (size_t i = 0; i < COUNT(importances); i++)
+            for (size_t r = 0; r < COUNT(rounds); r++) {
+                bkv_config cfg = config(BKV_RULE_SAMPLE, BKV_F32, 208);
+                float out[ROW];
+                cfg.importance = importances[i];
+                cfg.rounds = rounds[r];
+                if (test_quick() && (i + r + (size_t)kind) % 5) continue;
+                if (kind == RANDOM || kind == ZERO_VALUES) cfg.scale = 2; /* sharp attention */
+                stream_against_model(cfg, &s);
+                bkv_cache c = cache_new(&cfg);
+                for (size_t t = 0; t < N_TOKENS; t += 20) {
+                    append(&c, &s, t, 20);
+                    OK(bkv_attend(&c, tensor_from(&s.q, t), out, 0, 1));
+                    for (size_t x = 0; x < ROW; x++)
+                        CHECKF(isfinite(out[x]), "kind %d, importance %u, rounds %u, token %zu",
+                               kind, cfg.importance, cfg.rounds, t);
+                }
+                cache_free(&c);
+            }
+        stream_free(&s);
+    }
+}
+
+static bkv_config one_head(uint32_t importance, uint32_t n_rounds, uint64_t seed) {
+    bkv_config cfg = config(BKV_RULE_SAMPLE, BKV_F32, 144);
+    cfg.n_q_heads = cfg.n_kv_heads = 1;
+    cfg.window = BKV_NONE;
+    cfg.importance = importance;
+    cfg.rounds = n_rounds;
+    cfg.seed = seed;
+    return cfg;
+}
+
+/* The tokens of KV head 0 only. */
+static void append_one_head(bkv_cache *c, const stream *s, size_t from, size_t n) {
+    bkv_tensor k = tensor_from(&s->k, from), v = tensor_from(&s->v, from);
+    k.token_stride = s->k.token_stride, k.head_stride = s->k.head_stride;
+    v.token_stride = s->v.token_stride, v.head_stride = s->v.head_stride;
+    k.elem_stride = s->k.elem_stride, v.elem_stride = s->v.elem_stride;
+    OK(bkv_append(c, k, v, n, 0, 0, 1));
+}
+
+/* Without balancing a token of weight 1 and chance p stays with weight 1 / p, in a share p of all
+   seeds: it counts 1 on average. So does everything together after more halvings. */
+static void weights_on_average(void) {
+    enum { N_TOKENS = 145, LATER = 600 };
+    unsigned seeds = test_quick() ? 200 : 1000;
+    stream s = stream_new(LATER, BKV_F32);
+    for (size_t m = 0; m < COUNT(importances); m++) {
+        unsigned stayed[N_TOKENS] = {0}, uneven = 0;
+        float weight[N_TOKENS] = {0}, out[VALUE_DIM];
+        double sum = 0, squares = 0;
+        for (unsigned seed = 0; seed < seeds; seed++) {
+            bkv_config cfg = one_head(importances[m], BKV_NONE, seed);
+            bkv_cache c = cache_new(&cfg);
+            for (size_t t = 0; t < 144; t += 12) {
+                append_one_head(&c, &s, t, 12);
+                OK(bkv_attend(&c, tensor_from(&s.q, t), out, 0, 1));
+            }
+            append_one_head(&c, &s, 144, 1);
+            for (uint32_t i = 16; i < 16 + 64; i++) {
+                bkv_token_info info = cache_token(&c, 0, i);
+                CHECK(!weight[info.position] || weight[info.position] == info.weight);
+                weight[info.position] = info.weight;
+                stayed[info.position]++;
+            }
+            append_one_head(&c, &s, 145, LATER - 145);
+            double mass = 0;
+            for (uint32_t i = 0; i < cache_stats(&c).tokens_held; i++)
+                mass += (double)cache_token(&c, 0, i).weight;
+            sum += mass, squares += mass * mass;
+            cache_free(&c);
+        }
+        for (size_t t = 16; t < 144; t++) {
+            double p = 1 / fmax((double)weight[t], 1);
+            CHECKF(!stayed[t] ||
+                       fabs(stayed[t] - seeds * p) <= 5 * sqrt(seeds * p * (1 - p)) + 1e-3,
+                   "importance %u, token %zu: chance %g, stayed %u of %u times", importances[m], t,
+                   p, stayed[t], seeds);
+            uneven += stayed[t] && fabs(p - 0.5) > 0.05;
+        }
+        CHECKF((uneven > 10) == (importances[m] != BKV_NONE), "importance %u: %u uneven",
+               importances[m], uneven);
+        double mean = sum / seeds, deviation = sqrt(fmax(squares / seeds - mean * mean, 0) / seeds);
+        CHECKF(fabs(mean - LATER) <= 5 * deviation + 1e-3, "importance %u: mass %g +- %g",
+               importances[m], mean, deviation);
+    }
+    stream_free(&s);
+}
+
+/* A token that took nearly all the attention while it was young is certain to stay, as it is. */
+static void certain_tokens_stay(void) {
+    enum { NEEDLE = 70, N_TOKENS = 700 };
+    stream s = stream_new(N_TOKENS, BKV_F32);
+    for (size_t i = 0; i < DIM; i++)
+        tensor_set(&s.k, NEEDLE, 0, i, 8.0 * tensor_get(&s.q, 0, 0, i));
+    for (unsigned seed = 0; seed < 20; seed++)
+        for (size_t r = 0; r < COUNT(rounds); r++) {
+            bkv_config cfg = one_head(BKV_IMPORTANCE_USE, rounds[r], seed);
+            bkv_cache c = cache_new(&cfg);
+            float out[VALUE_DIM];
+            uint32_t level = 0;
+            append_one_head(&c, &s, 0, NEEDLE + 1);
+            OK(bkv_attend(&c, s.q.view, out, 0, 1));
+            append_one_head(&c, &s, NEEDLE + 1, N_TOKENS - NEEDLE - 1);
+            for (uint32_t i = 0; i < cache_stats(&c).tokens_held; i++) {
+                bkv_token_info info = cache_token(&c, 0, i);
+                if (info.position != NEEDLE) continue;
+                CHECK(info.weight == 1 && info.use > 0.9f);
+                level = info.level;
+            }
+            CHECK(level >= 3);
+            cache_free(&c);
+        }
+    stream_free(&s);
+}
+
+/* Importance by keys needs no query: a key that points away from the others is nearly certain. */
+static void odd_keys_stay(void) {
+    enum { ODD = 50, N_TOKENS = 145, SEEDS = 200 };
+    unsigned stayed = 0;
+    stream s = stream_new(N_TOKENS, BKV_F32);
+    for (size_t t = 0; t < N_TOKENS; t++)
+        for (size_t i = 0; i < DIM; i++)
+            tensor_set(&s.k, t, 0, i, tensor_get(&s.k, t, 0, i) + (t == ODD ? -3 : 3));
+    for (unsigned seed = 0; seed < SEEDS; seed++) {
+        bkv_config cfg = one_head(BKV_IMPORTANCE_KEY, 0, seed);
+        bkv_cache c = cache_new(&cfg);
+        append_one_head(&c, &s, 0, N_TOKENS);
+        for (uint32_t i = 0; i < cache_stats(&c).tokens_held; i++)
+            stayed += cache_token(&c, 0, i).position == ODD;
+        cache_free(&c);
+    }
+    CHECKF(stayed == SEEDS, "stayed %u times of %u", stayed, SEEDS);
+    stream_free(&s);
+}
+
+/* Balancing brings attention closer to the exact one: the squared error, over seeds and queries. */
+static void rounds_of_balancing_help(void) {
+    enum { N_TOKENS = 145, QUERIES = 16 };
+    unsigned seeds = test_quick() ? 60 : 300;
+    stream s = stream_new(N_TOKENS, BKV_F32);
+    bkv_config whole = one_head(BKV_NONE, 0, 0);
+    whole.budget = 256;
+    bkv_cache exact = cache_new(&whole);
+    append_one_head(&exact, &s, 0, N_TOKENS);
+    for (size_t m = 0; m < COUNT(importances); m++) {
+        double error[2] = {0, 0};
+        for (unsigned run = 0; run < 2 * seeds; run++) {
+            bkv_config cfg = one_head(importances[m], run % 2 ? 2 : BKV_NONE, run / 2);
+            bkv_cache c = cache_new(&cfg);
+            float out[VALUE_DIM], want[VALUE_DIM];
+            append_one_head(&c, &s, 0, N_TOKENS);
+            for (size_t t = 0; t < QUERIES; t++) {
+                OK(bkv_attend(&c, tensor_from(&s.q, t), out, 0, 1));
+                OK(bkv_attend(&exact, tensor_from(&s.q, t), want, 0, 1));
+                for (size_t i = 0; i < VALUE_DIM; i++)
+                    error[run % 2] += pow((double)out[i] - (double)want[i], 2);
+            }
+            cache_free(&c);
+        }
+        printf("importance %10u: squared error %.4g, balanced %.4g\n", importances[m],
+               error[0] / seeds, error[1] / seeds);
+        CHECK(error[1] < 0.9 * error[0]);
+    }
+    cache_free(&exact);
     stream_free(&s);
 }
 
@@ -457,7 +686,7 @@ static void positions_do_not_matter(void) {
 /* Two caches of other shapes and types in turns: each is as if it were alone. */
 static void two_caches(void) {
     enum { N = 600 };
-    bkv_config narrow = config(BKV_RULE_PAIR, BKV_BF16, 300), wide = narrow;
+    bkv_config narrow = config(BKV_RULE_SAMPLE, BKV_BF16, 300), wide = narrow;
     wide.head_dim = 96, wide.value_dim = 33, wide.kv_type = BKV_F32, wide.rule = BKV_RULE_WALK;
     stream s = stream_new(N, BKV_F32),
            w = {N, tensor_random(N, N_KV, 96, BKV_F16), tensor_random(N, N_KV, 33, BKV_F16),
@@ -483,6 +712,8 @@ static void two_caches(void) {
 }
 
 int main(int argc, char **argv) {
-    TEST_MAIN(T(ways_to_feed), T(state_at_any_time), T(long_streams), T(reset_is_init), T(branches),
+    TEST_MAIN(T(ways_to_feed), T(state_at_any_time), T(long_streams),
+              T(any_importance_of_any_input), T(weights_on_average), T(certain_tokens_stay),
+              T(odd_keys_stay), T(rounds_of_balancing_help), T(reset_is_init), T(branches),
               T(seeds), T(positions_do_not_matter), T(two_caches));
 }
