@@ -1620,6 +1620,8 @@ BKVI_PRAGMA_OF(GCC target(BKVI_TARGET))
 
 #define BKVI_OP(name, arguments, result)                                                           \
     BKVI_VFN bkvi_vec bkvi_v(name) arguments { return result; }
+#define BKVI_STORE(name, statement)                                                                \
+    BKVI_VFN void bkvi_v(name)(void *p, bkvi_vec x) { statement; }
 #define BKVI_2 (bkvi_vec a, bkvi_vec b)
 #define BKVI_3 (bkvi_vec x, bkvi_vec y, bkvi_vec z)
 #define BKVI_4 (bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y)
@@ -1639,10 +1641,8 @@ BKVI_OP(max, BKVI_2, a > b ? a : b)
 BKVI_OP(pick_gt, BKVI_4, a > b ? x : y)
 BKVI_OP(pow2, (bkvi_vec r), bkvi_float((bkvi_bits(r) << 23) + 0x3F800000u))
 BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return a > b; }
-BKVI_VFN void bkvi_v(store)(void *p, bkvi_vec x) { bkvi_putf((unsigned char *)p, x); }
-BKVI_VFN void bkvi_v(store_f16)(void *p, bkvi_vec x) {
-    bkvi_put16((unsigned char *)p, bkvi_to_f16(x));
-}
+BKVI_STORE(store, bkvi_putf((unsigned char *)p, x))
+BKVI_STORE(store_f16, bkvi_put16((unsigned char *)p, bkvi_to_f16(x)))
 BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) { (void)a, (void)b; }
 
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX2
@@ -1661,13 +1661,9 @@ BKVI_OP(pick_gt, BKVI_4, _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
 BKVI_OP(pow2, (bkvi_vec r),
         _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(r), 23),
                                              _mm256_set1_epi32(0x3F800000))))
-BKVI_VFN int bkvi_v(any_gt) BKVI_2 {
-    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
-}
-BKVI_VFN void bkvi_v(store)(void *p, bkvi_vec x) { _mm256_storeu_ps((float *)p, x); }
-BKVI_VFN void bkvi_v(store_f16)(void *p, bkvi_vec x) {
-    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, 0));
-}
+BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+BKVI_STORE(store, _mm256_storeu_ps((float *)p, x))
+BKVI_STORE(store_f16, _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, 0)))
 BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
     __m256 low = _mm256_unpacklo_ps(*a, *b), high = _mm256_unpackhi_ps(*a, *b);
     *a = _mm256_permute2f128_ps(low, high, 0x20);
@@ -1691,10 +1687,9 @@ BKVI_OP(pow2, (bkvi_vec r),
         _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(r), 23),
                                              _mm512_set1_epi32(0x3F800000))))
 BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
-BKVI_VFN void bkvi_v(store)(void *p, bkvi_vec x) { _mm512_storeu_ps(p, x); }
-BKVI_VFN void bkvi_v(store_f16)(void *p, bkvi_vec x) {
-    _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtps_ph((__mmask16)0xFFFF, x, 0));
-}
+BKVI_STORE(store, _mm512_storeu_ps(p, x))
+BKVI_STORE(store_f16,
+           _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtps_ph((__mmask16)0xFFFF, x, 0)))
 BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     bkvi_vec x = _mm512_permutex2var_ps(*a, low, *b);
@@ -1718,12 +1713,8 @@ BKVI_OP(pow2, (bkvi_vec r),
         vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(r), 23),
                                         vdupq_n_u32(0x3F800000u))))
 BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return vmaxvq_u32(vcgtq_f32(a, b)) != 0; }
-BKVI_VFN void bkvi_v(store)(void *p, bkvi_vec x) {
-    vst1q_u8((uint8_t *)p, vreinterpretq_u8_f32(x));
-}
-BKVI_VFN void bkvi_v(store_f16)(void *p, bkvi_vec x) {
-    vst1_u8((uint8_t *)p, vreinterpret_u8_f16(vcvt_f16_f32(x)));
-}
+BKVI_STORE(store, vst1q_u8((uint8_t *)p, vreinterpretq_u8_f32(x)))
+BKVI_STORE(store_f16, vst1_u8((uint8_t *)p, vreinterpret_u8_f16(vcvt_f16_f32(x))))
 BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
     bkvi_vec low = vzip1q_f32(*a, *b);
     *b = vzip2q_f32(*a, *b);
@@ -1750,16 +1741,13 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
     return bkvi_v(fma)(bkvi_v(set)(c[i]), x, y);
 }
 
-/* Register tiles are `rows` by BKVI_VECS(rows) sixteens, of at most BKVI_MAX_ACC accumulators. */
+/* Register tiles are `rows` by at most BKVI_VECS(rows) sixteens. */
 #if BKVI_PASS == BALANCEKV_SIMD_SCALAR
 #define BKVI_VECS(rows) 1
-#define BKVI_MAX_ACC 96
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_VECS(rows) 4
-#define BKVI_MAX_ACC 24
 #else /* 16 registers of 8 lanes, or 32 of 4 */
 #define BKVI_VECS(rows) ((rows) == 1 ? 4 : (rows) < 4 ? 2 : 1)
-#define BKVI_MAX_ACC 24
 #endif
 
 /* ------------------------------------------------------------------------------------------------
@@ -1877,7 +1865,7 @@ BKVI_VFN void BKVI_FN(bkvi_tile_fma)(const int type, const int rows, const int v
     const size_t es = type == BKV_F32 ? 4 : 2;
     const int regs = vecs * REGS, steps = c_row ? 4 : 1;
     const int by_row = regs <= rows || BKVI_WIDTH == 16; /* the side that is held in registers */
-    bkvi_vec acc[BKVI_MAX_ACC], a[BKVI_MAX_ACC];
+    bkvi_vec acc[96], a[16];
     uint32_t i;
     int t, s; /* accumulator t: row t / regs, register t % regs */
 #define BKVI_ACC (acc_mem + (size_t)(t / regs) * acc_row + (size_t)(t % regs) * BKVI_WIDTH)
@@ -2348,23 +2336,21 @@ BKVI_VFN void BKVI_FN(bkvi_attend_tile)(const int type, const int rows, const bk
 #undef BKVI_VALUES
 }
 
-/* Every type and row count. */
-#define BKVI_ROW_COUNTS(X, type) X(type, 1) X(type, 2) X(type, 3) X(type, 4)
+/* One function per type and row count, so that each has the registers to itself. */
 #ifdef BALANCEKV_KV_TYPE
-#define BKVI_EACH_TILE(X) BKVI_ROW_COUNTS(X, BALANCEKV_KV_TYPE)
+#define BKVI_EACH_TILE(X)                                                                          \
+    X(BALANCEKV_KV_TYPE, 1) X(BALANCEKV_KV_TYPE, 2) X(BALANCEKV_KV_TYPE, 3) X(BALANCEKV_KV_TYPE, 4)
 #else
-#define BKVI_EACH_TILE(X) BKVI_ROW_COUNTS(X, 1) BKVI_ROW_COUNTS(X, 2) BKVI_ROW_COUNTS(X, 3)
+#define BKVI_EACH_TILE(X)                                                                          \
+    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(2, 4) X(3, 1) X(3, 2) X(3, 3) X(3, 4)
 #endif
-static BKVI_NOINLINE void BKVI_FN(bkvi_attend_any)(const bkv_cache *c, uint32_t rows,
-                                                   const bkvi_tile *tile, const bkvi_span *span) {
-    switch (BKVI_TYPE(c->cfg.kv_type) * 8 + rows) {
 #define BKVI_X(type, rows)                                                                         \
-    case (type)*8 + (rows): BKVI_FN(bkvi_attend_tile)(type, rows, c, tile, span); break;
-        BKVI_EACH_TILE(BKVI_X)
-#undef BKVI_X
-    default: break;
+    static BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                \
+        const bkv_cache *c, const bkvi_tile *tile, const bkvi_span *span) {                        \
+        BKVI_FN(bkvi_attend_tile)(type, rows, c, tile, span);                                      \
     }
-}
+BKVI_EACH_TILE(BKVI_X)
+#undef BKVI_X
 
 /* One scaled query, its elements `width` floats apart; its running mean learns from it. */
 static BKVI_NOINLINE void BKVI_FN(bkvi_load_query)(float *to, uint32_t width, unsigned char *mean,
@@ -2451,7 +2437,13 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
                 tile_rows = bkvi_min(size, n - r);
                 span.warm = r > 0;
                 if (r) span.next_k = NULL;
-                BKVI_FN(bkvi_attend_any)(c, tile_rows, &tile, &span);
+                switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
+#define BKVI_X(type, rows)                                                                         \
+    case (type)*8 + (rows): BKVI_FN(bkvi_attend_##type##_##rows)(c, &tile, &span); break;
+                    BKVI_EACH_TILE(BKVI_X)
+#undef BKVI_X
+                default: break;
+                }
                 if (b + 2 >= n_blocks)
                     BKVI_FN(bkvi_observe)(&tile, tile_rows, bkvi_word(mem, c->off_use, first));
             }
@@ -2503,16 +2495,15 @@ static bkvi_kernels BKVI_FN(bkvi_kernels)(void) { /* assigned: an initialiser wo
 #undef bkvi_vec
 #undef BKVI_VFN
 #undef BKVI_OP
+#undef BKVI_STORE
 #undef BKVI_2
 #undef BKVI_3
 #undef BKVI_4
 #undef BKVI_WIDTH
 #undef BKVI_FN
-#undef BKVI_ROW_COUNTS
 #undef BKVI_EACH_TILE
 #undef BKVI_TILES
 #undef BKVI_VECS
-#undef BKVI_MAX_ACC
 #endif /* BKVI_PASS */
 
 /* Once, behind all passes. */
