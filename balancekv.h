@@ -1747,7 +1747,7 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_VECS(rows) 4
 #else /* 16 registers of 8 lanes, or 32 of 4 */
-#define BKVI_VECS(rows) ((rows) == 1 ? 4 : (rows) < 4 ? 2 : 1)
+#define BKVI_VECS(rows) ((rows) == 1 ? 4 : (rows) < (BKVI_WIDTH == 8 ? 4 : 3) ? 2 : 1)
 #endif
 
 /* ------------------------------------------------------------------------------------------------
