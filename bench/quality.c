@@ -103,8 +103,7 @@ typedef struct field {
     const char *const *words; /* for a value by name: word i is the value i */
 } field;
 
-static const char *const rule_words[] = {"default", "walk",   "pair", "uniform",
-                                         "stride",  "window", NULL};
+static const char *const rule_words[] = {"default", "walk", "sample", "uniform", "window", NULL};
 static const char *const type_words[] = {"default", "f32", "f16", "bf16", NULL};
 static const char *const backend_words[] = {"auto", "scalar", "avx2", "avx512", "neon", NULL};
 
@@ -112,6 +111,8 @@ static const field header_fields[] = {
     {"sinks", offsetof(bkv_config, sinks), 0, NULL},
     {"window", offsetof(bkv_config, window), 0, NULL},
     {"rule", offsetof(bkv_config, rule), 0, rule_words},
+    {"importance", offsetof(bkv_config, importance), 0, NULL},
+    {"rounds", offsetof(bkv_config, rounds), 0, NULL},
     {"kv_type", offsetof(bkv_config, kv_type), 0, type_words},
     {"backend", offsetof(bkv_config, backend), 0, backend_words},
     {"gamma", offsetof(bkv_config, gamma), 1, NULL},
