@@ -80,18 +80,20 @@ enum { STREAM = BL_STREAM, ONESHOT = BL_ONESHOT }; /* protocols */
 typedef struct method {
     const char *name, *needs, *text;
     uint32_t rule;
-    int protocols, random, sees_queries;
+    int protocols, random;
 } method;
 
 static const method methods[] = {
     {"balancekv", "queries", "balancekv.h as configured by default", BKV_RULE_DEFAULT,
-     STREAM | ONESHOT, 1, 1},
+     STREAM | ONESHOT, 1},
+    {"sample", "queries", "balancekv.h, balanced sampling by importance", BKV_RULE_SAMPLE,
+     STREAM | ONESHOT, 1},
     {"walk", "nothing", "balancekv.h, the self-balancing walk of arXiv 2502.07861", BKV_RULE_WALK,
-     STREAM | ONESHOT, 1, 0},
+     STREAM | ONESHOT, 1},
     {"uniform", "nothing", "balancekv.h, 64 of 128 at random", BKV_RULE_UNIFORM, STREAM | ONESHOT,
-     1, 0},
+     1},
     {"window", "nothing", "balancekv.h, sinks and a sliding window", BKV_RULE_WINDOW,
-     STREAM | ONESHOT, 0, 0},
+     STREAM | ONESHOT, 0},
 };
 #define N_METHODS (sizeof methods / sizeof *methods)
 
@@ -103,8 +105,7 @@ typedef struct field {
     const char *const *words; /* for a value by name: word i is the value i */
 } field;
 
-static const char *const rule_words[] = {"default", "walk",   "pair", "uniform",
-                                         "stride",  "window", NULL};
+static const char *const rule_words[] = {"default", "walk", "sample", "uniform", "window", NULL};
 static const char *const type_words[] = {"default", "f32", "f16", "bf16", NULL};
 static const char *const backend_words[] = {"auto", "scalar", "avx2", "avx512", "neon", NULL};
 
@@ -112,6 +113,8 @@ static const field header_fields[] = {
     {"sinks", offsetof(bkv_config, sinks), 0, NULL},
     {"window", offsetof(bkv_config, window), 0, NULL},
     {"rule", offsetof(bkv_config, rule), 0, rule_words},
+    {"importance", offsetof(bkv_config, importance), 0, NULL},
+    {"rounds", offsetof(bkv_config, rounds), 0, NULL},
     {"kv_type", offsetof(bkv_config, kv_type), 0, type_words},
     {"backend", offsetof(bkv_config, backend), 0, backend_words},
     {"gamma", offsetof(bkv_config, gamma), 1, NULL},
@@ -548,7 +551,7 @@ static void check(bkv_result r, const run *x) {
         fail("%s, budget %" PRIu32 ": %s", x->choice->name, x->budget, bkv_result_string(r));
 }
 
-/* Tokens 0..n-1 through the cache. Where outputs are compared, or the method looks at the queries,
+/* Tokens 0..n-1 through the cache. Where outputs are compared, or the rule learns from queries,
    by bkv_prefill(): it gives the bits of single tokens. */
 static void feed(run *x, const reference *r, bkv_cache *c, size_t n, size_t chunk, double *errors) {
     const npy_trace *t = &r->t;
@@ -565,7 +568,7 @@ static void feed(run *x, const reference *r, bkv_cache *c, size_t n, size_t chun
         if (m > chunk) m = chunk;
         if (i < r->first && i + m > r->first) m = r->first - i;
         if (i + m > n) m = n - i;
-        if (i >= r->first || x->choice->method->sees_queries) {
+        if (i >= r->first || x->cfg.rule == BKV_RULE_SAMPLE) {
             check(bkv_prefill(c, k, v, bkv_dense(t->q.data + i * q_row, BKV_F32), out, m, 0, 0, 1),
                   x);
             compare(x, r, out, i, m, errors);

@@ -694,6 +694,11 @@ def strip(rows):
 def check_options(tally, program, folder, t):
     base = ("--trace", folder, "--budget", "256,320")
     weighted_ones = "balancekv,walk,uniform,window,pair,stride"
+    own, same = program.rows("--trace", folder, "--budget", 256, "--method",
+                             "balancekv,walk:rule=sample")
+    tally.check(own["rel_err"] == same["rel_err"], "the default is rule sample", str((own, same)))
+    plain, = program.rows("--trace", folder, "--budget", 256, "--method", "balancekv:importance=none")
+    tally.check(own["rel_err"] != plain["rel_err"], "importance is set", str((own, plain)))
     rows = strip(program.rows(*base, "--method", weighted_ones, "--seed", "1,2"))
     tally.check(len(rows) == 24, "one line for each method, budget and seed", str(len(rows)))
     fields = "trace protocol method budget held_max bytes rel_err rel_err_p95 seed".split()
@@ -761,7 +766,7 @@ def check_bad_input(tally, program, folder, work):
         "NaN": ("--trace", bad("nan", put_nan)),
         "multiple": ("--trace", bad("heads", drop_heads)),
         "must agree": ("--trace", bad("short", shorten)),
-        "none of: balancekv walk": (*ok, "--method", "magic"),
+        "none of: balancekv sample walk": (*ok, "--method", "magic"),
         "no stream protocol": (*ok, "--method", "snapkv"),
         "the smallest that works here is": (*ok, "--budget", 64),
         "the smallest that works here is 70": (*ok, "--budget", 64, "--method",
