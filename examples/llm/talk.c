@@ -22,17 +22,32 @@ static void add_text(string *s, const char *text, size_t size) {
     s->text[s->size] = 0;
 }
 
+/* Bytes of the UTF-8 character at p; 0: none is there. */
+static size_t utf8(const unsigned char *p, size_t left) {
+    size_t n = p[0] < 0x80 ? 1 : p[0] < 0xc2 ? 0 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4, i;
+    if (p[0] > 0xf4 || n > left) return 0;
+    for (i = 1; i < n; i++)
+        if ((p[i] & 0xc0) != 0x80) return 0;
+    if ((p[0] == 0xe0 && p[1] < 0xa0) || (p[0] == 0xed && p[1] > 0x9f) ||
+        (p[0] == 0xf0 && p[1] < 0x90) || (p[0] == 0xf4 && p[1] > 0x8f))
+        return 0;
+    return n;
+}
+
 static void print_json_string(const string *s) {
-    size_t i;
+    size_t i, n;
     putchar('"');
-    for (i = 0; i < s->size; i++) {
-        unsigned char c = (unsigned char)s->text[i];
-        if (c == '"' || c == '\\')
-            printf("\\%c", c);
-        else if (c < 32)
-            printf("\\u%04x", c);
+    for (i = 0; i < s->size; i += n ? n : 1) {
+        const unsigned char *p = (const unsigned char *)s->text + i;
+        n = utf8(p, s->size - i);
+        if (!n)
+            fputs("\\ufffd", stdout);
+        else if (*p == '"' || *p == '\\')
+            printf("\\%c", *p);
+        else if (*p < 32)
+            printf("\\u%04x", *p);
         else
-            putchar(c);
+            fwrite(p, 1, n, stdout);
     }
     putchar('"');
 }
