@@ -19,6 +19,7 @@ from bad_config import ROOT, Tally
 
 METHODS = ["balancekv", "walk", "pair", "uniform", "stride", "window", "full"]
 TEXT = os.path.join(ROOT, "balancekv.h")
+PROSE = os.path.join(ROOT, "tests", "prose.txt")
 
 
 def run(program, *options, stdin=""):
@@ -313,7 +314,7 @@ def check_real(tally, program, model):
     ppl = {}
     for name, options in (("full", ["--method", "full"]), ("exact", []), ("small", ["--budget", 256]),
                           ("window", ["--budget", 256, "--method", "window"])):
-        ppl[name] = measure(tally, program, "ppl", model, "--ctx", 1024, "--windows", 1,
+        ppl[name] = measure(tally, program, "ppl", model, "--ctx", 1024, "--text", PROSE,
                             *options)[0].get("ppl", 0)
     print("perplexity over 512 of 1024 tokens:", ppl)
     tally.check(1 < ppl["full"] < 30 and abs(ppl["exact"] / ppl["full"] - 1) < 0.01,
