@@ -17,7 +17,7 @@ import tempfile
 import tiny_gguf
 from bad_config import ROOT, Tally
 
-METHODS = ["balancekv", "walk", "pair", "uniform", "stride", "window", "full"]
+METHODS = ["balancekv", "walk", "pair", "uniform", "stride", "window", "keydiff", "full"]
 TEXT = os.path.join(ROOT, "balancekv.h")
 PROSE = os.path.join(ROOT, "tests", "prose.txt")
 
@@ -146,6 +146,13 @@ def check_dump(tally, program, model, folder):
     long, short = (read_npy(os.path.join(x + "_layer01", "k.npy"))[1] for x in (more, out))
     tally.check(all(abs(a - b) <= 4e-3 * (1 + abs(a)) for a, b in zip(long, short)),
                 "steps of a dump do not matter")
+
+
+def check_speed(tally, program, model):
+    got = measure(tally, program, "speed", model, "--ctx", 640, "--budget", 256)[0]
+    tally.check(0 < got.get("ms_best", 0) <= got["ms_median"] <= got["ms_most"] and
+                abs(got["full_ms_mean"] / got["ms_mean"] / got["ratio_mean"] - 1) < 0.02,
+                "speed compares", str(got))
 
 
 def check_generate(tally, program, model, folder):
@@ -312,13 +319,14 @@ def check_real(tally, program, model):
                 got["rel_diff_exact"] < 1.5 * got["own_rel_diff"],
                 "real model: exact caches are as near as llama.cpp is to itself", str(got))
     ppl = {}
-    for name, options in (("full", ["--method", "full"]), ("exact", []), ("small", ["--budget", 256]),
-                          ("window", ["--budget", 256, "--method", "window"])):
+    for name, options in (("full", ["--method", "full"]), ("exact", []),
+                          ("unpacked", ["--unpack", "f16"]), ("small", ["--budget", 256])):
         ppl[name] = measure(tally, program, "ppl", model, "--ctx", 1024, "--text", PROSE,
                             *options)[0].get("ppl", 0)
     print("perplexity over 512 of 1024 tokens:", ppl)
-    tally.check(1 < ppl["full"] < 30 and abs(ppl["exact"] / ppl["full"] - 1) < 0.01,
-                "real model: it reads English, and budget 0 is exact", str(ppl))
+    tally.check(1 < ppl["full"] < 30 and all(
+        abs(ppl[x] / ppl["full"] - 1) < 0.01 for x in ("exact", "unpacked")),
+                "real model: it reads English, budget 0 is exact, weights may be unpacked", str(ppl))
     tally.check(ppl["full"] * 0.99 < ppl["small"] < ppl["full"] * 1.25,
                 "real model: a quarter of the slots", str(ppl))
     said = run(program, "generate", "--model", model, "--prompt", "The capital of France is",
@@ -335,6 +343,7 @@ def main():
         check_ppl(tally, program, tiny)
         check_passkey(tally, program, tiny)
         check_dump(tally, program, tiny, folder)
+        check_speed(tally, program, tiny)
         check_generate(tally, program, tiny, folder)
         check_chat(tally, program, tiny)
         check_bad_input(tally, program, folder)

@@ -8,8 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "ggml-backend.h"
-#include "ggml-cpu.h"
+#include "baseline.h"
 #include "llm.h"
 
 enum { MAX_THREADS = 64, ROWS_STEP = 256 }; /* llama.cpp rounds the rows it reads up to 256 */
@@ -19,6 +18,7 @@ typedef struct layer {
     bkv_cache cache;
     bkv_result result[MAX_THREADS]; /* of the first call that failed, per thread */
     struct ggml_tensor *k, *v;      /* full: f16 [n_ctx][n_kv_heads * dim] */
+    baseline *other;                /* instead of the cache */
 } layer;
 
 struct llm_attention {
@@ -50,6 +50,10 @@ static void attend(struct ggml_tensor *out, int ith, int nth, void *user) {
     if (r != BKV_OK && l->result[ith] == BKV_OK) l->result[ith] = r;
     if (ith == 0 && l->owner->tap)
         l->owner->tap(l->owner->tap_user, (uint32_t)(l - l->owner->layers), q, k, v);
+}
+
+static void attend_other(struct ggml_tensor *out, int ith, int nth, void *user) {
+    baseline_attend(((layer *)user)->other, out, ith, nth);
 }
 
 /* The config of a layer's cache. */
@@ -133,7 +137,22 @@ static struct ggml_tensor *flash(llm_attention *a, struct ggml_context *ctx,
     return out;
 }
 
-/* ---- both ------------------------------------------------------------------------------------ */
+/* ---- baselines ------------------------------------------------------------------------------- */
+
+static int new_baselines(llm_attention *a, char *err) {
+    uint32_t i, least;
+    for (i = 0; i < a->shape.n_layers; i++) {
+        bkv_config c = cache_config(&a->shape, &a->cfg, i);
+        a->layers[i].other = baseline_new(a->cfg.baseline, &a->shape, &c, i, &least);
+        if (!a->layers[i].other)
+            return llm_fail(err, "--budget %u: %s keeps %u tokens at least; or there is no memory",
+                            (unsigned)c.budget, a->cfg.baseline, (unsigned)least);
+    }
+    a->state_bytes = a->layer_bytes = baseline_bytes(a->layers[0].other);
+    return 1;
+}
+
+/* ---- all ------------------------------------------------------------------------------------ */
 
 int llm_attention_new(llm_attention **result, const llm_shape *shape,
                       const llm_attention_config *cfg, char *err) {
@@ -153,7 +172,9 @@ int llm_attention_new(llm_attention **result, const llm_shape *shape,
     if (cfg->n_threads > MAX_THREADS)
         ok = llm_fail(err, "at most %d threads", MAX_THREADS);
     else
-        ok = cfg->full ? new_rows(a, err) : new_caches(a, err);
+        ok = cfg->full       ? new_rows(a, err)
+             : cfg->baseline ? new_baselines(a, err)
+                             : new_caches(a, err);
     if (!ok) {
         llm_attention_free(a);
         a = NULL;
@@ -163,7 +184,9 @@ int llm_attention_new(llm_attention **result, const llm_shape *shape,
 }
 
 void llm_attention_free(llm_attention *a) {
+    uint32_t i;
     if (!a) return;
+    for (i = 0; i < a->shape.n_layers; i++) baseline_free(a->layers[i].other);
     if (a->rows) ggml_free(a->rows);
     free(a->memory);
     free(a->layers);
@@ -172,7 +195,11 @@ void llm_attention_free(llm_attention *a) {
 
 void llm_attention_reset(llm_attention *a) {
     uint32_t i;
-    for (i = 0; i < a->shape.n_layers && !a->cfg.full; i++) bkv_reset(&a->layers[i].cache);
+    for (i = 0; i < a->shape.n_layers && !a->cfg.full; i++)
+        if (!a->layers[i].other)
+            bkv_reset(&a->layers[i].cache);
+        else
+            baseline_reset(a->layers[i].other);
 }
 
 uint32_t llm_attention_rows(const llm_attention *a, uint32_t end_position) {
@@ -205,10 +232,11 @@ struct ggml_tensor *llm_attention_build(llm_attention *a, struct ggml_context *c
                                         struct ggml_tensor *v) {
     layer *l = &a->layers[layer_index];
     struct ggml_tensor *args[3] = {q, k, v}, *out;
+    ggml_custom_op_t op = l->other ? attend_other : attend;
     if (a->cfg.full)
         out = flash(a, ctx, graph, l, q, k, v);
     else
-        out = ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[1], q->ne[2], 1, args, 3, attend,
+        out = ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[1], q->ne[2], 1, args, 3, op,
                              GGML_N_TASKS_MAX, l);
     return ggml_reshape_2d(ctx, out, v->ne[0] * q->ne[1], q->ne[2]);
 }
@@ -232,6 +260,13 @@ size_t llm_attention_scratch_bytes(const llm_attention *a) {
 size_t llm_attention_need(const llm_shape *shape, const llm_attention_config *cfg) {
     bkv_config c = cache_config(shape, cfg, 0);
     size_t bytes;
+    if (cfg->baseline) {
+        uint32_t least;
+        baseline *b = baseline_new(cfg->baseline, shape, &c, 0, &least);
+        bytes = b ? baseline_bytes(b) : 0;
+        baseline_free(b);
+        return bytes * shape->n_layers;
+    }
     c.n_threads = 1;
     bytes = bkv_size(&c);
     c.n_threads = 2;
@@ -242,11 +277,13 @@ size_t llm_full_bytes(const llm_shape *s, uint32_t n_tokens) {
     return (size_t)n_tokens * s->n_layers * s->n_kv_heads * (s->key_dim + s->value_dim) * 2;
 }
 
-void llm_attention_save(const llm_attention *a, void *snapshot) {
+int llm_attention_save(const llm_attention *a, void *snapshot) {
     uint32_t i;
+    if (!a->memory) return 0;
     for (i = 0; i < a->shape.n_layers; i++)
         memcpy((char *)snapshot + i * a->state_bytes, a->memory + i * a->layer_bytes,
                a->state_bytes);
+    return 1;
 }
 
 void llm_attention_restore(llm_attention *a, const void *snapshot) {

@@ -27,9 +27,10 @@ typedef struct llm_shape {
 
 /* How the tokens of a layer are kept. */
 typedef struct llm_attention_config {
-    int full;       /* all of them, in f16, attended by ggml's flash attention */
-    bkv_config bkv; /* otherwise: the cache of each layer; budget 0 keeps everything */
-    uint32_t n_ctx; /* most tokens of a sequence */
+    int full;             /* all of them, in f16, attended by ggml's flash attention */
+    const char *baseline; /* or: by this method of bench/baselines.h, with the fields of bkv */
+    bkv_config bkv;       /* otherwise: the cache of each layer; budget 0 keeps everything */
+    uint32_t n_ctx;       /* most tokens of a sequence */
     uint32_t n_threads;
 } llm_attention_config;
 
@@ -63,8 +64,9 @@ size_t llm_attention_scratch_bytes(const llm_attention *a);
 size_t llm_attention_need(const llm_shape *shape, const llm_attention_config *cfg);
 size_t llm_full_bytes(const llm_shape *shape, uint32_t n_tokens);
 
-/* The state of all layers, llm_attention_bytes(), to return to. */
-void llm_attention_save(const llm_attention *a, void *snapshot);
+/* The state of all layers, llm_attention_bytes(), to return to. save: 0 if it is no block of bytes
+   (baselines). */
+int llm_attention_save(const llm_attention *a, void *snapshot);
 void llm_attention_restore(llm_attention *a, const void *snapshot);
 
 /* From now on q, k and v of each step are shown to a function, on one of the threads, before the

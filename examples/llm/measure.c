@@ -105,6 +105,7 @@ static int one_key(program *p, uint64_t seed, const int32_t *text, uint32_t n_ct
                    uint32_t *held, void *snapshot, double *nats) {
     passkey k = make_passkey(p, seed);
     uint32_t n_text, at, i, position, found = 0;
+    int saved;
     const int32_t *answer = k.question + k.n_question - k.n_answer;
     score scores[MAX_ANSWER];
     if (n_ctx < 2 * (k.n_needle + k.n_question))
@@ -114,12 +115,17 @@ static int one_key(program *p, uint64_t seed, const int32_t *text, uint32_t n_ct
     at = (uint32_t)(depth * n_text);
     feed(p, text + *held, at - *held, *held, 0, NULL, NULL);
     *held = at;
-    llm_attention_save(p->attention, snapshot);
+    saved = llm_attention_save(p->attention, snapshot);
     feed(p, k.needle, k.n_needle, at, 0, NULL, NULL);
     feed(p, text + at, n_text - at, at + k.n_needle, 0, NULL, NULL);
     position = n_text + k.n_needle;
     feed(p, k.question, k.n_question - 1, position, k.n_answer, answer, scores);
-    llm_attention_restore(p->attention, snapshot);
+    if (saved)
+        llm_attention_restore(p->attention, snapshot);
+    else {
+        llm_attention_reset(p->attention);
+        *held = 0;
+    }
     for (*nats = 0, i = 0; i < k.n_answer; i++) {
         *nats += scores[i].nats / DIGITS;
         found += scores[i].likeliest == answer[i];

@@ -2,6 +2,8 @@
 #define _POSIX_C_SOURCE 200809L
 #include "program.h"
 
+#include "baseline.h"
+
 #include <errno.h>
 #include <math.h>
 #include <stdarg.h>
@@ -21,11 +23,13 @@ static const char usage[] =
     "  dump      q, k, v of --layers L,L.. of --text FILE as .npy, in OUT_layerNN/ of --out OUT\n"
     "options\n"
     "  --method NAME   balancekv (default), walk, pair, uniform, stride, window: what balancekv.h\n"
-    "                  does; full: ggml's flash attention over a growing f16 cache\n"
+    "                  does; full: ggml's flash attention over a growing f16 cache; keydiff and\n"
+    "                  the other streaming methods of build/bench/quality --list, to compare\n"
     "  --budget B      tokens kept per KV head; 0 (default): all of them\n"
     "  --share X       instead of --budget: the most that fit X times the bytes of a full f16 "
     "cache\n"
-    "  --set KEY=VALUE a field of bkv_config: kv_type=f16, window=256, sinks=16, gamma=1 ..\n"
+    "  --set KEY=VALUE a field of bkv_config: kv_type=f16, window=256, sinks=16, gamma=1 ..;\n"
+    "                  also behind the method: --method walk:gamma=1:window=256\n"
     "  --ctx N         tokens of a sequence (default: what the model was trained on)\n"
     "  --seed S        of the halvings, the pass keys, the sampling (default 1)\n"
     "  --threads T     (default: the processors)   --chunk C  tokens of a step (default 512)\n"
@@ -91,6 +95,8 @@ static const word methods[] = {{"balancekv", BKV_RULE_DEFAULT},
 static const word kv_types[] = {{"f32", BKV_F32}, {"f16", BKV_F16}, {"bf16", BKV_BF16}, {NULL, 0}};
 static const word weight_types[] = {
     {"f16", GGML_TYPE_F16}, {"bf16", GGML_TYPE_BF16}, {"f32", GGML_TYPE_F32}, {NULL, 0}};
+
+#define OTHERS ", full, keydiff or a streaming method of build/bench/quality --list"
 
 /* Fields of bkv_config that --set knows. */
 static const struct {
@@ -189,6 +195,20 @@ static void set_field(bkv_config *c, const char *pair) {
             !strcmp(value, "none") ? BKV_NONE : whole(what, value, 0, 1 << 24);
 }
 
+/* NAME, or NAME:KEY=VALUE:KEY=VALUE.. with what --set takes. */
+static void set_method(options *o, const char *value) {
+    char *copy = (char *)allocate(strlen(value) + 1), *item;
+    strcpy(copy, value);
+    o->method = value;
+    item = strtok(copy, ":");
+    o->attention.full = item && !strcmp(item, "full");
+    o->attention.baseline = item && baseline_known(item) ? item : NULL;
+    if (!o->attention.full && !o->attention.baseline)
+        o->attention.bkv.rule = find_word("--method", item ? item : "", methods, OTHERS);
+    while ((item = strtok(NULL, ":"))) set_field(&o->attention.bkv, item);
+    if (!o->attention.baseline) free(copy); /* it holds the name */
+}
+
 static void set_lengths(options *o, const char *value, double least, double most) {
     char *copy = (char *)allocate(strlen(value) + 1), *p = copy, *item;
     strcpy(copy, value);
@@ -212,11 +232,7 @@ static void set_option(options *o, size_t i, const char *value) {
     case SET: set_field(&o->attention.bkv, value); break;
     case LENGTHS: set_lengths(o, value, least, most); break;
     case WEIGHTS: o->weights = (enum ggml_type)find_word(name, value, weight_types, ""); break;
-    case METHOD:
-        o->method = value;
-        o->attention.full = !strcmp(value, "full");
-        if (!o->attention.full) o->attention.bkv.rule = find_word(name, value, methods, ", full");
-        break;
+    case METHOD: set_method(o, value); break;
     }
 }
 

@@ -256,12 +256,13 @@ void command_chat(program *p) {
             fputs(can_undo ? "[taken back]\n" : "[nothing to take back]\n", stderr);
             can_undo = 0;
         } else if (line.size && strcmp(line.text, "/quit")) {
-            llm_attention_save(p->attention, undo);
+            int saved = llm_attention_save(p->attention, undo);
             before = now_;
             can_undo = turn(p, &now_, line.text);
             if (!can_undo)
                 fprintf(stderr, "[the conversation has reached --ctx %u: start a new one]\n",
                         (unsigned)p->opt.ctx[0]);
+            can_undo &= saved;
         }
     } while (c != EOF && strcmp(line.text, "/quit"));
     unsay(&now_, 0);
