@@ -24,7 +24,7 @@ def string(text):
 
 
 def value(x):
-    """Type and bytes of a value: int, float, str, a list of one of these, or signed ints as bytes."""
+    """Type and bytes of a value: int, float, str, a list of these, or signed ints as bytes."""
     if isinstance(x, bytes):
         return ARRAY, struct.pack("<IQ", I32, len(x) // 4) + x
     if isinstance(x, list):
@@ -78,7 +78,8 @@ def model(arch="llama", layers=2, embd=64, q_heads=4, kv_heads=2, dim=16, ff=96,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": struct.pack("<%di" % len(tokens), *[1] * 256, *[3] * len(SPECIAL)),
+        "tokenizer.ggml.token_type": struct.pack("<%di" % len(tokens),
+                                                 *[1] * 256, *[3] * len(SPECIAL)),
         "tokenizer.ggml.merges": ["\u0120 \u0120"],  # never used: the result is no token
         "tokenizer.ggml.bos_token_id": 256,
         "tokenizer.ggml.eos_token_id": 258,

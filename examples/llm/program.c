@@ -22,7 +22,7 @@ static const char usage[] =
     "  check     largest difference of the logits from llama.cpp's own, on --text FILE\n"
     "  dump      q, k, v of --layers L,L.. of --text FILE as .npy, in OUT_layerNN/ of --out OUT\n"
     "options\n"
-    "  --method NAME   balancekv (default), walk, pair, uniform, stride, window: what balancekv.h\n"
+    "  --method NAME   balancekv (default), sample, walk, uniform, window: what balancekv.h\n"
     "                  does; full: ggml's flash attention over a growing f16 cache; keydiff and\n"
     "                  the other streaming methods of build/bench/quality --list, to compare\n"
     "  --budget B      tokens kept per KV head; 0 (default): all of them\n"
@@ -85,18 +85,12 @@ typedef struct word {
     uint32_t value;
 } word;
 
-static const word methods[] = {{"balancekv", BKV_RULE_DEFAULT},
-                               {"walk", BKV_RULE_WALK},
-                               {"pair", BKV_RULE_PAIR},
-                               {"uniform", BKV_RULE_UNIFORM},
-                               {"stride", BKV_RULE_STRIDE},
-                               {"window", BKV_RULE_WINDOW},
-                               {NULL, 0}};
+static const word methods[] = {{"balancekv", BKV_RULE_DEFAULT}, {"sample", BKV_RULE_SAMPLE},
+                               {"walk", BKV_RULE_WALK},         {"uniform", BKV_RULE_UNIFORM},
+                               {"window", BKV_RULE_WINDOW},     {NULL, 0}};
 static const word kv_types[] = {{"f32", BKV_F32}, {"f16", BKV_F16}, {"bf16", BKV_BF16}, {NULL, 0}};
 static const word weight_types[] = {
     {"f16", GGML_TYPE_F16}, {"bf16", GGML_TYPE_BF16}, {"f32", GGML_TYPE_F32}, {NULL, 0}};
-
-#define OTHERS ", full, keydiff or a streaming method of build/bench/quality --list"
 
 /* Fields of bkv_config that --set knows. */
 static const struct {
@@ -110,6 +104,8 @@ static const struct {
     {"sinks", offsetof(bkv_config, sinks), NULL, 0},
     {"window", offsetof(bkv_config, window), NULL, 0},
     {"backend", offsetof(bkv_config, backend), NULL, 0},
+    {"importance", offsetof(bkv_config, importance), NULL, 0},
+    {"rounds", offsetof(bkv_config, rounds), NULL, 0},
     {"gamma", offsetof(bkv_config, gamma), NULL, 1},
     {"temp", offsetof(bkv_config, temp), NULL, 1},
     {"scale", offsetof(bkv_config, scale), NULL, 1},
@@ -197,16 +193,20 @@ static void set_field(bkv_config *c, const char *pair) {
 
 /* NAME, or NAME:KEY=VALUE:KEY=VALUE.. with what --set takes. */
 static void set_method(options *o, const char *value) {
-    char *copy = (char *)allocate(strlen(value) + 1), *item;
+    char *copy = (char *)allocate(strlen(value) + 1), *name, *item;
+    const word *w = methods;
     strcpy(copy, value);
+    name = strtok(copy, ":");
+    if (!name) die("--method: '%s' is no method", value);
+    while (w->name && strcmp(name, w->name)) w++;
     o->method = value;
-    item = strtok(copy, ":");
-    o->attention.full = item && !strcmp(item, "full");
-    o->attention.baseline = item && baseline_known(item) ? item : NULL;
+    o->attention.full = !strcmp(name, "full");
+    o->attention.baseline = !w->name && baseline_known(name) ? name : NULL; /* so copy stays */
     if (!o->attention.full && !o->attention.baseline)
-        o->attention.bkv.rule = find_word("--method", item ? item : "", methods, OTHERS);
+        o->attention.bkv.rule =
+            find_word("--method", name, methods,
+                      ", full, keydiff or a streaming method of build/bench/quality --list");
     while ((item = strtok(NULL, ":"))) set_field(&o->attention.bkv, item);
-    if (!o->attention.baseline) free(copy); /* it holds the name */
 }
 
 static void set_lengths(options *o, const char *value, double least, double most) {
