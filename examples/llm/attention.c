@@ -277,6 +277,13 @@ size_t llm_full_bytes(const llm_shape *s, uint32_t n_tokens) {
     return (size_t)n_tokens * s->n_layers * s->n_kv_heads * (s->key_dim + s->value_dim) * 2;
 }
 
+uint64_t llm_attention_halvings(const llm_attention *a) {
+    bkv_stats_info s;
+    memset(&s, 0, sizeof s);
+    if (!a->cfg.full && !a->cfg.baseline) bkv_stats(&a->layers[0].cache, &s);
+    return s.halvings;
+}
+
 int llm_attention_save(const llm_attention *a, void *snapshot) {
     uint32_t i;
     if (!a->memory) return 0;

@@ -64,6 +64,8 @@ size_t llm_attention_scratch_bytes(const llm_attention *a);
 size_t llm_attention_need(const llm_shape *shape, const llm_attention_config *cfg);
 size_t llm_full_bytes(const llm_shape *shape, uint32_t n_tokens);
 
+uint64_t llm_attention_halvings(const llm_attention *a); /* of the first layer so far */
+
 /* The state of all layers, llm_attention_bytes(), to return to. save: 0 if it is no block of bytes
    (baselines). */
 int llm_attention_save(const llm_attention *a, void *snapshot);
