@@ -4,7 +4,8 @@
 # Without them (no network) a plain compiler does what it can. Ends with what ran on which backend,
 # what was left out and why, and the line "N passed, N failed".
 # Environment: CC; BKV_EXPECT=scalar,avx2,.. names backends that the native runs must have besides
-# those this CPU reports; CI=true counts everything left out as a failure.
+# those this CPU reports; BKV_LLM, the folder that examples/llm/setup.sh has made; CI=true counts
+# everything left out as a failure.
 set -u
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 cd "$root" || exit 1
@@ -137,7 +138,10 @@ if ! have meson || ! have ninja || ! numpy_there; then
 fi
 
 if have meson && have ninja; then
-    step "native, $CC" meson_run build "$native" '' ''
+    llm=${BKV_LLM:-${XDG_CACHE_HOME:-$HOME/.cache}/balancekv-llm}
+    [ -f "$llm/built" ] || leave_out 'a language model' "no $llm; run examples/llm/setup.sh"
+    [ -f "$llm/built" ] || llm=
+    step "native, $CC" meson_run build "$native" "-Dllm=$llm" ''
     numpy_there || leave_out 'golden vectors against the model' "no NumPy: $no_tools"
     why=$(python3 bench/insn.py --why-not 2>&1) || why='bench/insn.py fails'
     if [ -n "$why" ]; then
