@@ -2204,49 +2204,43 @@ static void BKVI_FN(bkvi_walk)(const float *matrix, const float *threshold, unsi
    coming makes the error sum_i (keep_i / chance_i - 1) phi_i shortest, if that is shorter. */
 static void BKVI_FN(bkvi_exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                                    unsigned char *keep) {
-    const bkvi_vec zero = bkvi_v(set)(0.0f), never = bkvi_v(set)(3e38f);
-    /* Products with the error; its change if a token changes sides; what that adds by itself. */
+    /* Products with the error; its change if a token changes sides; what that adds by itself, beyond
+       all bounds for those that do not go; what a change of both would do. */
     float *f = block->tile, *step = f + BKVI_BLOCK, *own = step + BKVI_BLOCK;
-    uint32_t i, j, lane, partner;
+    float *gain = own + BKVI_BLOCK;
+    const float never = 3e38f;
+    uint32_t i, j, partner, moved = 1;
     memset(f, 0, BKVI_BLOCK * sizeof *f);
     for (i = 0; i < BKVI_BLOCK; i++) {
         const float inverse = chance[i] > 0.0f && chance[i] < 1.0f ? 1.0f / chance[i] : 0.0f;
         step[i] = keep[i] ? -inverse : inverse;
-        own[i] = inverse * inverse * block->matrix[(size_t)i * (BKVI_BLOCK + 1)];
+        own[i] = step[i] > 0.0f ? inverse * inverse * block->matrix[i * (BKVI_BLOCK + 1)] : never;
         if (chance[i] < 1.0f)
             BKVI_FN(bkvi_add_row)(f, block->matrix, i, 0, keep[i] ? inverse - 1.0f : -1.0f);
     }
-    for (; rounds; rounds--)
-        for (i = 0; i < BKVI_BLOCK; i++) {
+    for (; rounds && moved; rounds--)
+        for (i = 0, moved = 0; i < BKVI_BLOCK; i++) {
             const float *row = block->matrix + (size_t)i * BKVI_BLOCK;
+            const float own_i = step[i] * step[i] * row[i];
             const bkvi_vec step_i = bkvi_v(set)(step[i]);
-            float least[16], at[16], alone[16];
+            bkvi_vec least,
+                limit = bkvi_v(fma)(step_i, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own_i));
             if (!(step[i] < 0.0f)) continue;
-            for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
-                bkvi_vec best = never, where = zero;
-                for (j = lane; j < BKVI_BLOCK; j += BKVI_LANES) {
-                    bkvi_vec s = bkvi_v(load)(step + j), x;
-                    x = bkvi_v(fma)(step_i, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
-                    x = bkvi_v(fma)(s, x + x, bkvi_v(load)(own + j));
-                    x = bkvi_v(pick_gt)(s, zero, x, never);
-                    where = bkvi_v(pick_gt)(best, x, bkvi_v(set)((float)(j - lane)), where);
-                    best = bkvi_v(pick_gt)(best, x, x, best);
-                }
-                bkvi_v(store)(least + lane, best);
-                bkvi_v(store)(at + lane, where);
+            least = limit = bkvi_v(set)(0.0f) - limit;
+            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
+                bkvi_vec x = bkvi_v(fma)(step_i, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
+                x = bkvi_v(fma)(bkvi_v(load)(step + j), x + x, bkvi_v(load)(own + j));
+                bkvi_v(store)(gain + j, x);
+                least = bkvi_v(pick_gt)(least, x, x, least);
             }
-            for (lane = 0, partner = 0; lane < BKVI_LANES; lane++)
-                if (least[lane] < least[partner] ||
-                    (least[lane] == least[partner] && at[lane] < at[partner]))
-                    partner = lane;
-            bkvi_v(store)(alone,
-                          bkvi_v(fma)(step_i, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own[i])));
-            if (!(alone[0] + least[partner] < 0.0f)) continue;
-            partner += (uint32_t)at[partner];
-            keep[i] = 0, keep[partner] = 1;
+            if (!bkvi_v(any_gt)(limit, least)) continue;
+            for (j = partner = 0; j < BKVI_BLOCK; j++)
+                partner = gain[j] < gain[partner] ? j : partner;
+            moved = 1, keep[i] = 0, keep[partner] = 1;
             BKVI_FN(bkvi_add_row)(f, block->matrix, i, 0, step[i]);
             BKVI_FN(bkvi_add_row)(f, block->matrix, partner, 0, step[partner]);
             step[i] = -step[i], step[partner] = -step[partner];
+            own[i] = own_i, own[partner] = never;
         }
 }
 
