@@ -1952,7 +1952,7 @@ static BKVI_NOINLINE float BKVI_FN(bkvi_pack)(const bkv_cache *c, const bkvi_blo
             for (lane = 0; lane < j; lane += BKVI_WIDTH)
                 bkvi_v(store)(turned + lane,
                               bkvi_v(load)(turned + lane) + bkvi_v(load)(turned + j + lane));
-        for (j = 0; j < BKVI_LANES; j++) mean[j] = turned[j] * (1.0f / BKVI_BLOCK);
+        for (j = 0; j < BKVI_LANES; j++) mean[j] = turned[j] * (1.0f / (float)BKVI_BLOCK);
         for (p = 0; p < 8; p++, to += stride)
             for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
                 float *norm = block->norm + p * BKVI_LANES + lane;
