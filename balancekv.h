@@ -2127,10 +2127,10 @@ BKVI_VFN void BKVI_FN(bkvi_rows)(const bkvi_block *block, const int vecs, uint32
 }
 
 /* The upper triangle of the products, and their entries: columns in groups of panels, panels of
-   rows down to the diagonal. */
+   rows down to the diagonal. values: 0 keys, 1 values, 2 and mirrored: exchanges need that. */
 static BKVI_NOINLINE void BKVI_FN(bkvi_products)(const bkvi_block *block, int values, uint32_t dim,
                                                  size_t stride, float a, float b) {
-    uint32_t group, end, i;
+    uint32_t group, end, i, j;
     for (group = 0; group < 8; group = end) {
         end = group + BKVI_VECS(6);
         for (i = 0; i < end; i++) {
@@ -2140,6 +2140,10 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_products)(const bkvi_block *block, int va
             if (BKVI_VECS(6) == 4 && vecs == 3) BKVI_FN(bkvi_rows)(block, 3, i, first, dim, stride);
             if (BKVI_VECS(6) == 4 && vecs == 4) BKVI_FN(bkvi_rows)(block, 4, i, first, dim, stride);
             BKVI_FN(bkvi_entries)(block, values, i, first, end, a, b);
+            for (j = bkvi_max(first, i + 1); j < end && values > 1; j++) BKVI_FN(bkvi_turn)
+            (block->matrix + (j * BKVI_BLOCK + i) * BKVI_LANES, BKVI_BLOCK,
+             (const unsigned char *)(block->matrix + (i * BKVI_BLOCK + j) * BKVI_LANES), BKVI_BLOCK,
+             BKV_F32);
         }
     }
 }
@@ -2154,7 +2158,6 @@ static void BKVI_FN(bkvi_gram)(const bkv_cache *c, const bkvi_block *block) {
     const size_t stride = ((size_t)dim + 1) * BKVI_LANES;
     const size_t v_stride = ((size_t)v_dim + 1) * BKVI_LANES;
     float constant = BKVI_CONSTANT, largest = BKVI_FN(bkvi_pack)(c, block, 0, 1, dim, stride);
-    uint32_t i, j;
     if (importance & BKV_IMPORTANCE_QUERY) BKVI_FN(bkvi_expect)(c, block, dim, stride);
     if (importance & BKV_IMPORTANCE_KEY) BKVI_FN(bkvi_unlike)(block, dim, stride);
     BKVI_FN(bkvi_products)(block, 0, dim, stride, scale, largest * scale);
@@ -2166,11 +2169,8 @@ static void BKVI_FN(bkvi_gram)(const bkv_cache *c, const bkvi_block *block) {
         constant = constant > 0.0f ? constant : 1.0f;
     }
     /* All entries at most about 1, whatever the size of the values. */
-    BKVI_FN(bkvi_products)(block, 1, v_dim, v_stride, 1.0f / (largest + constant), constant);
-    for (i = 0; i < BKVI_BLOCK && sample; i += BKVI_LANES) /* exchanges need both triangles */
-        for (j = i + BKVI_LANES; j < BKVI_BLOCK; j += BKVI_LANES) BKVI_FN(bkvi_turn)
-    (block->matrix + j * BKVI_BLOCK + i, BKVI_BLOCK,
-     (const unsigned char *)(block->matrix + i * BKVI_BLOCK + j), BKVI_BLOCK, BKV_F32);
+    BKVI_FN(bkvi_products)
+    (block, 1 + sample, v_dim, v_stride, 1.0f / (largest + constant), constant);
 }
 
 /* ---- signed sums ---- */
@@ -2220,7 +2220,9 @@ static void BKVI_FN(bkvi_exchange)(const bkvi_block *block, const float *chance,
         for (i = 0; i < BKVI_BLOCK; i++) {
             const float *row = block->matrix + (size_t)i * BKVI_BLOCK;
             const bkvi_vec step_i = bkvi_v(set)(step[i]);
-            float least[16], at[16], alone[16];
+            bkvi_vec alone = bkvi_v(fma)(step_i, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own[i]));
+            float least[16], at[16], lowest;
+            int shorter = 0;
             if (!(step[i] < 0.0f)) continue;
             for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
                 bkvi_vec best = never, where = zero;
@@ -2232,17 +2234,16 @@ static void BKVI_FN(bkvi_exchange)(const bkvi_block *block, const float *chance,
                     where = bkvi_v(pick_gt)(best, x, bkvi_v(set)((float)(j - lane)), where);
                     best = bkvi_v(pick_gt)(best, x, x, best);
                 }
+                shorter |= bkvi_v(any_gt)(zero, alone + best);
                 bkvi_v(store)(least + lane, best);
                 bkvi_v(store)(at + lane, where);
             }
-            for (lane = 0, partner = 0; lane < BKVI_LANES; lane++)
-                if (least[lane] < least[partner] ||
-                    (least[lane] == least[partner] && at[lane] < at[partner]))
-                    partner = lane;
-            bkvi_v(store)(alone,
-                          bkvi_v(fma)(step_i, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own[i])));
-            if (!(alone[0] + least[partner] < 0.0f)) continue;
-            partner += (uint32_t)at[partner];
+            if (!shorter) continue;
+            for (lane = 0, lowest = least[0]; lane < BKVI_LANES; lane++)
+                lowest = least[lane] < lowest ? least[lane] : lowest;
+            for (lane = 0, partner = BKVI_BLOCK; lane < BKVI_LANES;
+                 lane++) /* the first of equals */
+                if (least[lane] == lowest) partner = bkvi_min(partner, (uint32_t)at[lane] + lane);
             keep[i] = 0, keep[partner] = 1;
             BKVI_FN(bkvi_add_row)(f, block->matrix, i, 0, step[i]);
             BKVI_FN(bkvi_add_row)(f, block->matrix, partner, 0, step[partner]);
@@ -2263,7 +2264,7 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_soften)(const bkvi_tile *tile, const bkvi
     const float limit = tile->limit ? tile->limit[r] : (float)span->slots;
     float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
     bkvi_vec x, most = bkvi_v(set)(tile->max[r]);
-    uint32_t i;
+    uint32_t i, j;
     if (softcap > 0.0f) {
         /* c tanh(z / c) log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
         for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
@@ -2283,23 +2284,28 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_soften)(const bkvi_tile *tile, const bkvi
     }
     for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) most = bkvi_v(max)(most, bkvi_v(load)(s + i));
     if (bkvi_v(any_gt)(most, bkvi_v(set)(tile->max[r]))) {
-        float *out = tile->out + (size_t)r * v_dim_pad, highest = tile->max[r], shrink[BKVI_PAGE];
-        for (i = 0; i < BKVI_PAGE; i++) highest = s[i] > highest ? s[i] : highest;
-        for (i = 0; i < BKVI_PAGE; i++) shrink[i] = tile->max[r];
-        BKVI_FN(bkvi_raise)(shrink, BKVI_PAGE, highest);
-        tile->max[r] = highest;
+        float *out = tile->out + (size_t)r * v_dim_pad, highest[16], max = tile->max[r];
+        bkvi_vec shrink[4];
+        bkvi_v(store)(highest, most);
+        for (i = 0; i < BKVI_WIDTH; i++) max = highest[i] > max ? highest[i] : max;
+        for (i = 0; i < 4; i++) shrink[i] = bkvi_v(set)(tile->max[r] - max);
+        BKVI_FN(bkvi_exp2)(shrink);
+        tile->max[r] = max;
         for (i = 0; i < BKVI_LANES; i += BKVI_WIDTH)
-            bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * bkvi_v(load)(shrink));
+            bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * shrink[0]);
         for (i = 0; i < v_dim_pad; i += BKVI_WIDTH)
-            bkvi_v(store)(out + i, bkvi_v(load)(out + i) * bkvi_v(load)(shrink));
+            bkvi_v(store)(out + i, bkvi_v(load)(out + i) * shrink[0]);
     }
     BKVI_FN(bkvi_raise)(s, BKVI_PAGE, tile->max[r]);
-    for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
-        float *sum = lanes + i % BKVI_LANES;
-        bkvi_vec w = bkvi_v(load)(span->weight + 4 * (size_t)i);
-        x = bkvi_v(load)(s + i);
-        bkvi_v(store)(sum, bkvi_v(fma)(x, w, bkvi_v(load)(sum)));
-        bkvi_v(store)(s + i, x * w);
+    for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
+        bkvi_vec sum = bkvi_v(load)(lanes + j);
+        for (i = j; i < BKVI_PAGE; i += BKVI_LANES) {
+            bkvi_vec w = bkvi_v(load)(span->weight + 4 * (size_t)i);
+            x = bkvi_v(load)(s + i);
+            sum = bkvi_v(fma)(x, w, sum);
+            bkvi_v(store)(s + i, x * w);
+        }
+        bkvi_v(store)(lanes + j, sum);
     }
 }
 
