@@ -60,14 +60,12 @@
      c * tanh(s_i / c). While nothing was halved all w_i are 1 and this is exact attention.
 
    The stream. slots = budget rounded down to a multiple of 16. The sinks, rounded up to a multiple
-     of 16, come off first; the rest is n_pages = (slots - sinks) / 64 whole pages; what the
-     division leaves over goes to the sinks. Tokens fill the sinks, then the newest page, and never
-     move until they are halved. When the newest page is full and no page is free, ONE halving
-     frees one: of the pages older than the window (the newest ceil(window / 64) pages) that pair of
-     neighbours (i, i+1) with the smallest max(level_i, level_i+1), among equals the oldest. The
-     merged page takes their place, with that level + 1 (rule `window`: with the same level).
-     So one append costs at most one halving per KV head, and at least the newest `window` tokens
-     (up to 63 more) are exact at any time.
+     of 16, come off first, the rest is whole pages, what that leaves over goes to the sinks. Tokens
+     fill the sinks, then the newest page, and never move until they are halved. When all pages are
+     full, ONE halving frees one: of the pages older than the window (the newest ceil(window / 64))
+     that pair of neighbours with the smallest larger level, among equals the oldest; the merged
+     page has that level + 1 (rule `window`: the same). So an append costs at most one halving per
+     KV head, and at least the newest `window` tokens (up to 63 more) are exact at any time.
 
    The rules. A block is the 128 tokens of two pages in order, with weights w; 64 stay. The exact
      statement, to the last tie, is tests/golden/README.md; what was measured, bench/QUALITY.md.
@@ -91,24 +89,22 @@
      query head, p its share of attention (in the older of the two, of the attention up to there).
      A cache that never attends still works; give it BKV_IMPORTANCE_KEY.
 
-   Memory. bkv_size() bytes, of which all but n_threads * scratch are state. The state holds no
-     pointer: it may be copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is
-     fastest. Frames stay below 1 KiB. The library calls mem{cpy,set,move,cmp} and nothing else.
+   Memory. bkv_size() bytes, state and n_threads * scratch. The state holds no pointer: it may be
+     copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
+     below 1 KiB. The library calls mem{cpy,set,move,cmp} and nothing else.
 
-   Threads. No thread inside, no global mutable state. A call with (ith, nth) does its share of the
-     KV heads; all nth calls must be made, with equal arguments, on any threads, before the next
-     operation on the cache starts. (0, 1) does everything. The result does not depend on nth.
+   Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
+     heads; all nth calls must be made, with equal arguments, before the next operation on the cache
+     starts. (0, 1) does everything. The result does not depend on nth.
 
-   Errors. A negative bkv_result; the cache is then unchanged. Inputs are checked before anything is
-     written, NaN and Inf included: a key or value must be finite in the cache's kv_type (|x| <
-     65520 for f16) and below 2^56 in magnitude, a query below 2^56.
+   Errors. A negative bkv_result; the cache is then unchanged. Inputs are checked first, NaN and Inf
+     included: a key or value must be finite in kv_type (|x| < 65520 for f16), all below 2^56.
 
    Arithmetic. Same input bytes + same config => same output bytes and same state bytes on every
      backend, compiler and optimisation level, for any nth and any chunking of the same tokens:
-     16 float lanes, one correctly rounded fused multiply-add, one reduction tree, own 2^x (within
-     1 ulp, tests/test_attend.c). Not under -ffast-math, nor on a thread that flushes denormals.
-     While exact, |out - softmax attention in double| <= 2e-5 * max |v| (tests/test_attend.c) for
-     f32 storage and logits within +-30.
+     16 float lanes, one correctly rounded fused multiply-add, one reduction tree, own 2^x (1 ulp).
+     Not under -ffast-math, nor on a thread that flushes denormals. While exact, |out - softmax in
+     double| <= 2e-5 * max |v| for f32 storage and logits within +-30 (tests/test_attend.c).
    ---------------------------------------------------------------------------------------------- */
 
 /* ------------------------------------------------------------------------------------------------
@@ -116,23 +112,19 @@
 
    BALANCEKV_IMPLEMENTATION   Affects: compiles the functions.  Define in exactly one file.
    BALANCEKV_STATIC           Affects: all functions become static, private to this file.
-   BALANCEKV_API              Affects: the decoration of public functions (DLL export, attributes).
-                              Default: extern, `static` with BALANCEKV_STATIC.
+   BALANCEKV_API              Affects: decoration of public functions (DLL export).  Default: extern.
    BALANCEKV_SIMD             Affects: the widest backend compiled in.
                               Values: BALANCEKV_SIMD_AUTO, _SCALAR, _AVX2, _AVX512, _NEON.
                               Default: AUTO. x86: all three; AArch64: NEON; elsewhere scalar.
                               If wrong: #error here; at run time BKV_E_BACKEND, never SIGILL.
-   BALANCEKV_DISPATCH         Affects: 1 compiles every backend up to BALANCEKV_SIMD and picks one
-                              in bkv_init (no -m flag needed); 0 compiles one, the widest that the
-                              compiler flags allow or BALANCEKV_SIMD names.
-                              Default: 1 on x86 with gcc or clang, 0 elsewhere.
+   BALANCEKV_DISPATCH         Affects: 1 compiles every backend up to BALANCEKV_SIMD, bkv_init picks
+                              one (no -m flag needed); 0 compiles one, the widest that the flags
+                              allow or BALANCEKV_SIMD names.  Default: 1 on x86, 0 elsewhere.
    BALANCEKV_HEAD_DIM         Affects: code size. The one head_dim = value_dim this copy supports;
-                              others give BKV_E_HEAD_DIM.  Values: 1..512.
-                              Default: any, at run time.
+                              others give BKV_E_HEAD_DIM.  Values: 1..512.  Default: any.
    BALANCEKV_KV_TYPE          Affects: code size. The one kv_type this copy supports; others give
                               BKV_E_KV_TYPE.  Values: BALANCEKV_F32, _F16, _BF16.  Default: any.
-   BALANCEKV_HEADER_NAME      Affects: how the file includes itself (DISPATCH 1). Set it if you
-                              rename the file.  Default: "balancekv.h".
+   BALANCEKV_HEADER_NAME      Affects: the file's name if you rename it.  Default: "balancekv.h".
    BALANCEKV_EMULATED         Affects: takes AVX-512 for present, as tests/simde provides it.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
 
@@ -499,9 +491,9 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #include <arm_neon.h>
 #endif
 
-/* BKVI_UNROLL: register tiles are small arrays in loops; gcc -O2 keeps them in registers only if
-   every such loop is unrolled completely (3x on a halving). BKVI_PIN keeps a loaded vector in its
-   register; gcc otherwise folds the load into every FMA that uses it (20-25 % of f32 attend). */
+/* BKVI_UNROLL: gcc -O2 keeps register tiles, small arrays, in registers only if every loop over them
+   is unrolled (3x on a halving). BKVI_PIN: gcc folds a load into every FMA that uses it (20-25 %
+   of f32 attend). */
 #if defined(__clang__)
 #define BKVI_CC_CLANG 1
 #define BKVI_UNROLL _Pragma("clang loop unroll(full)")
@@ -546,24 +538,17 @@ static const uint64_t BKVI_GOLDEN = 0x9E3779B97F4A7C15u;
    §5 SCALAR                                                                               >>scalar
    ---------------------------------------------------------------------------------------------- */
 /* The state may stand at any address, so single words go through memcpy. */
-static BKVI_INLINE uint32_t bkvi_get32(const unsigned char *p) {
-    uint32_t x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-static BKVI_INLINE void bkvi_put32(unsigned char *p, uint32_t x) { memcpy(p, &x, sizeof x); }
-static BKVI_INLINE uint16_t bkvi_get16(const unsigned char *p) {
-    uint16_t x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-static BKVI_INLINE void bkvi_put16(unsigned char *p, uint16_t x) { memcpy(p, &x, sizeof x); }
-static BKVI_INLINE float bkvi_getf(const unsigned char *p) {
-    float x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-static BKVI_INLINE void bkvi_putf(unsigned char *p, float x) { memcpy(p, &x, sizeof x); }
+#define BKVI_X(name, type)                                                                         \
+    static BKVI_INLINE type bkvi_get##name(const unsigned char *p) {                               \
+        type x;                                                                                    \
+        memcpy(&x, p, sizeof x);                                                                   \
+        return x;                                                                                  \
+    }                                                                                              \
+    static BKVI_INLINE void bkvi_put##name(unsigned char *p, type x) { memcpy(p, &x, sizeof x); }
+BKVI_X(16, uint16_t)
+BKVI_X(32, uint32_t)
+BKVI_X(f, float)
+#undef BKVI_X
 static BKVI_INLINE uint32_t bkvi_bits(float x) { return bkvi_get32((const unsigned char *)&x); }
 static BKVI_INLINE float bkvi_float(uint32_t u) { return bkvi_getf((const unsigned char *)&u); }
 /* 64-bit counters are two words, low first, so that the state is made of 32-bit words only. */
@@ -1595,6 +1580,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
      zip(a, b)                         a0 b0 a1 b1 .. in a, the rest in b
    ---------------------------------------------------------------------------------------------- */
 #define bkvi_v(op) BKVI_FN(bkvi_v_##op)
+#define bkvi_k(name) BKVI_FN(bkvi_##name)
 #define bkvi_vec BKVI_FN(bkvi_vec)
 #define BKVI_VFN static BKVI_INLINE
 #define BKVI_WIDTH ((uint32_t)(sizeof(bkvi_vec) / sizeof(float)))
@@ -1763,8 +1749,8 @@ BKVI_VFN bkvi_vec bkvi_v(get)(const int type, const void *p) {
 }
 
 /* Elements i .. i+15 of a caller's row of n as floats, zeros behind its end, any stride. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_row)(float *to, const unsigned char *p, uint32_t type,
-                                            size_t stride, uint32_t i, uint32_t n) {
+static BKVI_NOINLINE void bkvi_k(row)(float *to, const unsigned char *p, uint32_t type,
+                                      size_t stride, uint32_t i, uint32_t n) {
     unsigned char part[64];
     size_t bytes = bkvi_type_bytes(type), lane;
     uint32_t count = bkvi_min(BKVI_LANES, n - i);
@@ -1779,13 +1765,13 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_row)(float *to, const unsigned char *p, u
 }
 
 /* 1 if every |x| < limit; NaN is not. */
-static int BKVI_FN(bkvi_scan)(const unsigned char *p, uint32_t type, size_t stride, uint32_t n,
-                              float limit) {
+static int bkvi_k(scan)(const unsigned char *p, uint32_t type, size_t stride, uint32_t n,
+                        float limit) {
     bkvi_vec zero = bkvi_v(set)(0.0f), bad = zero;
     float part[16];
     uint32_t i, lane;
     for (i = 0; i < n; i += BKVI_LANES) {
-        BKVI_FN(bkvi_row)(part, p, type, stride, i, n);
+        bkvi_k(row)(part, p, type, stride, i, n);
         for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
             bkvi_vec x = bkvi_v(load)(part + lane), size = bkvi_v(max)(x, zero - x);
             x = bkvi_v(pick_gt)(bkvi_v(set)(limit), size, zero, bkvi_v(set)(1.0f));
@@ -1797,14 +1783,14 @@ static int BKVI_FN(bkvi_scan)(const unsigned char *p, uint32_t type, size_t stri
 
 /* Stores a caller's row, elements `step` apart: 1 for a value (then padded with zeros to whole
    sixteens), 16 for a column of a key panel. */
-static void BKVI_FN(bkvi_put)(unsigned char *dst, size_t step, uint32_t kv_type,
-                              const unsigned char *src, uint32_t type, size_t stride, uint32_t n) {
+static void bkvi_k(put)(unsigned char *dst, size_t step, uint32_t kv_type, const unsigned char *src,
+                        uint32_t type, size_t stride, uint32_t n) {
     size_t bytes = bkvi_type_bytes(BKVI_TYPE(kv_type));
     uint32_t i, lane;
     for (i = 0; i < n; i += BKVI_LANES) {
         float part[16];
         unsigned char *to = (unsigned char *)part; /* converted in place, front to back */
-        BKVI_FN(bkvi_row)(part, src, type, stride, i, n);
+        bkvi_k(row)(part, src, type, stride, i, n);
         for (lane = 0; lane < BKVI_LANES && bytes == 2; lane++)
             if (BKVI_TYPE(kv_type) == BKV_BF16)
                 bkvi_put16(to + 2 * lane, bkvi_to_bf16(part[lane]));
@@ -1818,7 +1804,7 @@ static void BKVI_FN(bkvi_put)(unsigned char *dst, size_t step, uint32_t kv_type,
 /* 2^t of four registers side by side, as one alone would wait for its own results: within 1 ulp;
    exactly 0 below 2^-125, so that no denormal arises. t <= 127. The polynomial is a minimax fit of
    degree 6 of ours. */
-BKVI_VFN void BKVI_FN(bkvi_exp2)(bkvi_vec *t) {
+BKVI_VFN void bkvi_k(exp2)(bkvi_vec *t) {
     static const float c[6] = {1.339993090e-3f, 9.618489072e-3f, 5.550328642e-2f,
                                2.402264625e-1f, 6.931471825e-1f, 1.0f};
     const bkvi_vec magic = bkvi_v(set)(12582912.0f); /* 1.5 * 2^23: adding it rounds to integers */
@@ -1839,13 +1825,13 @@ BKVI_VFN void BKVI_FN(bkvi_exp2)(bkvi_vec *t) {
 }
 
 /* 2^x of n floats in place, n a multiple of 64. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_raise)(float *x, uint32_t n, float shift) {
+static BKVI_NOINLINE void bkvi_k(raise)(float *x, uint32_t n, float shift) {
     const bkvi_vec minus = bkvi_v(set)(shift);
     uint32_t i, k;
     for (i = 0; i < n; i += 4 * BKVI_WIDTH) {
         bkvi_vec t[4];
         BKVI_UNROLL for (k = 0; k < 4; k++) t[k] = bkvi_v(load)(x + i + k * BKVI_WIDTH) - minus;
-        BKVI_FN(bkvi_exp2)(t);
+        bkvi_k(exp2)(t);
         BKVI_UNROLL for (k = 0; k < 4; k++) bkvi_v(store)(x + i + k * BKVI_WIDTH, t[k]);
     }
 }
@@ -1856,11 +1842,10 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_raise)(float *x, uint32_t n, float shift)
    coefficients of step i: c[i * c_step + r], or c[r * c_row + i] if c_row (then n is rounded up to
    a multiple of 4); acc: rows `acc_row` floats apart, set to 0 if `fresh`. ahead: memory to
    prefetch at the pace of x, or NULL. */
-BKVI_VFN void BKVI_FN(bkvi_tile_fma)(const int type, const int rows, const int vecs,
-                                     const unsigned char *x, size_t step, size_t apart, uint32_t n,
-                                     const float *c, const size_t c_row, size_t c_step,
-                                     const int fresh, float *acc_mem, size_t acc_row,
-                                     const unsigned char *ahead) {
+BKVI_VFN void bkvi_k(tile_fma)(const int type, const int rows, const int vecs,
+                               const unsigned char *x, size_t step, size_t apart, uint32_t n,
+                               const float *c, const size_t c_row, size_t c_step, const int fresh,
+                               float *acc_mem, size_t acc_row, const unsigned char *ahead) {
     enum { REGS = BKVI_LANES / BKVI_WIDTH };
     const size_t es = type == BKV_F32 ? 4 : 2;
     const int regs = vecs * REGS, steps = c_row ? 4 : 1;
@@ -1898,8 +1883,8 @@ BKVI_VFN void BKVI_FN(bkvi_tile_fma)(const int type, const int rows, const int v
 /* ---- kernel matrix ---- */
 /* 16 x 16 elements of the cache, rows `stride` elements apart, turned: to[j][i] = from[i][j], rows
    `apart`. A square of whole registers takes log2(width) rounds of zips. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_turn)(float *to, size_t apart, const unsigned char *from,
-                                             size_t stride, uint32_t type) {
+static BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned char *from,
+                                       size_t stride, uint32_t type) {
     enum { SIDE = BKVI_WIDTH, HALF = SIDE / 2 };
     const size_t es = bkvi_type_bytes(type);
     uint32_t i, j;
@@ -1924,9 +1909,8 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_turn)(float *to, size_t apart, const unsi
 /* The block's keys or values as f32 panels, `stride` floats apart, minus their mean if `centred`,
    sixteen dimensions at a time; returns the largest squared norm. Sums over the tokens have the
    order: panels, then lanes i + i+8, i+4, i+2, i+1. */
-static BKVI_NOINLINE float BKVI_FN(bkvi_pack)(const bkv_cache *c, const bkvi_block *block,
-                                              int values, int centred, uint32_t dim,
-                                              size_t stride) {
+static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *block, int values,
+                                        int centred, uint32_t dim, size_t stride) {
     const int type = (int)BKVI_TYPE(c->cfg.kv_type), packed = values ? BKV_F32 : type;
     const size_t es = bkvi_type_bytes(BKVI_TYPE(c->cfg.kv_type)), size = values ? 4 : es;
     float *sums = block->tile, *turned = sums + 256, *mean = sums + 512, largest = 0.0f;
@@ -1941,13 +1925,14 @@ static BKVI_NOINLINE float BKVI_FN(bkvi_pack)(const bkv_cache *c, const bkvi_blo
             const size_t row = p % 4 * (size_t)BKVI_LANES * dim;
             from[p] = values ? (const unsigned char *)(to + p * stride)
                              : block->k[p / 4] + (row + (size_t)i * BKVI_LANES) * es;
-            if (values) BKVI_FN(bkvi_turn)
-            (to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim, (uint32_t)type);
+            if (values)
+                bkvi_k(turn)(to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim,
+                             (uint32_t)type);
             for (j = 0; j < n && centred; j += BKVI_WIDTH)
                 bkvi_v(store)(sums + j,
                               bkvi_v(load)(sums + j) + bkvi_v(get)(packed, from[p] + j * size));
         }
-        BKVI_FN(bkvi_turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
+        bkvi_k(turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
         for (j = 128; j >= BKVI_LANES; j /= 2)
             for (lane = 0; lane < j; lane += BKVI_WIDTH)
                 bkvi_v(store)(turned + lane,
@@ -1971,7 +1956,7 @@ static BKVI_NOINLINE float BKVI_FN(bkvi_pack)(const bkv_cache *c, const bkvi_blo
 }
 
 /* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
-static float BKVI_FN(bkvi_over_lanes)(const float *lanes) {
+static float bkvi_k(over_lanes)(const float *lanes) {
     float x[8];
     uint32_t i, n;
     for (i = 0; i < 8; i++) x[i] = lanes[i] + lanes[i + 8];
@@ -1979,7 +1964,7 @@ static float BKVI_FN(bkvi_over_lanes)(const float *lanes) {
         for (i = 0; i < n; i++) x[i] += x[i + n];
     return x[0];
 }
-static float BKVI_FN(bkvi_total)(const float *x, uint32_t n) {
+static float bkvi_k(total)(const float *x, uint32_t n) {
     float lanes[16];
     uint32_t lane, i;
     for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
@@ -1987,9 +1972,9 @@ static float BKVI_FN(bkvi_total)(const float *x, uint32_t n) {
         for (i = BKVI_LANES; i < n; i += BKVI_LANES) all = all + bkvi_v(load)(x + i + lane);
         bkvi_v(store)(lanes + lane, all);
     }
-    return BKVI_FN(bkvi_over_lanes)(lanes);
+    return bkvi_k(over_lanes)(lanes);
 }
-static float BKVI_FN(bkvi_largest)(const float *x) {
+static float bkvi_k(largest)(const float *x) {
     float most = x[0];
     uint32_t i;
     for (i = 1; i < BKVI_BLOCK; i++) most = x[i] > most ? x[i] : most;
@@ -1998,26 +1983,26 @@ static float BKVI_FN(bkvi_largest)(const float *x) {
 
 /* ---- importance (§1) ---- */
 /* <key, vector> * scale of every token: to[128]. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_against)(const bkvi_block *block, uint32_t dim,
-                                                size_t stride, const unsigned char *vector,
-                                                float scale, float *to) {
+static BKVI_NOINLINE void bkvi_k(against)(const bkvi_block *block, uint32_t dim, size_t stride,
+                                          const unsigned char *vector, float scale, float *to) {
     float *work = block->matrix;
     uint32_t i;
     for (i = 0; i < dim; i += BKVI_WIDTH)
         bkvi_v(store)(work + i, bkvi_v(load)(vector + 4 * (size_t)i) * bkvi_v(set)(scale));
-    for (i = 0; i < BKVI_BLOCK; i += BKVI_VECS(1) * BKVI_LANES) BKVI_FN(bkvi_tile_fma)
-    (BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(block->panels + i / BKVI_LANES * stride),
-     BKVI_LANES, stride, dim, work, 0, 1, 1, to + i, BKVI_BLOCK, NULL);
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_VECS(1) * BKVI_LANES)
+        bkvi_k(tile_fma)(BKV_F32, 1, BKVI_VECS(1),
+                         (const unsigned char *)(block->panels + i / BKVI_LANES * stride),
+                         BKVI_LANES, stride, dim, work, 0, 1, 1, to + i, BKVI_BLOCK, NULL);
 }
 
 /* to += share of x in its sum; x is used up. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_add_share)(float *to, float *x, const float *value_norm,
-                                                  float share) {
+static BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_norm,
+                                            float share) {
     float sum;
     uint32_t i;
     for (i = 0; i < BKVI_BLOCK && value_norm; i += BKVI_WIDTH)
         bkvi_v(store)(x + i, bkvi_v(load)(x + i) * bkvi_v(sqrt)(bkvi_v(load)(value_norm + i)));
-    sum = BKVI_FN(bkvi_total)(x, BKVI_BLOCK);
+    sum = bkvi_k(total)(x, BKVI_BLOCK);
     for (i = 0; i < BKVI_BLOCK && sum > 0.0f; i += BKVI_WIDTH)
         bkvi_v(store)(to + i, bkvi_v(fma)(bkvi_v(load)(x + i), bkvi_v(set)(share / sum),
                                           bkvi_v(load)(to + i)));
@@ -2025,32 +2010,31 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_add_share)(float *to, float *x, const flo
 
 /* What the queries' means expect of every token: the mean over the group of its share of attention
    within the block. The keys are centred, which no softmax notices. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_expect)(const bkv_cache *c, const bkvi_block *block,
-                                               uint32_t dim, size_t stride) {
+static BKVI_NOINLINE void bkvi_k(expect)(const bkv_cache *c, const bkvi_block *block, uint32_t dim,
+                                         size_t stride) {
     float *logit = block->score;
     uint32_t head, i;
     memset(block->expected, 0, BKVI_BLOCK * sizeof(float));
     for (head = 0; head < c->group; head++) {
-        BKVI_FN(bkvi_against)
-        (block, dim, stride, block->queries + (size_t)head * 4 * bkvi_round_up(dim, BKVI_LANES),
-         c->cfg.scale * BKVI_LOG2E, logit);
-        BKVI_FN(bkvi_raise)(logit, BKVI_BLOCK, BKVI_FN(bkvi_largest)(logit));
+        bkvi_k(against)(block, dim, stride,
+                        block->queries + (size_t)head * 4 * bkvi_round_up(dim, BKVI_LANES),
+                        c->cfg.scale * BKVI_LOG2E, logit);
+        bkvi_k(raise)(logit, BKVI_BLOCK, bkvi_k(largest)(logit));
         for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH)
             bkvi_v(store)(logit + i, bkvi_v(load)(logit + i) * bkvi_v(load)(block->weight + i));
-        BKVI_FN(bkvi_add_share)(block->expected, logit, NULL, 1.0f);
+        bkvi_k(add_share)(block->expected, logit, NULL, 1.0f);
     }
 }
 
 /* w e^(-4 cos(key, mean key)): keys unlike the others. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_unlike)(const bkvi_block *block, uint32_t dim,
-                                               size_t stride) {
+static BKVI_NOINLINE void bkvi_k(unlike)(const bkvi_block *block, uint32_t dim, size_t stride) {
     float *mean = block->tile + 512, *work = block->matrix, *unlike = block->unlike;
     bkvi_vec m, zero = bkvi_v(set)(0.0f);
     uint32_t i, padded = bkvi_round_up(dim, BKVI_LANES);
-    BKVI_FN(bkvi_against)(block, dim, stride, (const unsigned char *)mean, 1.0f, unlike);
+    bkvi_k(against)(block, dim, stride, (const unsigned char *)mean, 1.0f, unlike);
     for (i = 0; i < padded; i += BKVI_WIDTH)
         bkvi_v(store)(work + i, bkvi_v(load)(mean + i) * bkvi_v(load)(mean + i));
-    m = bkvi_v(set)(BKVI_FN(bkvi_total)(work, padded));
+    m = bkvi_v(set)(bkvi_k(total)(work, padded));
     for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH) {
         bkvi_vec dot = bkvi_v(load)(unlike + i), norm = bkvi_v(load)(block->norm + i) + dot, cosine;
         dot = dot + m; /* of the key as it was; so is its norm */
@@ -2058,13 +2042,13 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_unlike)(const bkvi_block *block, uint32_t
         cosine = dot / bkvi_v(pick_gt)(norm, zero, norm, bkvi_v(set)(1.0f));
         bkvi_v(store)(unlike + i, cosine * bkvi_v(set)(-4.0f * BKVI_LOG2E));
     }
-    BKVI_FN(bkvi_raise)(unlike, BKVI_BLOCK, 0.0f);
+    bkvi_k(raise)(unlike, BKVI_BLOCK, 0.0f);
     for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH)
         bkvi_v(store)(unlike + i, bkvi_v(load)(unlike + i) * bkvi_v(load)(block->weight + i));
 }
 
 /* Scores, and the factor of each token in the kernel. norm: that of the values. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_rate)(const bkvi_block *block, uint32_t importance) {
+static BKVI_NOINLINE void bkvi_k(rate)(const bkvi_block *block, uint32_t importance) {
     float *use = block->use;
     uint32_t i;
     memset(block->score, 0, BKVI_BLOCK * sizeof(float));
@@ -2075,18 +2059,17 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_rate)(const bkvi_block *block, uint32_t i
         bkvi_v(store)(use + i, bkvi_v(sqrt)(bkvi_v(load)(use + i)));
     }
     if (importance & BKV_IMPORTANCE_KEY)
-        BKVI_FN(bkvi_add_share)(block->score, block->unlike, block->norm, 1.0f);
+        bkvi_k(add_share)(block->score, block->unlike, block->norm, 1.0f);
     if (importance & BKV_IMPORTANCE_QUERY)
-        BKVI_FN(bkvi_add_share)(block->score, block->expected, block->norm, 1.0f);
-    if (importance & BKV_IMPORTANCE_USE)
-        BKVI_FN(bkvi_add_share)(block->score, use, block->norm, 2.0f);
-    BKVI_FN(bkvi_add_share)(block->score, block->weight, NULL, 0.1f);
+        bkvi_k(add_share)(block->score, block->expected, block->norm, 1.0f);
+    if (importance & BKV_IMPORTANCE_USE) bkvi_k(add_share)(block->score, use, block->norm, 2.0f);
+    bkvi_k(add_share)(block->score, block->weight, NULL, 0.1f);
 }
 
 /* Products of the 16 rows of panel i with panels first .. end-1 become entries of the kernel. Keys:
    2^(product * a - b), at most 1 but for rounding; values: times (product + b) f_i f_j a. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_entries)(const bkvi_block *block, int values, uint32_t i,
-                                                uint32_t first, uint32_t end, float a, float b) {
+static BKVI_NOINLINE void bkvi_k(entries)(const bkvi_block *block, int values, uint32_t i,
+                                          uint32_t first, uint32_t end, float a, float b) {
     const bkvi_vec zero = bkvi_v(set)(0.0f), shift = bkvi_v(set)(values ? b : -b);
     uint32_t row, j;
     int k;
@@ -2106,45 +2089,49 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_entries)(const bkvi_block *block, int val
                     x[k] = bkvi_v(pick_gt)(x[k], zero, zero, x[k]);
                 }
             }
-            if (!values) BKVI_FN(bkvi_exp2)(x);
+            if (!values) bkvi_k(exp2)(x);
             BKVI_UNROLL for (k = 0; k < 4; k++) bkvi_v(store)(to + k * BKVI_BLOCK, x[k]);
         }
 }
 
 /* The 16 rows of panel i, in tiles of 5, 5 and 6: more than the 8 sums in flight that hide the
    latency of an FMA on 16 registers. */
-BKVI_VFN void BKVI_FN(bkvi_rows)(const bkvi_block *block, const int vecs, uint32_t i,
-                                 uint32_t first, uint32_t dim, size_t stride) {
+BKVI_VFN void bkvi_k(rows)(const bkvi_block *block, const int vecs, uint32_t i, uint32_t first,
+                           uint32_t dim, size_t stride) {
     const unsigned char *x = (const unsigned char *)(block->panels + first * stride);
     const float *c = block->panels + i * stride;
     uint32_t row;
-    for (row = 0; row < 10; row += 5) BKVI_FN(bkvi_tile_fma)
-    (BKV_F32, 5, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
-     block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
-    BKVI_FN(bkvi_tile_fma)
-    (BKV_F32, 6, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
-     block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
+    for (row = 0; row < 10; row += 5)
+        bkvi_k(tile_fma)(BKV_F32, 5, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
+                         block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
+    bkvi_k(tile_fma)(BKV_F32, 6, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
+                     block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
 }
 
 /* The upper triangle of the products, and their entries: columns in groups of panels, panels of
-   rows down to the diagonal. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_products)(const bkvi_block *block, int values, uint32_t dim,
-                                                 size_t stride, float a, float b) {
-    uint32_t group, end, i;
+   rows down to the diagonal. values: 0 keys, 1 values, 2 and mirrored: exchanges need that. */
+static BKVI_NOINLINE void bkvi_k(products)(const bkvi_block *block, int values, uint32_t dim,
+                                           size_t stride, float a, float b) {
+    uint32_t group, end, i, j;
     for (group = 0; group < 8; group = end) {
         end = group + BKVI_VECS(6);
         for (i = 0; i < end; i++) {
             uint32_t first = bkvi_max(group, i), vecs = end - first;
-            if (vecs == 1) BKVI_FN(bkvi_rows)(block, 1, i, first, dim, stride);
-            if (BKVI_VECS(6) == 4 && vecs == 2) BKVI_FN(bkvi_rows)(block, 2, i, first, dim, stride);
-            if (BKVI_VECS(6) == 4 && vecs == 3) BKVI_FN(bkvi_rows)(block, 3, i, first, dim, stride);
-            if (BKVI_VECS(6) == 4 && vecs == 4) BKVI_FN(bkvi_rows)(block, 4, i, first, dim, stride);
-            BKVI_FN(bkvi_entries)(block, values, i, first, end, a, b);
+            if (vecs == 1) bkvi_k(rows)(block, 1, i, first, dim, stride);
+            if (BKVI_VECS(6) == 4 && vecs == 2) bkvi_k(rows)(block, 2, i, first, dim, stride);
+            if (BKVI_VECS(6) == 4 && vecs == 3) bkvi_k(rows)(block, 3, i, first, dim, stride);
+            if (BKVI_VECS(6) == 4 && vecs == 4) bkvi_k(rows)(block, 4, i, first, dim, stride);
+            bkvi_k(entries)(block, values, i, first, end, a, b);
+            for (j = bkvi_max(first, i + 1); j < end && values > 1; j++)
+                bkvi_k(turn)(
+                    block->matrix + (j * BKVI_BLOCK + i) * BKVI_LANES, BKVI_BLOCK,
+                    (const unsigned char *)(block->matrix + (i * BKVI_BLOCK + j) * BKVI_LANES),
+                    BKVI_BLOCK, BKV_F32);
         }
     }
 }
 
-static void BKVI_FN(bkvi_gram)(const bkv_cache *c, const bkvi_block *block) {
+static void bkvi_k(gram)(const bkv_cache *c, const bkvi_block *block) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim = c->v_dim_pad;
     const int sample = c->cfg.rule == BKV_RULE_SAMPLE;
     const float temp = c->cfg.temp > 0.0f ? c->cfg.temp : sample ? 0.1f : 1.0f;
@@ -2153,30 +2140,24 @@ static void BKVI_FN(bkvi_gram)(const bkv_cache *c, const bkvi_block *block) {
     /* One row more than needed: panels a multiple of 4 KiB apart would share cache sets. */
     const size_t stride = ((size_t)dim + 1) * BKVI_LANES;
     const size_t v_stride = ((size_t)v_dim + 1) * BKVI_LANES;
-    float constant = BKVI_CONSTANT, largest = BKVI_FN(bkvi_pack)(c, block, 0, 1, dim, stride);
-    uint32_t i, j;
-    if (importance & BKV_IMPORTANCE_QUERY) BKVI_FN(bkvi_expect)(c, block, dim, stride);
-    if (importance & BKV_IMPORTANCE_KEY) BKVI_FN(bkvi_unlike)(block, dim, stride);
-    BKVI_FN(bkvi_products)(block, 0, dim, stride, scale, largest * scale);
-    largest = BKVI_FN(bkvi_pack)(c, block, 1, sample, v_dim, v_stride);
+    float constant = BKVI_CONSTANT, largest = bkvi_k(pack)(c, block, 0, 1, dim, stride);
+    if (importance & BKV_IMPORTANCE_QUERY) bkvi_k(expect)(c, block, dim, stride);
+    if (importance & BKV_IMPORTANCE_KEY) bkvi_k(unlike)(block, dim, stride);
+    bkvi_k(products)(block, 0, dim, stride, scale, largest * scale);
+    largest = bkvi_k(pack)(c, block, 1, sample, v_dim, v_stride);
     memcpy(block->factor, block->weight, BKVI_BLOCK * sizeof(float));
     if (sample) {
-        BKVI_FN(bkvi_rate)(block, importance);
-        constant = BKVI_FN(bkvi_total)(block->norm, BKVI_BLOCK) * (1.0f / 4096.0f);
+        bkvi_k(rate)(block, importance);
+        constant = bkvi_k(total)(block->norm, BKVI_BLOCK) * (1.0f / 4096.0f);
         constant = constant > 0.0f ? constant : 1.0f;
     }
     /* All entries at most about 1, whatever the size of the values. */
-    BKVI_FN(bkvi_products)(block, 1, v_dim, v_stride, 1.0f / (largest + constant), constant);
-    for (i = 0; i < BKVI_BLOCK && sample; i += BKVI_LANES) /* exchanges need both triangles */
-        for (j = i + BKVI_LANES; j < BKVI_BLOCK; j += BKVI_LANES) BKVI_FN(bkvi_turn)
-    (block->matrix + j * BKVI_BLOCK + i, BKVI_BLOCK,
-     (const unsigned char *)(block->matrix + i * BKVI_BLOCK + j), BKVI_BLOCK, BKV_F32);
+    bkvi_k(products)(block, 1 + sample, v_dim, v_stride, 1.0f / (largest + constant), constant);
 }
 
 /* ---- signed sums ---- */
 /* f += s * row i, for the columns from `from`, a multiple of 16. */
-BKVI_VFN void BKVI_FN(bkvi_add_row)(float *f, const float *matrix, uint32_t i, uint32_t from,
-                                    float s) {
+BKVI_VFN void bkvi_k(add_row)(float *f, const float *matrix, uint32_t i, uint32_t from, float s) {
     bkvi_vec sv = bkvi_v(set)(s);
     uint32_t j;
     matrix += (size_t)i * BKVI_BLOCK;
@@ -2184,7 +2165,7 @@ BKVI_VFN void BKVI_FN(bkvi_add_row)(float *f, const float *matrix, uint32_t i, u
         bkvi_v(store)(f + j, bkvi_v(fma)(sv, bkvi_v(load)(matrix + j), bkvi_v(load)(f + j)));
 }
 
-static void BKVI_FN(bkvi_walk)(const float *matrix, const float *threshold, unsigned char *keep) {
+static void bkvi_k(walk)(const float *matrix, const float *threshold, unsigned char *keep) {
     float f[BKVI_BLOCK];
     uint32_t i, kept = 0;
     memset(f, 0, sizeof f);
@@ -2196,14 +2177,14 @@ static void BKVI_FN(bkvi_walk)(const float *matrix, const float *threshold, unsi
             plus = 1;
         keep[i] = (unsigned char)plus;
         kept += (uint32_t)plus;
-        BKVI_FN(bkvi_add_row)(f, matrix, i, i / BKVI_LANES * BKVI_LANES, plus ? 1.0f : -1.0f);
+        bkvi_k(add_row)(f, matrix, i, i / BKVI_LANES * BKVI_LANES, plus ? 1.0f : -1.0f);
     }
 }
 
 /* Rounds of exchanges: each token that stays, unless for certain, makes way for that one whose
    coming makes the error sum_i (keep_i / chance_i - 1) phi_i shortest, if that is shorter. */
-static void BKVI_FN(bkvi_exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
-                                   unsigned char *keep) {
+static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
+                             unsigned char *keep) {
     /* Products with the error; its change if a token changes sides; what that adds by itself, beyond
        all bounds for those that do not go; what a change of both would do. */
     float *f = block->tile, *step = f + BKVI_BLOCK, *own = step + BKVI_BLOCK;
@@ -2216,7 +2197,7 @@ static void BKVI_FN(bkvi_exchange)(const bkvi_block *block, const float *chance,
         step[i] = keep[i] ? -inverse : inverse;
         own[i] = step[i] > 0.0f ? inverse * inverse * block->matrix[i * (BKVI_BLOCK + 1)] : never;
         if (chance[i] < 1.0f)
-            BKVI_FN(bkvi_add_row)(f, block->matrix, i, 0, keep[i] ? inverse - 1.0f : -1.0f);
+            bkvi_k(add_row)(f, block->matrix, i, 0, keep[i] ? inverse - 1.0f : -1.0f);
     }
     for (; rounds && moved; rounds--)
         for (i = 0, moved = 0; i < BKVI_BLOCK; i++) {
@@ -2237,8 +2218,8 @@ static void BKVI_FN(bkvi_exchange)(const bkvi_block *block, const float *chance,
             for (j = partner = 0; j < BKVI_BLOCK; j++)
                 partner = gain[j] < gain[partner] ? j : partner;
             moved = 1, keep[i] = 0, keep[partner] = 1;
-            BKVI_FN(bkvi_add_row)(f, block->matrix, i, 0, step[i]);
-            BKVI_FN(bkvi_add_row)(f, block->matrix, partner, 0, step[partner]);
+            bkvi_k(add_row)(f, block->matrix, i, 0, step[i]);
+            bkvi_k(add_row)(f, block->matrix, partner, 0, step[partner]);
             step[i] = -step[i], step[partner] = -step[partner];
             own[i] = own_i, own[partner] = never;
         }
@@ -2250,21 +2231,21 @@ static void BKVI_FN(bkvi_exchange)(const bkvi_block *block, const float *chance,
 
 /* Online softmax of one row: scores become weights relative to the row's maximum so far. When that
    rises, what was summed so far shrinks. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_soften)(const bkvi_tile *tile, const bkvi_span *span, int r,
-                                               uint32_t v_dim_pad, float softcap) {
+static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, int r,
+                                         uint32_t v_dim_pad, float softcap) {
     static const float lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
     const float limit = tile->limit ? tile->limit[r] : (float)span->slots;
     float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
     bkvi_vec x, most = bkvi_v(set)(tile->max[r]);
-    uint32_t i;
+    uint32_t i, j;
     if (softcap > 0.0f) {
         /* c tanh(z / c) log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
         for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
             x = bkvi_v(load)(s + i);
             bkvi_v(store)(s + i, bkvi_v(pick_gt)(x, top, top, x));
         }
-        BKVI_FN(bkvi_raise)(s, BKVI_PAGE, 0.0f);
+        bkvi_k(raise)(s, BKVI_PAGE, 0.0f);
         for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
             x = one - bkvi_v(set)(2.0f) / (one + bkvi_v(load)(s + i));
             bkvi_v(store)(s + i, x * bkvi_v(set)(softcap * BKVI_LOG2E));
@@ -2277,30 +2258,35 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_soften)(const bkvi_tile *tile, const bkvi
     }
     for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) most = bkvi_v(max)(most, bkvi_v(load)(s + i));
     if (bkvi_v(any_gt)(most, bkvi_v(set)(tile->max[r]))) {
-        float *out = tile->out + (size_t)r * v_dim_pad, highest = tile->max[r], shrink[BKVI_PAGE];
-        for (i = 0; i < BKVI_PAGE; i++) highest = s[i] > highest ? s[i] : highest;
-        for (i = 0; i < BKVI_PAGE; i++) shrink[i] = tile->max[r];
-        BKVI_FN(bkvi_raise)(shrink, BKVI_PAGE, highest);
-        tile->max[r] = highest;
+        float *out = tile->out + (size_t)r * v_dim_pad, highest[16], max = tile->max[r];
+        bkvi_vec shrink[4];
+        bkvi_v(store)(highest, most);
+        for (i = 0; i < BKVI_WIDTH; i++) max = highest[i] > max ? highest[i] : max;
+        for (i = 0; i < 4; i++) shrink[i] = bkvi_v(set)(tile->max[r] - max);
+        bkvi_k(exp2)(shrink);
+        tile->max[r] = max;
         for (i = 0; i < BKVI_LANES; i += BKVI_WIDTH)
-            bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * bkvi_v(load)(shrink));
+            bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * shrink[0]);
         for (i = 0; i < v_dim_pad; i += BKVI_WIDTH)
-            bkvi_v(store)(out + i, bkvi_v(load)(out + i) * bkvi_v(load)(shrink));
+            bkvi_v(store)(out + i, bkvi_v(load)(out + i) * shrink[0]);
     }
-    BKVI_FN(bkvi_raise)(s, BKVI_PAGE, tile->max[r]);
-    for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
-        float *sum = lanes + i % BKVI_LANES;
-        bkvi_vec w = bkvi_v(load)(span->weight + 4 * (size_t)i);
-        x = bkvi_v(load)(s + i);
-        bkvi_v(store)(sum, bkvi_v(fma)(x, w, bkvi_v(load)(sum)));
-        bkvi_v(store)(s + i, x * w);
+    bkvi_k(raise)(s, BKVI_PAGE, tile->max[r]);
+    for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
+        bkvi_vec sum = bkvi_v(load)(lanes + j);
+        for (i = j; i < BKVI_PAGE; i += BKVI_LANES) {
+            bkvi_vec w = bkvi_v(load)(span->weight + 4 * (size_t)i);
+            x = bkvi_v(load)(s + i);
+            sum = bkvi_v(fma)(x, w, sum);
+            bkvi_v(store)(s + i, x * w);
+        }
+        bkvi_v(store)(lanes + j, sum);
     }
 }
 
 /* A tile of rows over one block: scores, softmax, sum of values. The values are prefetched during
    the scores, the keys of the next block during the sum. */
-BKVI_VFN void BKVI_FN(bkvi_attend_tile)(const int type, const int rows, const bkv_cache *c,
-                                        const bkvi_tile *tile, const bkvi_span *span) {
+BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
+                                  const bkvi_tile *tile, const bkvi_span *span) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = c->v_dim_pad;
     const size_t es = type == BKV_F32 ? 4 : 2, panel = (size_t)dim * BKVI_LANES;
     const uint32_t panels = (span->slots + BKVI_LANES - 1) / BKVI_LANES,
@@ -2308,20 +2294,21 @@ BKVI_VFN void BKVI_FN(bkvi_attend_tile)(const int type, const int rows, const bk
     uint32_t i;
     int r;
 #define BKVI_SCORES(n)                                                                             \
-    for (; n <= BKVI_VECS(rows) && i + n <= panels; i += n) BKVI_FN(bkvi_tile_fma)                 \
-    (type, rows, n, span->k + i * panel * es, BKVI_LANES, panel, dim, tile->q, 0, (size_t)rows, 1, \
-     tile->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,                                             \
-     span->warm ? NULL : span->v + i * panel * es)
+    for (; n <= BKVI_VECS(rows) && i + n <= panels; i += n)                                        \
+    bkvi_k(tile_fma)(type, rows, n, span->k + i * panel * es, BKVI_LANES, panel, dim, tile->q, 0,  \
+                     (size_t)rows, 1, tile->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,            \
+                     span->warm ? NULL : span->v + i * panel * es)
 #define BKVI_VALUES(n)                                                                             \
-    for (; n <= BKVI_VECS(rows) && i + n <= vecs; i += n) BKVI_FN(bkvi_tile_fma)                   \
-    (type, rows, n, span->v + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES, span->slots,     \
-     tile->scores, BKVI_PAGE, 0, 0, tile->out + (size_t)i * BKVI_LANES, v_dim_pad,                 \
-     span->next_k ? span->next_k + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
+    for (; n <= BKVI_VECS(rows) && i + n <= vecs; i += n)                                          \
+    bkvi_k(tile_fma)(type, rows, n, span->v + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES,  \
+                     span->slots, tile->scores, BKVI_PAGE, 0, 0,                                   \
+                     tile->out + (size_t)i * BKVI_LANES, v_dim_pad,                                \
+                     span->next_k ? span->next_k + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
     i = 0;
     BKVI_SCORES(4);
     BKVI_SCORES(2);
     BKVI_SCORES(1);
-    for (r = 0; r < rows; r++) BKVI_FN(bkvi_soften)(tile, span, r, v_dim_pad, c->cfg.softcap);
+    for (r = 0; r < rows; r++) bkvi_k(soften)(tile, span, r, v_dim_pad, c->cfg.softcap);
     i = 0;
     BKVI_VALUES(4);
     BKVI_VALUES(2);
@@ -2341,19 +2328,19 @@ BKVI_VFN void BKVI_FN(bkvi_attend_tile)(const int type, const int rows, const bk
 #define BKVI_X(type, rows)                                                                         \
     static BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                \
         const bkv_cache *c, const bkvi_tile *tile, const bkvi_span *span) {                        \
-        BKVI_FN(bkvi_attend_tile)(type, rows, c, tile, span);                                      \
+        bkvi_k(attend_tile)(type, rows, c, tile, span);                                            \
     }
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
 
 /* One scaled query, its elements `width` floats apart; its running mean learns from it. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_load_query)(float *to, uint32_t width, unsigned char *mean,
-                                                   const unsigned char *row, const bkv_tensor *q,
-                                                   uint32_t dim, float scale) {
+static BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
+                                             const unsigned char *row, const bkv_tensor *q,
+                                             uint32_t dim, float scale) {
     float part[16];
     uint32_t i, j;
     for (i = 0; i < dim; i += BKVI_LANES, mean += 4 * BKVI_LANES) {
-        BKVI_FN(bkvi_row)(part, row, q->type, q->elem_stride, i, dim);
+        bkvi_k(row)(part, row, q->type, q->elem_stride, i, dim);
         for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
             bkvi_vec x = bkvi_v(load)(part + j), m = bkvi_v(load)(mean + 4 * j);
             bkvi_v(store)(mean + 4 * j, bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m));
@@ -2364,13 +2351,13 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_load_query)(float *to, uint32_t width, un
 }
 
 /* The use of the tokens of a block grows by the squared share of attention they just had. */
-static BKVI_NOINLINE void BKVI_FN(bkvi_observe)(const bkvi_tile *tile, uint32_t rows,
-                                                unsigned char *use) {
+static BKVI_NOINLINE void bkvi_k(observe)(const bkvi_tile *tile, uint32_t rows,
+                                          unsigned char *use) {
     uint32_t r, i;
     for (r = 0; r < rows; r++) {
         const float *s = tile->scores + (size_t)r * BKVI_PAGE;
         const bkvi_vec share =
-            bkvi_v(set)(1.0f / BKVI_FN(bkvi_over_lanes)(tile->lanes + (size_t)r * BKVI_LANES));
+            bkvi_v(set)(1.0f / bkvi_k(over_lanes)(tile->lanes + (size_t)r * BKVI_LANES));
         for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
             bkvi_vec x = bkvi_v(load)(s + i) * share;
             bkvi_v(store)(use + 4 * (size_t)i,
@@ -2379,7 +2366,7 @@ static BKVI_NOINLINE void BKVI_FN(bkvi_observe)(const bkvi_tile *tile, uint32_t 
     }
 }
 
-static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_queries *run) {
+static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_queries *run) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = c->v_dim_pad, group = c->group;
     const uint32_t n_blocks = bkvi_n_blocks(h);
     unsigned char *mem = bkvi_head_mem(c, run->head), *pages = mem + c->off_pages;
@@ -2406,8 +2393,8 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
             limit[r] = (float)(bkvi_last_fill(h) - run->n + 1 + token);
             max[r] = BKVI_LOWEST;
             to = q + (size_t)tile * dim + (r - tile);
-            BKVI_FN(bkvi_load_query)
-            (to, width, queries + (begin + r) % group * mean_bytes, row, run->q, dim, scale);
+            bkvi_k(load_query)(to, width, queries + (begin + r) % group * mean_bytes, row, run->q,
+                               dim, scale);
         }
         memset(out, 0, (size_t)n * v_dim_pad * sizeof *out);
         memset(lanes, 0, (size_t)n * BKVI_LANES * sizeof *lanes);
@@ -2439,7 +2426,7 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
                 default: break;
                 }
                 if (b + 2 >= n_blocks)
-                    BKVI_FN(bkvi_observe)(&tile, tile_rows, bkvi_word(mem, c->off_use, first));
+                    bkvi_k(observe)(&tile, tile_rows, bkvi_word(mem, c->off_use, first));
             }
         }
 
@@ -2447,7 +2434,7 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
             size_t head = (size_t)run->head * group + (begin + r) % group, v_dim = c->cfg.value_dim;
             size_t token = run->first + (begin + r) / group;
             float *row = out + (size_t)r * v_dim_pad;
-            const float sum = BKVI_FN(bkvi_over_lanes)(lanes + (size_t)r * BKVI_LANES);
+            const float sum = bkvi_k(over_lanes)(lanes + (size_t)r * BKVI_LANES);
             const bkvi_vec factor = bkvi_v(set)(run->max ? 1.0f : 1.0f / sum);
             if (run->max) {
                 run->max[head] = max[r] == 0.0f ? 0.0f : max[r] * BKVI_LN2; /* never -0 */
@@ -2465,14 +2452,14 @@ static void BKVI_FN(bkvi_attend)(const bkv_cache *c, const bkvi_head *h, const b
 #undef BKVI_MASKED
 #undef BKVI_LOWEST
 
-static bkvi_kernels BKVI_FN(bkvi_kernels)(void) { /* assigned: an initialiser would be data */
+static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be data */
     bkvi_kernels k;
-    k.scan = BKVI_FN(bkvi_scan);
-    k.put = BKVI_FN(bkvi_put);
-    k.gram = BKVI_FN(bkvi_gram);
-    k.walk = BKVI_FN(bkvi_walk);
-    k.exchange = BKVI_FN(bkvi_exchange);
-    k.attend = BKVI_FN(bkvi_attend);
+    k.scan = bkvi_k(scan);
+    k.put = bkvi_k(put);
+    k.gram = bkvi_k(gram);
+    k.walk = bkvi_k(walk);
+    k.exchange = bkvi_k(exchange);
+    k.attend = bkvi_k(attend);
     return k;
 }
 
@@ -2486,6 +2473,7 @@ static bkvi_kernels BKVI_FN(bkvi_kernels)(void) { /* assigned: an initialiser wo
 #undef BKVI_PRAGMA
 #undef BKVI_PRAGMA_OF
 #undef bkvi_v
+#undef bkvi_k
 #undef bkvi_vec
 #undef BKVI_VFN
 #undef BKVI_OP
