@@ -8,12 +8,9 @@
    dependency, no thread, and the same bits on every CPU.
 
    Use: copy this file. In exactly one C or C++ file:
-
        #define BALANCEKV_IMPLEMENTATION
        #include "balancekv.h"
-
    and then, per transformer layer (complete program: examples/minimal.c):
-
        bkv_config cfg = bkv_config_default(n_q_heads, n_kv_heads, head_dim, budget);
        size_t bytes = bkv_size(&cfg);                       // 0: bkv_check(&cfg) says why
        void *mem = take_from_your_arena(bytes);             // any block of yours
@@ -83,7 +80,6 @@
      - BKV_RULE_WINDOW   the newer 64, weights unchanged: sinks + sliding window (StreamingLLM), for
          comparison. The only rule that loses mass.
      Random numbers come from a counter over (seed, head, number of the halving) and nothing else.
-
    Learning. bkv_attend() and bkv_prefill() tell the cache what matters: of each query head a
      running mean, += 0.01 (q - mean); of each token of the two newest pages the use, += p^2 per
      query head, p its share of attention (in the older of the two, of the attention up to there).
@@ -92,14 +88,11 @@
    Memory. bkv_size() bytes, state and n_threads * scratch. The state holds no pointer: it may be
      copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
      below 1 KiB. The library calls mem{cpy,set,move,cmp} and nothing else.
-
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
      heads; all nth calls must be made, with equal arguments, before the next operation on the cache
      starts. (0, 1) does everything. The result does not depend on nth.
-
    Errors. A negative bkv_result; the cache is then unchanged. Inputs are checked first, NaN and Inf
      included: a key or value must be finite in kv_type (|x| < 65520 for f16), all below 2^56.
-
    Arithmetic. Same input bytes + same config => same output bytes and same state bytes on every
      backend, compiler and optimisation level, for any nth and any chunking of the same tokens:
      16 float lanes, one correctly rounded fused multiply-add, one reduction tree, own 2^x (1 ulp).
@@ -112,11 +105,10 @@
 
    BALANCEKV_IMPLEMENTATION   Affects: compiles the functions.  Define in exactly one file.
    BALANCEKV_STATIC           Affects: all functions become static, private to this file.
-   BALANCEKV_API              Affects: decoration of public functions (DLL export).  Default: extern.
+   BALANCEKV_API              Affects: decoration of public functions (DLL).  Default: extern.
    BALANCEKV_SIMD             Affects: the widest backend compiled in.
                               Values: BALANCEKV_SIMD_AUTO, _SCALAR, _AVX2, _AVX512, _NEON.
-                              Default: AUTO. x86: all three; AArch64: NEON; elsewhere scalar.
-                              If wrong: #error here; at run time BKV_E_BACKEND, never SIGILL.
+                              Default: AUTO (x86: all three; AArch64: NEON; else scalar).
    BALANCEKV_DISPATCH         Affects: 1 compiles every backend up to BALANCEKV_SIMD, bkv_init picks
                               one (no -m flag needed); 0 compiles one, the widest that the flags
                               allow or BALANCEKV_SIMD names.  Default: 1 on x86, 0 elsewhere.
@@ -208,26 +200,16 @@ typedef enum bkv_result {
 enum { BKV_F32 = BALANCEKV_F32, BKV_F16 = BALANCEKV_F16, BKV_BF16 = BALANCEKV_BF16 };
 
 /* Halving rules, see §1. BKV_RULE_DEFAULT is BKV_RULE_SAMPLE. */
-enum {
-    BKV_RULE_DEFAULT = 0,
-    BKV_RULE_WALK = 1,
-    BKV_RULE_SAMPLE = 2,
-    BKV_RULE_UNIFORM = 3,
-    BKV_RULE_WINDOW = 4
-};
+enum { BKV_RULE_DEFAULT = 0, BKV_RULE_WALK = 1, BKV_RULE_SAMPLE = 2, BKV_RULE_UNIFORM = 3 };
+enum { BKV_RULE_WINDOW = 4 };
 
 /* What BKV_RULE_SAMPLE takes for important, see §1; the sum of any. 0 in bkv_config means
    QUERY + USE, BKV_NONE that all tokens of a weight are alike. KEY alone needs no queries. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
 
 /* Backends. All give the same bits. BKV_BACKEND_AUTO takes the fastest that this CPU has. */
-enum {
-    BKV_BACKEND_AUTO = 0,
-    BKV_BACKEND_SCALAR = 1,
-    BKV_BACKEND_AVX2 = 2,
-    BKV_BACKEND_AVX512 = 3,
-    BKV_BACKEND_NEON = 4
-};
+enum { BKV_BACKEND_AUTO = 0, BKV_BACKEND_SCALAR = 1, BKV_BACKEND_AVX2 = 2 };
+enum { BKV_BACKEND_AVX512 = 3, BKV_BACKEND_NEON = 4 };
 
 /* For the fields of bkv_config in which 0 means "default": really none. */
 #define BKV_NONE 0xFFFFFFFFu
@@ -249,15 +231,13 @@ typedef struct bkv_config {
     uint32_t rounds;     /* rounds of balancing by BKV_RULE_SAMPLE, up to 64, or BKV_NONE; 0: 2 */
     uint32_t backend;    /* BKV_BACKEND_*; 0: the fastest this CPU has */
     uint32_t n_threads;  /* most threads that share one call, 1..1024; 0: 1 */
-    float gamma;         /* strength of BKV_RULE_WALK, 1e-6..1e6; 0: BKV_GAMMA_DEFAULT */
+    float gamma;         /* strength of BKV_RULE_WALK, 1e-6..1e6; 0: 4 */
     float temp;          /* factor on the logits of the kernel of §1; 0: 0.1 (walk: 1) */
     float scale;         /* factor on <q, k>, 1e-6..8, as is scale * temp; 0: 1/sqrt(head_dim) */
     float softcap;       /* logit softcap as in Gemma 2, 1..100; 0: none */
     uint32_t reserved;   /* 0 */
     uint64_t seed;       /* of the halvings; give each layer its own */
 } bkv_config;
-
-#define BKV_GAMMA_DEFAULT 4.0f
 
 /* A tensor of the caller's: element (token t, head h, index i) is at
        (char *)data + t * token_stride + h * head_stride + i * elem_stride        (bytes).
@@ -354,17 +334,16 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_attend(bkv_cache *c, bkv_tensor q, float *out,
                                                  uint32_t ith, uint32_t nth);
 
-/* As bkv_attend(), in parts that can be merged with those of other keys: for query head h
-       max[h] = largest logit,  sum[h] = sum_i w_i e^(s_i - max[h]),
-       out[h][..] = sum_i w_i e^(s_i - max[h]) v_i.        max, sum: f32 [n_q_heads]. */
+/* As bkv_attend(), in parts that can be merged with those of other keys; max, sum: f32 [n_q_heads]:
+   max[h] = largest logit, sum[h] = sum_i w_i e^(s_i - max[h]), out[h] = sum_i w_i e^(..) v_i. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_attend_partial(bkv_cache *c, bkv_tensor q, float *out,
                                                          float *max, float *sum, uint32_t ith,
                                                          uint32_t nth);
 
 /* Appends a chunk and attends: query t sees everything before the chunk and the chunk's tokens
    0..t, bit for bit as n_tokens pairs of bkv_append() and bkv_attend() would give.
-   q: [n_tokens][n_q_heads][head_dim], out: f32 [n_tokens][n_q_heads][value_dim], must overlap
-   neither cache nor inputs. Errors as of bkv_append(). Memory: nothing beyond the scratch. */
+   q: [n_tokens][n_q_heads][head_dim], out: f32 [n_tokens][n_q_heads][value_dim], overlaps neither
+   cache nor inputs. Errors as of bkv_append(). Memory: nothing beyond the scratch. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bkv_tensor v,
                                                   bkv_tensor q, float *out, size_t n_tokens,
                                                   uint32_t flags, uint32_t ith, uint32_t nth);
@@ -378,10 +357,8 @@ BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info);
 
 /* English text of a result, never NULL. */
 BALANCEKV_API const char *bkv_result_string(bkv_result r);
-
 /* "0.1.0" of the compiled implementation. */
 BALANCEKV_API const char *bkv_version(void);
-
 /* Bit (1 << BKV_BACKEND_x) is set for every backend that is compiled in and that this CPU runs. */
 BALANCEKV_API uint32_t bkv_backends(void);
 
@@ -491,9 +468,9 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #include <arm_neon.h>
 #endif
 
-/* BKVI_UNROLL: gcc -O2 keeps register tiles, small arrays, in registers only if every loop over them
-   is unrolled (3x on a halving). BKVI_PIN: gcc folds a load into every FMA that uses it (20-25 %
-   of f32 attend). */
+/* BKVI_UNROLL: gcc -O2 keeps register tiles, small arrays, in registers only if every loop over
+   them is unrolled (3x on a halving). BKVI_PIN: gcc folds a load into every FMA that uses it
+   (20-25 % of f32 attend). */
 #if defined(__clang__)
 #define BKVI_CC_CLANG 1
 #define BKVI_UNROLL _Pragma("clang loop unroll(full)")
@@ -561,7 +538,6 @@ static BKVI_INLINE void bkvi_put64(unsigned char *p, uint64_t x) {
 }
 
 static BKVI_INLINE uint32_t bkvi_min(uint32_t a, uint32_t b) { return a < b ? a : b; }
-static BKVI_INLINE float bkvi_min_float(float a, float b) { return a < b ? a : b; }
 static BKVI_INLINE uint32_t bkvi_max(uint32_t a, uint32_t b) { return a > b ? a : b; }
 static BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t unit) {
     return (x + unit - 1) / unit * unit;
@@ -869,14 +845,11 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
 /* ------------------------------------------------------------------------------------------------
    §8 STREAM                                                                               >>stream
    State: a header of 64 words (magic, version, config), then one region per KV head:
-       16 words    tokens seen (low, high), halvings (low, high), sinks filled, pages in use,
-                   tokens in the newest page
-       page table  [n_pages] (place, level), oldest page first; page p has slots
-                   sink_slots + 64 p ..
+       16 words    tokens seen, halvings (both low, high), sinks, pages in use, newest page's fill
+       page table  [n_pages] (place, level), oldest first; page p has slots sink_slots + 64 p ..
        per slot    f32 weight (0: empty), f32 observed use, u32 position
        queries     f32, the running mean of each query head, [group][head_dim padded to 16]
-       keys        panels of 16 slots, each [head_dim][16]: <q, k> needs no sum across lanes, and a
-                   panel is also an operand of the kernel matrix
+       keys        panels of 16 slots, each [head_dim][16]: <q, k> needs no sum across lanes
        values      rows [v_dim_pad]
    Every part starts at a multiple of 64 bytes. Then, not part of the state, scratch per thread.
    ---------------------------------------------------------------------------------------------- */
@@ -983,7 +956,7 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
     for (i = 0; i < BKVI_BLOCK; i++)
         if (keep[i])
             bkvi_move_slot(c, mem, slot[0] + n++, slot[i / BKVI_PAGE] + i % BKVI_PAGE,
-                           bkvi_min_float(weight[i], (float)h->seen));
+                           weight[i] < (float)h->seen ? weight[i] : (float)h->seen);
     memset(bkvi_word(mem, c->off_weight, slot[1]), 0, 4 * BKVI_PAGE);
     memset(bkvi_word(mem, c->off_use, slot[1]), 0, 4 * BKVI_PAGE);
     freed = bkvi_place(pages, pair + 1);
@@ -1047,8 +1020,8 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
 /* ------------------------------------------------------------------------------------------------
    §9 ATTEND                                                                               >>attend
    One mechanism for decode and prefill: `rows` of (token, query head) run over the blocks of a KV
-   head in the order of memory - sinks in steps of 64 slots, then the pages, the newest last. By age
-   they would jump about and outrun the prefetchers (1.7x on Zen 4, cold). Within a block
+   head: sinks in steps of 64 slots, then the pages in the order of memory (by age they outran the
+   prefetchers: 1.7x on Zen 4), the two newest last. Within a block
    (bkvi_attend in §12): scores for a tile of rows, online softmax in base 2 with weights, weighted
    sum of values. Tokens of one run see the last block up to their own slot.
    ---------------------------------------------------------------------------------------------- */
@@ -1156,7 +1129,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (r->rule > BKV_RULE_WINDOW || (r->importance > 7 && r->importance != BKV_NONE) ||
         (r->rounds > 64 && r->rounds != BKV_NONE))
         return BKV_E_RULE;
-    if (r->gamma == 0.0f) r->gamma = BKV_GAMMA_DEFAULT;
+    if (r->gamma == 0.0f) r->gamma = 4.0f;
     if (r->scale == 0.0f) r->scale = bkvi_default_scale(r->head_dim);
     /* Written so that NaN fails. The bounds keep every logit below 2^127 for inputs below 2^56. */
     if (!(r->gamma >= 1e-6f && r->gamma <= 1e6f) ||
@@ -1522,14 +1495,8 @@ BALANCEKV_API const char *bkv_result_string(bkv_result r) {
 }
 BALANCEKV_API const char *bkv_version(void) { return BKV_VERSION; }
 BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
-    switch (backend) {
-    case BKV_BACKEND_AUTO: return "auto";
-    case BKV_BACKEND_SCALAR: return "scalar";
-    case BKV_BACKEND_AVX2: return "avx2";
-    case BKV_BACKEND_AVX512: return "avx512";
-    case BKV_BACKEND_NEON: return "neon";
-    default: return "?";
-    }
+    static const char names[][7] = {"auto", "scalar", "avx2", "avx512", "neon"};
+    return backend <= BKV_BACKEND_NEON ? names[backend] : "?";
 }
 
 /* The passes. With BALANCEKV_DISPATCH the file reads its own end once per backend; without, the
@@ -2185,8 +2152,8 @@ static void bkvi_k(walk)(const float *matrix, const float *threshold, unsigned c
    coming makes the error sum_i (keep_i / chance_i - 1) phi_i shortest, if that is shorter. */
 static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                              unsigned char *keep) {
-    /* Products with the error; its change if a token changes sides; what that adds by itself, beyond
-       all bounds for those that do not go; what a change of both would do. */
+    /* Products with the error; the step of a token that changes sides; what that adds by itself
+       (those that stay: never); what both changes would do. */
     float *f = block->tile, *step = f + BKVI_BLOCK, *own = step + BKVI_BLOCK;
     float *gain = own + BKVI_BLOCK;
     const float never = 3e38f;

@@ -255,7 +255,7 @@ static void defaults(void) {
         CHECK(full.value_dim == 64 && full.kv_type == BKV_F16 && full.rule == BKV_RULE_SAMPLE);
         CHECK(full.importance == (BKV_IMPORTANCE_QUERY | BKV_IMPORTANCE_USE) && full.rounds == 2);
         CHECK(full.sinks > 0 && full.window > 0 && full.n_threads == 1 && full.reserved == 0);
-        CHECK(full.gamma == BKV_GAMMA_DEFAULT && full.temp == 0 && full.softcap == 0);
+        CHECK(full.gamma == 4.0f && full.temp == 0 && full.softcap == 0);
         CHECK(full.scale == 0.125f && full.budget == budgets[i] && full.seed == 0);
         CHECK(bkv_size(&zero) == bkv_size(&full));
         bkv_cache a = cache_new(&zero), b = cache_new(&full);
