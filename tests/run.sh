@@ -187,7 +187,7 @@ if have meson && have ninja; then
         ;;
     esac
 else
-    leave_out 'clang, sanitizers, SIMDe, AArch64' "no Meson: $no_tools"
+    leave_out 'clang, sanitizers, SIMDe, AArch64, a language model' "no Meson: $no_tools"
     step 'hash' plain_hashes
     export BKV_EXPECT="$native"
     for source in tests/test_*.c; do
