@@ -786,8 +786,8 @@ static void bkvi_draw_tokens(const float *chance, uint64_t key, unsigned char *k
 
 /* keep[i] = 1 for the 64 survivors; weight [128]: the weights, then those after the halving. */
 static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels,
-                                      bkvi_block *block, uint64_t key, float *scratch,
-                                      float *weight, unsigned char *keep) {
+                                      bkvi_block *block, uint64_t key, double seen,
+                                      float *scratch, float *weight, unsigned char *keep) {
     float *u = scratch, heaviest = 0.0f;
     double all = 0.0, kept = 0.0;
     uint32_t i, rule = c->cfg.rule;
@@ -814,9 +814,7 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
         bkvi_draw_tokens(u, key, keep);
         if (c->cfg.rounds != BKV_NONE) kernels->exchange(block, u, c->cfg.rounds, keep);
         for (i = 0; i < BKVI_BLOCK; i++) weight[i] = keep[i] ? weight[i] / u[i] : 0.0f;
-        return;
-    }
-    if (rule == BKV_RULE_WALK) {
+    } else if (rule == BKV_RULE_WALK) {
         float largest = 0.0f;
         for (i = 0; i < BKVI_BLOCK; i++)
             if (block->matrix[i * (BKVI_BLOCK + 1)] > largest)
@@ -839,6 +837,7 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
         return;
     }
     for (i = 0; i < BKVI_BLOCK; i++) kept += keep[i] ? (double)weight[i] : 0.0;
+    if (rule == BKV_RULE_SAMPLE) all = kept < seen ? kept : seen; /* or it grows without end */
     for (i = 0; i < BKVI_BLOCK; i++) weight[i] = (float)((double)weight[i] * (all / kept));
 }
 
@@ -951,12 +950,12 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
     }
     block.queries = mem + c->off_queries;
     bkvi_choose(c, kernels, &block, bkvi_draw_key(c->cfg.seed, head, h->halvings++),
-                scratch + 2 * BKVI_BLOCK, weight, keep);
+                (double)h->seen, scratch + 2 * BKVI_BLOCK, weight, keep);
     /* In order, and in place: the n-th survivor comes from place n or later. */
     for (i = 0; i < BKVI_BLOCK; i++)
         if (keep[i])
             bkvi_move_slot(c, mem, slot[0] + n++, slot[i / BKVI_PAGE] + i % BKVI_PAGE,
-                           weight[i] < (float)h->seen ? weight[i] : (float)h->seen);
+                           weight[i] > 1.0f ? weight[i] : 1.0f);
     memset(bkvi_word(mem, c->off_weight, slot[1]), 0, 4 * BKVI_PAGE);
     memset(bkvi_word(mem, c->off_use, slot[1]), 0, 4 * BKVI_PAGE);
     freed = bkvi_place(pages, pair + 1);

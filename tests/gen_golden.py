@@ -49,6 +49,7 @@ CASES = [dict(zip(FIELDS, row)) for row in [
     (SAMPLE,  7,     1,    3, 1, 16, 24, 272, 4, 64, 0, 0, 1, 0, 24, 1, 1, (300, 700)),
     (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4, 64, 0, 0, 1, 0, 25, 1, 1, (300, 900)),
     (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 0, 2, 0, 26, 2, 1, (400, 1500)),
+    (SAMPLE,  0,     0,    1, 1, 8, 8, 144, 4, NONE, 0, 0, 2, 0, 27, 1, 1, (200, 1300)),
     (UNIFORM, 0,     0,    4, 2, 16, 16, 272, 4, 64, 0, 0, 0, 0, 17, 1, 0, (385, 800)),
     (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 0, 5, 19, 1, 0, (337, 640)),
 ]]
@@ -229,7 +230,8 @@ def sample(case, block, u, margins):
                          (v * v).sum(axis=1).mean() / 32)
         stay = exchange(stay, p, K, size, case["rounds"] or 2, margins)
     stay = np.flatnonzero(stay)
-    return stay, np.minimum(w[stay] / p[stay], block.seen)
+    kept = w[stay] / p[stay]
+    return stay, np.maximum(kept * min(1, block.seen / kept.sum()), 1)
 
 
 def uniform(case, block, u, margins):
