@@ -3,7 +3,7 @@
 #     bench/results/speed.json, speed.log     what bench/speed printed
 #     bench/growth.svg, shares.svg, peers.svg pictures of it
 #     README.md, bench/README.md              the tables between their marks
-# Needs build/bench/speed, and a quiet machine for a quarter of an hour.
+# Needs build/bench/speed, and a quiet machine for three quarters of an hour with all peers.
 # Environment: RUN, a command before each part, e.g. RUN='chrt -f 1 taskset -c 1' (threads goes
 # without it: it wants two processors).
 set -eu
@@ -39,11 +39,16 @@ part() { # command.., of a part that is a share of the whole
 # shellcheck disable=SC2086
 for name in $($program --list | cut -d ' ' -f 1); do
     case $name in
-    attend_* | prefill) # in parts of less than a minute
+    attend_* | prefill) # in parts of a minute or two
         for shape in 'd64 g3' 'd128 g4' 'd64 g7' 'd128 g2'; do
             for n in 1024 4096 16384 65536; do
                 part ${RUN:-} $program --case $name --filter "$shape n$n " "$@"
             done
+        done
+        ;;
+    growth) # n0: the fixed budget, all lengths in one race
+        for n in 0 4096 16384 65536 262144; do
+            part ${RUN:-} $program --case $name --filter " n$n " "$@"
         done
         ;;
     threads) part $program --case threads ;;
