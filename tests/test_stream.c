@@ -474,7 +474,7 @@ static void weights_on_average(void) {
             append_one_head(&c, &s, BUDGET, 1);
             for (uint32_t i = SINKS; i < SINKS + 64; i++) {
                 bkv_token_info info = cache_token(&c, 0, i);
-                CHECK(!weight[info.position] || weight[info.position] == info.weight);
+                CHECK(weight[info.position] == 0 || weight[info.position] == info.weight);
                 weight[info.position] = info.weight;
                 stayed[info.position]++;
             }
