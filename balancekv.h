@@ -69,7 +69,7 @@
      - BKV_RULE_SAMPLE   balanced sampling with unequal chances (ours). A token's importance is made
          of shares of w, of its use and of what the queries' means expect, the latter two times
          |v - mean v|. It stays with a chance p in proportion to that; certain tokens (p = 1) keep
-         their weight, the others weigh w / p: in the mean over draws nothing is lost. The draw
+         their weight, the others weigh w / p (a page at most the tokens seen). The draw
          (pivotal sampling) is then balanced: in `rounds` rounds tokens that stay change places with
          such that go, whenever this shortens the error sum_i (w'_i - w_i) phi_i, as measured by
              K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
