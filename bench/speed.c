@@ -19,7 +19,7 @@
 #include <stdarg.h>
 #include <unistd.h>
 
-#include "limits.h"
+#include "ceilings.h"
 #include "measure.h"
 #include "outside.h"
 
