@@ -1,4 +1,4 @@
-/* limits.h - what the machine can do at most, so that a share is a share of something: fused
+/* ceilings.h - what the machine can do at most, so that a share is a share of something: fused
    multiply-adds in registers of a backend's width, and bytes read in order. */
 #ifndef BENCH_LIMITS_H
 #define BENCH_LIMITS_H
