@@ -135,6 +135,7 @@ if ! have meson || ! have ninja || ! numpy_there; then
     echo 'setting up Meson and NumPy in build/venv ..'
     { python3 -m venv build/venv && build/venv/bin/pip install -r tests/requirements.txt; } \
         >"$logs/venv.log" 2>&1 || no_tools=$(tail -n 1 "$logs/venv.log")
+    hash -r # dash would go on with the python3 it found before
 fi
 
 if have meson && have ninja; then
