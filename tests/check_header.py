@@ -86,7 +86,10 @@ def check_version(tally, text):
     version = ".".join(re.findall(r"#define BKV_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", text))
     tally.check(text.startswith("/* balancekv.h - v%s - " % version), "line 1 is not " + version)
     for name, pattern in (("meson.build", r"\bversion\s*:\s*'([^']*)'"),
-                          ("CHANGELOG.md", r"(?m)^## \[?v?(\d+\.\d+\.\d+)\b")):
+                          ("CHANGELOG.md", r"(?m)^## \[?v?(\d+\.\d+\.\d+)\b"),
+                          ("packaging/vcpkg/vcpkg.json", r'"version": "([^"]*)"'),
+                          ("packaging/balancekv.wrap", r"directory = balancekv-(\S+)"),
+                          ("packaging/balancekv.wrap", r"filename = balancekv-(\S+)\.tar\.gz")):
         other = read(name)
         if tally.check(other is not None, name + " is missing"):
             found = re.search(pattern, other)

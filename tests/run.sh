@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs every test, from any folder:  sh tests/run.sh
-# Sets up Meson and NumPy in build/venv where they are missing; installs nothing anywhere else.
+# Sets up Meson, NumPy and Conan in build/venv where they are missing; installs nothing anywhere
+# else.
 # Without them (no network) a plain compiler does what it can. Ends with what ran on which backend,
 # what was left out and why, and the line "N passed, N failed".
 # Environment: CC; BKV_EXPECT=scalar,avx2,.. names backends that the native runs must have besides
@@ -131,9 +132,9 @@ export CC
 
 numpy_there() { python3 -c 'import numpy' 2>/dev/null; }
 no_tools='not installed'
-if ! have meson || ! have ninja || ! numpy_there; then
-    echo 'setting up Meson and NumPy in build/venv ..'
-    { python3 -m venv build/venv && build/venv/bin/pip install -r tests/requirements.txt; } \
+if ! have meson || ! have ninja || ! have conan || ! numpy_there; then
+    echo 'setting up Meson, NumPy and Conan in build/venv ..'
+    { python3 -m venv --system-site-packages build/venv && build/venv/bin/pip install -r tests/requirements.txt; } \
         >"$logs/venv.log" 2>&1 || no_tools=$(tail -n 1 "$logs/venv.log")
     hash -r # dash would go on with the python3 it found before
 fi
@@ -142,6 +143,9 @@ if have meson && have ninja; then
     llm=${BKV_LLM:-${XDG_CACHE_HOME:-$HOME/.cache}/balancekv-llm}
     [ -f "$llm/built" ] || leave_out 'a language model' "no $llm; run examples/llm/setup.sh"
     [ -f "$llm/built" ] || llm=
+    for tool in cmake pkg-config conan; do
+        have "$tool" || leave_out "packaging by $tool" "no $tool"
+    done
     step "native, $CC" meson_run build "$native" "-Dllm=$llm" ''
     numpy_there || leave_out 'golden vectors against the model' "no NumPy: $no_tools"
     why=$(python3 bench/insn.py --why-not 2>&1) || why='bench/insn.py fails'
