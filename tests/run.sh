@@ -150,8 +150,9 @@ if have meson && have ninja; then
     for tool in cmake pkg-config conan; do
         have "$tool" || leave_out "packaging by $tool" "no $tool"
     done
+    have patch || leave_out 'the diff of examples/llama2c' 'no patch'
     have vcpkg || mention 'packaging by vcpkg' 'no vcpkg; its port runs in plain CMake'
-    python3 tests/test_press.py --there ||
+    python3 tests/test_press.py --there >/dev/null ||
         mention 'the press of examples/python' 'no torch; bench/peers.sh installs one'
     step "native, $CC" meson_run build "$native" "-Dllm=$llm" ''
     numpy_there || leave_out 'golden vectors against the model' "no NumPy: $no_tools"
@@ -205,7 +206,8 @@ else
     for source in tests/test_*.c; do
         step "$(basename "$source" .c)" plain_run "$source"
     done
-    for script in tests/bad_config.py tests/check_*.py tests/test_examples.py tests/test_packaging.py; do
+    for script in tests/bad_config.py tests/check_*.py tests/test_examples.py \
+        tests/test_adapters.py tests/test_packaging.py; do
         if have python3; then
             step "$(basename "$script" .py)" python3 "$script"
         else
