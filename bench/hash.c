@@ -34,12 +34,10 @@ static const part parts[] = {
     {SAMPLE, KEY, 0, BKV_F16, BKV_F16, 7, 1, 33, 57, 320, BKV_NONE, 0, 1, 0.0f, 0.0f, 0.25f},
     {SAMPLE, QUERY, 3, BKV_F32, BKV_F16, 1, 2, 1, 1, 256, 0, BKV_NONE, 1, 1.0f, 0.0f, 0.0f},
     {SAMPLE, USE, 0, BKV_F16, BKV_BF16, 1, 1, 192, 128, 256, 0, 0, 1, 0.0f, 30.0f, 0.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_F16, BKV_F32, 4, 2, 64, 0, 256, 0, 0, 2, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_F32, BKV_BF16, 2, 1, 128, 0, 256, 0, 64, 1, 0.0f, 2.0f, 0.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_BF16, BKV_F32, 5, 3, 20, 96, 272, 5, 0, 3, 0.3f, 0.0f, 4.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_BF16, BKV_F16, 16, 1, 17, 0, 400, 0, 0, 1, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, KEY, 1, BKV_F32, BKV_BF16, 2, 1, 128, 0, 256, 0, 64, 1, 0.0f, 2.0f, 1.0f},
+    {SAMPLE, 0, 0, BKV_BF16, BKV_F32, 5, 3, 20, 96, 272, 5, 0, 3, 0.3f, 0.0f, 4.0f},
     {SAMPLE, KEY + USE, BKV_NONE, BKV_F16, BKV_F16, 2, 2, 96, 0, 256, 0, 0, 1, 1.0f, 0.0f, 0.0f},
-    {BKV_RULE_UNIFORM, 0, 0, BKV_F32, BKV_F32, 6, 1, 64, 7, 256, 100, BKV_NONE, 1, 2.0f, 5.0f,
+    {SAMPLE, BKV_NONE, BKV_NONE, BKV_F32, BKV_F32, 6, 1, 64, 7, 256, 100, BKV_NONE, 1, 2.0f, 5.0f,
      0.0f},
     {SAMPLE, BKV_NONE, 0, BKV_BF16, BKV_BF16, 1, 4, 64, 0, 256, 0, 0, 4, 0.0f, 0.0f, 0.0f},
     {SAMPLE, KEY + QUERY, 0, BKV_F16, BKV_F32, 3, 1, 256, 0, 256, 0, 0, 1, 0.0f, 50.0f, 0.0f},
@@ -260,7 +258,7 @@ int main(int argc, char **argv) {
 
     for (i = 0; i < sizeof parts / sizeof *parts; i++) {
         static const char *const types[] = {"?", "f32", "f16", "bf16"};
-        static const char *const rules[] = {"?", "walk", "sample", "uniform", "window"};
+        static const char *const rules[] = {"?", "sample", "window"};
         const part *p = &parts[i];
         uint64_t outputs = 0, states = 0;
         run_part(p, i, backend, &outputs, &states);

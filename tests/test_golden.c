@@ -11,7 +11,7 @@
 typedef struct golden_case {
     uint32_t rule, importance, rounds, n_q_heads, n_kv_heads, head_dim, value_dim;
     uint32_t budget, sinks, window;
-    float gamma, temp, scale, softcap;
+    float temp, scale, softcap;
     uint64_t seed, data; /* of the halvings; of the inputs */
     uint32_t every;      /* tokens from one attend to the next; 0: only at checkpoints */
     uint32_t at[2];      /* checkpoints: tokens seen */
@@ -97,7 +97,6 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
     cfg.importance = g->importance;
     cfg.rounds = g->rounds;
     cfg.backend = backend;
-    cfg.gamma = g->gamma;
     cfg.temp = g->temp;
     cfg.scale = g->scale;
     cfg.softcap = g->softcap;

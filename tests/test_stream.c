@@ -215,7 +215,7 @@ static void ways_to_feed(void) {
     size_t n = test_quick() ? 560 : 1500;
     for (size_t t = 0; t < COUNT(test_types); t++) {
         stream s = stream_new(n, test_types[t]);
-        for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+        for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++)
             if (!test_quick() || t == rule % 3)
                 lockstep(config(rule, test_types[(t + rule) % 3], 300), &s);
         for (size_t i = t; i < COUNT(importances) && !test_quick(); i += 3) {
@@ -301,7 +301,7 @@ static float check_head(const bkv_cache *c, const model *m, uint32_t head, unsig
     if (m->rule == BKV_RULE_WINDOW)
         for (uint32_t i = 0; i + m->sinks < n; i++)
             CHECK(kept[n - 1 - i].position == m->seen - 1 - i && kept[n - 1 - i].weight == 1);
-    else if (m->rule != BKV_RULE_SAMPLE || m->importance == BKV_NONE)
+    else if (m->importance == BKV_NONE)
         CHECKF(fabs(mass - (double)m->seen) <= 1e-5 * (double)m->seen, "mass %.9g", mass);
     memset(was, 0, (size_t)m->seen);
     for (uint32_t i = 0; i < n; i++) was[kept[i].position] = 1;
@@ -366,8 +366,9 @@ static void state_at_any_time(void) {
     for (size_t b = 0; b < COUNT(budgets); b++)
         for (size_t i = 0; i < COUNT(sinks); i++)
             for (size_t w = 0; w < COUNT(window); w++) {
-                bkv_config cfg = config(BKV_RULE_WALK + n % 4, BKV_F16, budgets[b]);
-                cfg.importance = importances[n / 4 % COUNT(importances)];
+                bkv_config cfg = config(BKV_RULE_SAMPLE, BKV_F16, budgets[b]);
+                if (n % 4 == 0) cfg.rule = BKV_RULE_WINDOW;
+                cfg.importance = importances[n % COUNT(importances)];
                 cfg.rounds = rounds[n++ / 4 % COUNT(rounds)];
                 cfg.sinks = sinks[i];
                 cfg.window = window[w];
@@ -378,7 +379,7 @@ static void state_at_any_time(void) {
 
 static void long_streams(void) {
     stream s = stream_new(test_quick() ? 1000 : 3000, BKV_BF16);
-    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+    for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++)
         stream_against_model(config(rule, BKV_F32, 208), &s);
     stream_free(&s);
 }
@@ -585,7 +586,7 @@ static void rounds_of_balancing_help(void) {
 
 static void reset_is_init(void) {
     stream s = stream_new(700, BKV_F32);
-    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++) {
+    for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++) {
         bkv_config cfg = config(rule, BKV_F16, 300);
         bkv_cache used = cache_new(&cfg), fresh = cache_new(&cfg);
         append(&used, &s, 0, 700);
@@ -605,7 +606,7 @@ static void reset_is_init(void) {
 /* A copy of the state is a branch: what one does is nothing to the other. */
 static void branches(void) {
     stream s = stream_new(1000, BKV_F32), other = stream_new(1000, BKV_F32);
-    bkv_config cfg = config(BKV_RULE_WALK, BKV_F16, 300);
+    bkv_config cfg = config(BKV_RULE_SAMPLE, BKV_F16, 300);
     bkv_cache trunk = cache_new(&cfg), twin = cache_new(&cfg), straight = cache_new(&cfg);
     append(&straight, &s, 0, 1000);
     append(&trunk, &s, 0, 500);
@@ -638,7 +639,7 @@ static void seeds(void) {
             tensor_set(&s.k, t, 1, i, tensor_get(&s.k, t, 0, i));
             if (i < VALUE_DIM) tensor_set(&s.v, t, 1, i, tensor_get(&s.v, t, 0, i));
         }
-    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++) {
+    for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++) {
         bkv_config cfg = config(rule, BKV_F16, 300);
         bkv_cache a = cache_new(&cfg), b = cache_new(&cfg);
         cfg.seed++;
@@ -661,7 +662,7 @@ static void positions_do_not_matter(void) {
     static const uint64_t shifts[] = {1, 1000003, 0xFFFFFFFFu - 1200, 0x123456789ABCDEFu};
     enum { SPLIT = 500, N = 1000 };
     stream s = stream_new(N, BKV_F32);
-    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+    for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++)
         for (size_t i = 0; i < COUNT(shifts); i++) {
             bkv_config cfg = config(rule, BKV_F16, 300);
             bkv_cache a = cache_new(&cfg), b = cache_new(&cfg);
@@ -693,7 +694,8 @@ static void positions_do_not_matter(void) {
 static void two_caches(void) {
     enum { N = 600 };
     bkv_config narrow = config(BKV_RULE_SAMPLE, BKV_BF16, 300), wide = narrow;
-    wide.head_dim = 96, wide.value_dim = 33, wide.kv_type = BKV_F32, wide.rule = BKV_RULE_WALK;
+    wide.head_dim = 96, wide.value_dim = 33, wide.kv_type = BKV_F32,
+    wide.importance = BKV_IMPORTANCE_KEY;
     stream s = stream_new(N, BKV_F32),
            w = {N, tensor_random(N, N_KV, 96, BKV_F16), tensor_random(N, N_KV, 33, BKV_F16),
                 tensor_random(1, N_KV * GROUP, 96, BKV_F16)};
