@@ -77,6 +77,9 @@
      - BKV_RULE_WINDOW   the newer 64, weights unchanged: sinks + sliding window (StreamingLLM), for
          comparison. The only rule that loses mass.
      Random numbers come from a counter over (seed, head, number of the halving) and nothing else.
+   Pins. A token appended with BKV_PIN is certain to stay, as it is, in every halving; of more than
+     32 in a block the oldest 32, which thus hold for ever, and such blocks are halved last. A pin
+     that finds no place, or rule `window`, leaves an ordinary token.
    Learning. bkv_attend() and bkv_prefill() tell the cache what matters: of each query head a
      running mean, += 0.01 (q - mean); of each token of the two newest pages the use, += p^2 per
      query head, p its share of attention (in the older of the two, of the attention up to there).
@@ -181,7 +184,7 @@ extern "C" {
     X(BKV_E_TYPE, -14, "a tensor's type must be BKV_F32, BKV_F16 or BKV_BF16")                     \
     X(BKV_E_STRIDE, -15, "a tensor's strides are too small: its elements would overlap")           \
     X(BKV_E_COUNT, -16, "n_tokens must be at least 1")                                             \
-    X(BKV_E_FLAGS, -17, "flags must be 0")                                                         \
+    X(BKV_E_FLAGS, -17, "flags must be 0 or BKV_PIN")                                                   \
     X(BKV_E_VALUE, -18, "K, V or q holds NaN, Inf or a number too large for the cache")            \
     X(BKV_E_EMPTY, -19, "the cache holds no token yet")                                            \
     X(BKV_E_INDEX, -20, "head or token index out of range")
@@ -202,6 +205,9 @@ enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
 /* What BKV_RULE_SAMPLE takes for important, see §1; the sum of any. 0 in bkv_config means
    QUERY + USE, BKV_NONE that all tokens of a weight are alike. KEY alone needs no queries. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
+
+/* Flags of bkv_append() and bkv_prefill(): pin the call's tokens, see §1. */
+enum { BKV_PIN = 1 };
 
 /* Backends. All give the same bits. BKV_BACKEND_AUTO takes the fastest that this CPU has. */
 enum { BKV_BACKEND_AUTO = 0, BKV_BACKEND_SCALAR = 1, BKV_BACKEND_AVX2 = 2 };
@@ -259,9 +265,10 @@ enum { BKV_KIND_SINK = 1, BKV_KIND_PAGE = 2, BKV_KIND_WINDOW = 3 };
 typedef struct bkv_token_info {
     uint64_t position; /* index of the token in the stream, modulo 2^32 */
     float weight;      /* tokens it stands for */
-    float use;         /* observed use, see §1 */
+    float use;         /* observed use, see §1; pinned: 0 */
     uint32_t kind;     /* BKV_KIND_*; PAGE covers all that is neither sink nor window */
     uint32_t level;    /* halvings it went through */
+    uint32_t pinned;   /* 1: by BKV_PIN, and in force */
 } bkv_token_info;
 
 typedef struct bkv_stats_info {
@@ -314,7 +321,7 @@ BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
 BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type);
 
 /* Appends n_tokens tokens to all KV heads. k: [n_tokens][n_kv_heads][head_dim], v: the same with
-   value_dim. flags: 0. Appending one by one, in chunks, or by bkv_prefill() gives the same state.
+   value_dim. flags: 0 or BKV_PIN. Appending one by one, in chunks, or by bkv_prefill() gives the same state.
    Returns BKV_E_NULL, _COUNT, _FLAGS, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE.
    Cost: a pass over the inputs per share, and at most one halving per KV head and 64 tokens. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v,
@@ -489,6 +496,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 
 enum {
     BKVI_PAGE = 64,          /* slots of a page */
+    BKVI_PINS = 32,          /* pins that hold in a halving */
     BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
@@ -502,6 +510,7 @@ enum {
 static const float BKVI_LOG2E = 1.44269504088896341f, BKVI_LN2 = 0.693147180559945309f;
 static const float BKVI_HUGE = 7.2057594037927936e16f; /* 2^56: keys, values, queries are below */
 static const float BKVI_LEARN = 0.01f; /* share of a query in its running mean */
+static const float BKVI_PINNED = 1e38f; /* a use that marks a pin: no share changes it */
 static const uint64_t BKVI_GOLDEN = 0x9E3779B97F4A7C15u;
 
 /* ------------------------------------------------------------------------------------------------
@@ -726,11 +735,11 @@ static size_t bkvi_halving_floats(uint32_t dim, uint32_t v_dim_pad) {
     return (size_t)BKVI_BLOCK * (9 + BKVI_BLOCK + bkvi_max(dim, v_dim_pad) + 1) + 16 * BKVI_PAGE;
 }
 
-/* The chance of every token to stay: in proportion to its score, 64 in all. What would exceed 1 is
-   1, and the rest shares what is left. */
-static void bkvi_chances(const float *score, float *chance) {
+/* The chance of every token to stay: in proportion to its score, 64 in all. What is pinned, or would
+   exceed 1, is 1, and the rest shares what is left. */
+static void bkvi_chances(const float *score, const unsigned char *pinned, float *chance) {
     uint32_t i, certain = 0, before;
-    memset(chance, 0, BKVI_BLOCK * sizeof *chance);
+    for (i = 0; i < BKVI_BLOCK; i++) chance[i] = pinned[i], certain += pinned[i];
     do {
         double sum = 0.0, each;
         before = certain;
@@ -773,7 +782,8 @@ static void bkvi_draw_tokens(const float *chance, uint64_t key, unsigned char *k
     if (held < BKVI_BLOCK) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
 }
 
-/* keep[i] = 1 for the 64 survivors; weight [128]: the weights, then those after the halving. */
+/* keep[i]: 1 for what is pinned, then for the 64 survivors; weight [128]: the weights, then those
+   after the halving. */
 static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels,
                                       bkvi_block *block, uint64_t key, double seen,
                                       float *scratch, float *weight, unsigned char *keep) {
@@ -797,7 +807,7 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
     for (i = 0; i < BKVI_BLOCK; i++)
         block->weight[i] = weight[i] / heaviest; /* so that products stay in range */
     kernels->gram(c, block);
-    bkvi_chances(block->score, chance);
+    bkvi_chances(block->score, keep, chance);
     bkvi_draw_tokens(chance, key, keep);
     if (c->cfg.rounds != BKV_NONE) kernels->exchange(block, chance, c->cfg.rounds, keep);
     for (i = 0; i < BKVI_BLOCK; i++) {
@@ -886,15 +896,23 @@ static void bkvi_move_slot(const bkv_cache *c, unsigned char *mem, uint32_t to, 
     }
 }
 
-/* The pair of neighbours outside the window with the lowest level, the oldest of those. */
-static uint32_t bkvi_pick_pair(const bkv_cache *c, const unsigned char *pages) {
-    uint32_t i, best = 0, best_level = 0xFFFFFFFFu;
+/* A pin is in force while its token is exact. */
+static uint32_t bkvi_pinned(const bkv_cache *c, unsigned char *mem, uint32_t slot) {
+    return bkvi_getf(bkvi_word(mem, c->off_use, slot)) >= BKVI_PINNED &&
+           bkvi_getf(bkvi_word(mem, c->off_weight, slot)) <= 1.0f;
+}
+
+/* The pair of neighbours outside the window with the lowest level, the oldest of those; one with
+   more pins than hold only if there is no other. */
+static uint32_t bkvi_pick_pair(const bkv_cache *c, unsigned char *mem) {
+    const unsigned char *pages = mem + c->off_pages;
+    uint32_t i, j, best = 0, best_level = 0xFFFFFFFFu;
     for (i = 0; i + 1 < c->n_pages - c->window_pages; i++) {
-        uint32_t level = bkvi_max(bkvi_level(pages, i), bkvi_level(pages, i + 1));
-        if (level < best_level) {
-            best_level = level;
-            best = i;
-        }
+        uint32_t level = bkvi_max(bkvi_level(pages, i), bkvi_level(pages, i + 1)), pins = 0;
+        for (j = 0; j < BKVI_BLOCK && level < best_level; j++)
+            pins += bkvi_pinned(c, mem, bkvi_page_slot(c, pages, i + j / BKVI_PAGE) + j % BKVI_PAGE);
+        level += pins > BKVI_PINS ? 1u << 31 : 0;
+        if (level < best_level) best = i, best_level = level;
     }
     return best;
 }
@@ -905,7 +923,7 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
     unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
     unsigned char keep[BKVI_BLOCK];
     float *weight = scratch;
-    uint32_t i, n = 0, slot[2], pair = bkvi_pick_pair(c, pages), level, freed;
+    uint32_t i, n = 0, slot[2], pair = bkvi_pick_pair(c, mem), level, freed;
     bkvi_block block;
     block.use = scratch + BKVI_BLOCK;
     for (i = 0; i < 2; i++) {
@@ -915,11 +933,16 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
         memcpy(weight + i * BKVI_PAGE, bkvi_word(mem, c->off_weight, slot[i]), 4 * BKVI_PAGE);
         memcpy(block.use + i * BKVI_PAGE, bkvi_word(mem, c->off_use, slot[i]), 4 * BKVI_PAGE);
     }
+    for (i = 0; i < BKVI_BLOCK; i++) {
+        keep[i] = n < BKVI_PINS && bkvi_pinned(c, mem, slot[i / BKVI_PAGE] + i % BKVI_PAGE);
+        n += keep[i];
+        if (block.use[i] >= BKVI_PINNED) block.use[i] = 0.0f;
+    }
     block.queries = mem + c->off_queries;
     bkvi_choose(c, kernels, &block, bkvi_draw_key(c->cfg.seed, head, h->halvings++),
                 (double)h->seen, scratch + 2 * BKVI_BLOCK, weight, keep);
     /* In order, and in place: the n-th survivor comes from place n or later. */
-    for (i = 0; i < BKVI_BLOCK; i++)
+    for (i = n = 0; i < BKVI_BLOCK; i++)
         if (keep[i])
             bkvi_move_slot(c, mem, slot[0] + n++, slot[i / BKVI_PAGE] + i % BKVI_PAGE,
                            weight[i] > 1.0f ? weight[i] : 1.0f);
@@ -964,7 +987,7 @@ static const unsigned char *bkvi_at(const bkv_tensor *t, size_t token, size_t he
 /* Writes tokens first .. first + n - 1 of k and v to slots that bkvi_reserve() gave. */
 static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
                          bkvi_head *h, uint32_t slot, const bkv_tensor *k, const bkv_tensor *v,
-                         size_t first, uint32_t n) {
+                         size_t first, uint32_t n, uint32_t flags) {
     unsigned char *mem = bkvi_head_mem(c, head);
     uint32_t t;
     for (t = 0; t < n; t++, slot++) {
@@ -973,7 +996,7 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
         kernels->put(bkvi_value_row(c, mem, slot), 1, c->cfg.kv_type, bkvi_at(v, first + t, head),
                      v->type, v->elem_stride, c->cfg.value_dim);
         bkvi_putf(bkvi_word(mem, c->off_weight, slot), 1.0f);
-        bkvi_putf(bkvi_word(mem, c->off_use, slot), 0.0f);
+        bkvi_putf(bkvi_word(mem, c->off_use, slot), flags & BKV_PIN ? BKVI_PINNED : 0.0f);
         bkvi_put32(bkvi_word(mem, c->off_position, slot), (uint32_t)(h->seen + t));
     }
     h->seen += n;
@@ -1332,7 +1355,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor
     bkv_result r;
     if (!c || !c->mem || !k.data || !v.data || (q && (!q->data || !out))) return BKV_E_NULL;
     if (!n_tokens) return BKV_E_COUNT;
-    if (flags) return BKV_E_FLAGS;
+    if (flags & ~(uint32_t)BKV_PIN) return BKV_E_FLAGS;
     kernels = bkvi_kernels_of(c->cfg.backend);
     in[0].t = &k, in[0].heads = c->cfg.n_kv_heads, in[0].dim = c->cfg.head_dim;
     in[1].t = &v, in[1].heads = c->cfg.n_kv_heads, in[1].dim = c->cfg.value_dim;
@@ -1347,7 +1370,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor
         while (done < n_tokens) {
             uint32_t slot, n = bkvi_reserve(c, &kernels, head, &h, scratch, &slot);
             n = n_tokens - done < n ? (uint32_t)(n_tokens - done) : n;
-            bkvi_put_run(c, &kernels, head, &h, slot, &k, &v, done, n);
+            bkvi_put_run(c, &kernels, head, &h, slot, &k, &v, done, n, flags);
             if (q) {
                 bkvi_queries run = {q, done, head, n, out, NULL, NULL, scratch};
                 kernels.attend(c, &h, &run);
@@ -1418,6 +1441,8 @@ BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i
     info->position = bkvi_get32(bkvi_word(mem, c->off_position, slot));
     info->weight = bkvi_getf(bkvi_word(mem, c->off_weight, slot));
     info->use = bkvi_getf(bkvi_word(mem, c->off_use, slot));
+    if (info->use >= BKVI_PINNED) info->use = 0.0f;
+    info->pinned = bkvi_pinned(c, mem, slot);
     return BKV_OK;
 }
 

@@ -52,8 +52,10 @@ enum { APPEND, ATTEND, PARTIAL, PREFILL };
 static const struct {
     int operation;
     size_t n_tokens;
-} steps[] = {{PREFILL, 19}, {ATTEND, 1}, {APPEND, MAX_CHUNK}, {PARTIAL, 7}, {PREFILL, 70},
-             {ATTEND, 1},   {ATTEND, 1}, {APPEND, 64},        {PREFILL, 3}, {ATTEND, 70}};
+    uint32_t flags;
+} steps[] = {{PREFILL, 19, 0},      {ATTEND, 1, 0}, {APPEND, MAX_CHUNK, 0}, {PARTIAL, 7, BKV_PIN},
+             {PREFILL, 70, 0},      {ATTEND, 1, 0}, {ATTEND, 1, 0},         {APPEND, 64, 0},
+             {PREFILL, 3, BKV_PIN}, {ATTEND, 70, 0}};
 
 static void *allocate(size_t bytes) {
     void *p = malloc(bytes);
@@ -174,6 +176,7 @@ static void run_part(const part *p, uint64_t number, uint32_t backend, uint64_t 
     while (seen < n_tokens) {
         int operation = steps[step % (sizeof steps / sizeof *steps)].operation;
         size_t n = steps[step % (sizeof steps / sizeof *steps)].n_tokens, n_queries;
+        uint32_t flags = steps[step % (sizeof steps / sizeof *steps)].flags;
         bkv_tensor k, v, q;
         n = n < n_tokens - seen ? n : n_tokens - seen;
         n_queries = operation == PREFILL ? n : 1;
@@ -184,9 +187,9 @@ static void run_part(const part *p, uint64_t number, uint32_t backend, uint64_t 
                         0);
         for (ith = 0; ith < nth; ith++) {
             if (operation == PREFILL) {
-                require(bkv_prefill(&cache, k, v, q, out, n, 0, ith, nth), "bkv_prefill");
+                require(bkv_prefill(&cache, k, v, q, out, n, flags, ith, nth), "bkv_prefill");
             } else {
-                require(bkv_append(&cache, k, v, n, 0, ith, nth), "bkv_append");
+                require(bkv_append(&cache, k, v, n, flags, ith, nth), "bkv_append");
             }
         }
         for (ith = 0; ith < nth && operation == ATTEND; ith++) {

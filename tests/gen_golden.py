@@ -23,7 +23,7 @@ import numpy as np
 OUTPUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "cases.h")
 MARGIN = 1e-5
 N_QUERIES = 2  # per checkpoint
-PAGE = 64
+PAGE, PINS = 64, 32
 SAMPLE, WINDOW = "sample", "window"
 KEY, QUERY, USE = 1, 2, 4
 LEARN = 0.01  # the share of a query in the running mean
@@ -33,22 +33,24 @@ G = 0x9E3779B97F4A7C15  # the increment of splitmix64
 
 # One row per case; a 0 is the library's default, as in bkv_config. `data` is the seed of the
 # inputs, `seed` that of the halvings; `every`: after how many tokens the cache attends (0: only at
-# the checkpoints); `at` are the stream lengths at which it is examined.
+# the checkpoints); every `pin`-th token is pinned; `at` are the stream lengths at which it is examined.
 FIELDS = ("rule importance rounds n_q_heads n_kv_heads head_dim value_dim budget sinks window "
-          "temp scale softcap seed data every at").split()
+          "temp scale softcap seed data every pin at").split()
 CASES = [dict(zip(FIELDS, row)) for row in [
-    (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 14, 1, 1, (340, 700)),
-    (SAMPLE,  0,     0,    3, 1, 16, 8, 350, 0, 0, 0, 1, 20, 15, 1, 1, (400, 900)),
-    (SAMPLE,  3,     0,    3, 1, 16, 24, 480, 20, 128, 0, 0, 0, 12, 1, 2, (449, 1100)),
-    (SAMPLE,  QUERY, 0,    2, 1, 24, 24, 272, NONE, 100, 0.5, 0.25, 0, G, 1, 3, (321, 700)),
-    (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4, NONE, 0, 1, 5, 21, 1, 1, (209, 500)),
-    (SAMPLE,  KEY,   0,    1, 1, 16, 16, 208, 4, 64, 0, 0, 0, 22, 2, 0, (273, 800)),
-    (SAMPLE,  NONE,  0,    2, 2, 8, 8, 208, 4, NONE, 1, 0, 0, 23, 1, 0, (209, 270)),
-    (SAMPLE,  7,     1,    3, 1, 16, 24, 272, 4, 64, 0, 1, 0, 24, 1, 1, (300, 700)),
-    (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4, 64, 0, 1, 0, 25, 1, 1, (300, 900)),
-    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 2, 0, 26, 2, 1, (400, 1500)),
-    (SAMPLE,  0,     0,    1, 1, 8, 8, 144, 4, NONE, 0, 2, 0, 27, 1, 1, (200, 1300)),
-    (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 5, 19, 1, 0, (337, 640)),
+    (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 14, 1, 1, 0, (340, 700)),
+    (SAMPLE,  0,     0,    3, 1, 16, 8, 350, 0, 0, 0, 1, 20, 15, 1, 1, 0, (400, 900)),
+    (SAMPLE,  3,     0,    3, 1, 16, 24, 480, 20, 128, 0, 0, 0, 12, 1, 2, 0, (449, 1100)),
+    (SAMPLE,  QUERY, 0,    2, 1, 24, 24, 272, NONE, 100, 0.5, 0.25, 0, G, 1, 3, 0, (321, 700)),
+    (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4, NONE, 0, 1, 5, 21, 1, 1, 0, (209, 500)),
+    (SAMPLE,  KEY,   0,    1, 1, 16, 16, 208, 4, 64, 0, 0, 0, 22, 2, 0, 0, (273, 800)),
+    (SAMPLE,  NONE,  0,    2, 2, 8, 8, 208, 4, NONE, 1, 0, 0, 23, 1, 0, 0, (209, 270)),
+    (SAMPLE,  7,     1,    3, 1, 16, 24, 272, 4, 64, 0, 1, 0, 24, 1, 1, 0, (300, 700)),
+    (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4, 64, 0, 1, 0, 25, 1, 1, 0, (300, 900)),
+    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 2, 0, 26, 2, 1, 0, (400, 1500)),
+    (SAMPLE,  0,     0,    1, 1, 8, 8, 144, 4, NONE, 0, 2, 0, 27, 1, 1, 0, (200, 1300)),
+    (SAMPLE,  0,     0,    2, 1, 16, 16, 400, 4, 64, 0, 1, 0, 28, 1, 1, 2, (450, 1200)),
+    (SAMPLE,  KEY,   0,    1, 1, 16, 8, 400, 4, 64, 0, 1, 0, 29, 1, 0, 5, (450, 1200)),
+    (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 5, 19, 1, 0, 0, (337, 640)),
 ]]
 
 
@@ -133,9 +135,9 @@ def importance_of(case, block, e):
     return sum(share * x / x.sum() for share, x in parts if x.sum() > 0)
 
 
-def chances(importance, margins):
-    """In proportion to the importance, 64 in all, none above 1."""
-    p = np.zeros(2 * PAGE)
+def chances(importance, pinned, margins):
+    """In proportion to the importance, 64 in all, none above 1; those of pinned tokens 1."""
+    p = np.where(pinned, 1.0, 0.0)
     while True:
         free = p < 1
         p[free] = importance[free] * (PAGE - (~free).sum()) / importance[free].sum()
@@ -198,7 +200,7 @@ def exchange(stay, p, K, size, rounds, margins):
 def sample(case, block, u, margins):
     w, by_query = block.weights, case["importance"] in (0, 2, 3, 6, 7)
     e = expected(case, block) if by_query else None
-    p = chances(importance_of(case, block, e), margins)
+    p = chances(importance_of(case, block, e), block.pinned, margins)
     stay = pivotal(p, u, margins)
     if case["rounds"] != NONE:
         v = block.v - block.v.mean(axis=0)
@@ -224,6 +226,8 @@ class Block:
     def __init__(self, head, tokens, weights):
         self.k, self.v = np.array(head.keys)[tokens], np.array(head.values)[tokens]
         self.use, self.weights = np.array(head.use)[tokens], weights
+        pinned = head.pinned(tokens, weights)
+        self.pinned = pinned & (np.cumsum(pinned) <= PINS)
         self.mean_queries, self.seen = head.mean_queries, len(head.keys)
 
 
@@ -259,9 +263,16 @@ class Head:
         self.values.append(value)
         self.use.append(0.0)
 
+    def pinned(self, tokens, weights):
+        """Those that were pinned and are still exact."""
+        pin = self.case["pin"]
+        return np.array([bool(pin) and t % pin == 0 and w == 1 for t, w in zip(tokens, weights)])
+
     def halve(self):
         levels = [level for level, _, _ in self.pages[:self.n_pages - self.n_exact]]
-        i = min(range(len(levels) - 1), key=lambda i: max(levels[i], levels[i + 1]))  # the first
+        pins = [self.pinned(*page[1:]).sum() for page in self.pages]
+        i = min(range(len(levels) - 1), key=lambda i: (  # the first of the least
+            pins[i] + pins[i + 1] > PINS, max(levels[i], levels[i + 1])))
         tokens = np.array(self.pages[i][1] + self.pages[i + 1][1])
         weights = np.array(self.pages[i][2] + self.pages[i + 1][2])
         rule = self.case["rule"]
@@ -292,7 +303,8 @@ class Head:
             begin = end - len(page)
             share = p[:, begin:end] / p[:, :end].sum(axis=1, keepdims=True)
             for token, x in zip(page, (share**2).sum(axis=0)):
-                self.use[token] += x
+                if not self.case["pin"] or token % self.case["pin"]:
+                    self.use[token] += x
             end = begin
         return (p @ v / p.sum(axis=1, keepdims=True)).ravel()
 
@@ -349,8 +361,8 @@ def render():
             ["BKV_RULE_" + case["rule"].upper()]
             + ["BKV_NONE" if case[name] == NONE else "%du" % case[name] for name in FIELDS[1:10]]
             + ["%sf" % float(case[name]) for name in FIELDS[10:13]])
-            + ",\n     0x%xu, %du, %du, {%s}},\n" % (
-                case["seed"], case["data"], case["every"],
+            + ",\n     0x%xu, %du, %du, %du, {%s}},\n" % (
+                case["seed"], case["data"], case["every"], case["pin"],
                 ", ".join("%du" % n for n in case["at"])))
     flat = [[x for r in runs for x in r[i]] for i in range(4)]
     return ("/* Made by gen_golden.py, read by test_golden.c; not to be edited. */\n"

@@ -14,6 +14,7 @@ typedef struct golden_case {
     float temp, scale, softcap;
     uint64_t seed, data; /* of the halvings; of the inputs */
     uint32_t every;      /* tokens from one attend to the next; 0: only at checkpoints */
+    uint32_t pin;        /* every so many tokens one is pinned; 0: none */
     uint32_t at[2];      /* checkpoints: tokens seen */
 } golden_case;
 
@@ -108,7 +109,8 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
         for (; seen < g->at[i]; seen++) {
             make_token(g, KEY, seen, g->n_kv_heads, g->head_dim, k);
             make_token(g, VALUE, seen, g->n_kv_heads, g->value_dim, v);
-            OK(bkv_append(&c, bkv_dense(k, BKV_F32), bkv_dense(v, BKV_F32), 1, 0, 0, 1));
+            OK(bkv_append(&c, bkv_dense(k, BKV_F32), bkv_dense(v, BKV_F32), 1,
+                          g->pin && seen % g->pin == 0 ? BKV_PIN : 0, 0, 1));
             if (g->every == 0 || seen % g->every) continue;
             make_token(g, QUERY, seen, g->n_q_heads, g->head_dim, q);
             OK(bkv_attend(&c, bkv_dense(q, BKV_F32), out, 0, 1));

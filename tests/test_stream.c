@@ -530,6 +530,52 @@ static void certain_tokens_stay(void) {
     stream_free(&s);
 }
 
+/* Of the tokens first .. end - 1 those that are held as they were, and pinned. */
+static unsigned count_pinned(const bkv_cache *c, uint32_t head, size_t first, size_t end) {
+    unsigned n = 0;
+    for (uint32_t i = 0; i < cache_stats(c).tokens_held; i++) {
+        bkv_token_info info = cache_token(c, head, i);
+        CHECK(info.pinned <= 1 && (!info.pinned || (info.weight == 1 && info.use == 0)));
+        n += info.pinned && info.position >= first && info.position < end;
+    }
+    return n;
+}
+
+/* n pinned tokens from `first` on: with the budgets that have room for all, all hold to the end; with
+   the others the oldest 32 do, and what lost its pin is as any other. */
+static void pinned_tokens_stay(void) {
+    enum { FIRST = 270, N_TOKENS = 2000 };
+    static const struct {
+        uint32_t budget, n, at_least;
+    } cases[] = {{208, 32, 32}, {208, 33, 32}, {300, 64, 32}, {1024, 200, 200}, {400, 900, 32}};
+    stream s = stream_new(N_TOKENS, BKV_F32);
+    float *out = new_floats(900 * ROW);
+    for (size_t i = 0; i < COUNT(cases); i++)
+        for (size_t r = 0; r < COUNT(rounds); r++) {
+            size_t n = cases[i].n, end = FIRST + n;
+            bkv_config cfg = config(BKV_RULE_SAMPLE, BKV_F16, cases[i].budget);
+            cfg.rounds = rounds[r];
+            cfg.window = BKV_NONE;
+            bkv_cache c = cache_new(&cfg);
+            append(&c, &s, 0, FIRST);
+            OK(bkv_prefill(&c, tensor_from(&s.k, FIRST), tensor_from(&s.v, FIRST),
+                           tensor_from(&s.q, FIRST), out, n, BKV_PIN, 0, 1));
+            for (size_t t = end; t < N_TOKENS; t++) {
+                append(&c, &s, t, 1);
+                if (t % 9 == 0) OK(bkv_attend(&c, tensor_from(&s.q, t), out, 0, 1));
+            }
+            for (uint32_t h = 0; h < N_KV; h++) {
+                CHECK(count_pinned(&c, h, FIRST, FIRST + 32) == 32);
+                CHECKF(count_pinned(&c, h, FIRST, end) >= cases[i].at_least, "budget %u: %u of %zu",
+                       cases[i].budget, count_pinned(&c, h, FIRST, end), n);
+                CHECK(count_pinned(&c, h, FIRST, end) == count_pinned(&c, h, 0, N_TOKENS));
+            }
+            cache_free(&c);
+        }
+    free(out);
+    stream_free(&s);
+}
+
 /* Importance by keys needs no query: a key that points away from the others is nearly certain. */
 static void odd_keys_stay(void) {
     enum { ODD = 50, N_TOKENS = 145, SEEDS = 200 };
@@ -722,6 +768,6 @@ static void two_caches(void) {
 int main(int argc, char **argv) {
     TEST_MAIN(T(ways_to_feed), T(state_at_any_time), T(long_streams),
               T(any_importance_of_any_input), T(weights_on_average), T(certain_tokens_stay),
-              T(odd_keys_stay), T(rounds_of_balancing_help), T(reset_is_init), T(branches),
-              T(seeds), T(positions_do_not_matter), T(two_caches));
+              T(pinned_tokens_stay), T(odd_keys_stay), T(rounds_of_balancing_help),
+              T(reset_is_init), T(branches), T(seeds), T(positions_do_not_matter), T(two_caches));
 }
