@@ -2465,11 +2465,11 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
     float *q = run->scratch, *out = q + (size_t)BKVI_ROWS * dim;
     float *lanes = out + (size_t)BKVI_ROWS * v_dim_pad, *max = lanes + BKVI_ROWS * BKVI_LANES;
     float *limit = max + BKVI_ROWS, *scores = limit + BKVI_ROWS;
-    const int rotated = BKVI_TYPE(c->cfg.kv_type) == BKV_I8;
-    float *work = rotated ? scores + BKVI_TILE_MAX * BKVI_PAGE : NULL;
+    float *work = scores + BKVI_TILE_MAX * BKVI_PAGE; /* to rotate in, or NULL */
     unsigned char *queries = mem + c->off_queries;
     const size_t mean_bytes = 4 * (size_t)bkvi_round_up(dim, BKVI_LANES);
     uint32_t begin, b, r, i;
+    if (BKVI_TYPE(c->cfg.kv_type) != BKV_I8) work = NULL;
     /* Row r: token r / group, query head r % group of this KV head. */
     for (begin = 0; begin < run->n * group; begin += BKVI_ROWS) {
         uint32_t n = bkvi_min(BKVI_ROWS, run->n * group - begin), tile_rows, size;
@@ -2498,8 +2498,8 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
             span.v = bkvi_value_row(c, mem, slot);
             span.weight = bkvi_word(mem, c->off_weight, slot);
             span.use = b + 2 < n_blocks ? NULL : bkvi_word(mem, c->off_use, slot);
-            span.k_scale = rotated ? bkvi_scale(mem, c->off_k_scale, slot) : NULL;
-            span.v_scale = rotated ? bkvi_scale(mem, c->off_v_scale, slot) : NULL;
+            span.k_scale = work ? bkvi_scale(mem, c->off_k_scale, slot) : NULL;
+            span.v_scale = work ? bkvi_scale(mem, c->off_v_scale, slot) : NULL;
             span.next_k = NULL;
             if (b + 1 < n_blocks)
                 span.next_k = bkvi_key_page(c, mem, bkvi_block_slot(c, h, pages, b + 1, &unused));
@@ -2533,14 +2533,13 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
                 run->max[head] = max[r] == 0.0f ? 0.0f : max[r] * BKVI_LN2; /* never -0 */
                 run->sum[head] = sum;
             }
+            if (work) {
+                memcpy(work, row, v_dim_pad * sizeof *row);
+                bkvi_k(rotate)(row = work, v_dim_pad);
+            }
             for (i = 0; i < v_dim_pad; i += BKVI_WIDTH) { /* + 0: -0 gives 0 */
                 bkvi_vec x = bkvi_v(load)(row + i);
                 bkvi_v(store)(row + i, bkvi_v(fma)(x, factor, bkvi_v(set)(0.0f)));
-            }
-            if (rotated) {
-                memcpy(work, row, v_dim_pad * sizeof *row);
-                bkvi_k(rotate)(work, v_dim_pad);
-                row = work;
             }
             memcpy(run->out + (token * c->cfg.n_q_heads + head) * v_dim, row, v_dim * sizeof *row);
         }
