@@ -115,7 +115,8 @@
    BALANCEKV_HEAD_DIM         Affects: code size. The one head_dim = value_dim this copy supports;
                               others give BKV_E_HEAD_DIM.  Values: 1..512.  Default: any.
    BALANCEKV_KV_TYPE          Affects: code size. The one kv_type this copy supports; others give
-                              BKV_E_KV_TYPE.  Values: BALANCEKV_F32, _F16, _BF16.  Default: any.
+                              BKV_E_KV_TYPE.  Values: BALANCEKV_F32, _F16, _BF16, _I8.
+                              Default: any.
    BALANCEKV_HEADER_NAME      Affects: the file's name if you rename it.  Default: "balancekv.h".
    BALANCEKV_EMULATED         Affects: takes AVX-512 for present, as tests/simde provides it.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
@@ -135,6 +136,7 @@
 #define BALANCEKV_F32 1
 #define BALANCEKV_F16 2
 #define BALANCEKV_BF16 3
+#define BALANCEKV_I8 4
 
 /* ------------------------------------------------------------------------------------------------
    §3 PUBLIC API                                                                              >>api
@@ -171,7 +173,7 @@ extern "C" {
     X(BKV_E_NULL, -1, "a required pointer is NULL")                                                \
     X(BKV_E_HEADS, -2, "n_kv_heads must be 1..4096 and n_q_heads 1..16 times as many")             \
     X(BKV_E_HEAD_DIM, -3, "head_dim and value_dim must be 1..512 (and BALANCEKV_HEAD_DIM if set)") \
-    X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, BKV_F16 or BKV_BF16 (and compiled in)")         \
+    X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, _F16, _BF16 or _I8 (and compiled in)")          \
     X(BKV_E_BUDGET, -5, "budget is smaller than sinks + window + two pages of 64, or above 2^24")  \
     X(BKV_E_RULE, -6, "unknown rule or importance, or rounds above 64")                            \
     X(BKV_E_PARAM, -7, "temp, scale or softcap is out of range")                                   \
@@ -196,8 +198,9 @@ typedef enum bkv_result {
         BKV_RESULT_FORCE_INT = 0x7fffffff
 } bkv_result;
 
-/* Element types of tensors and of the cache. 0 is not a type. */
+/* Element types of tensors and of the cache; I8 of the cache alone, see §1. 0 is not a type. */
 enum { BKV_F32 = BALANCEKV_F32, BKV_F16 = BALANCEKV_F16, BKV_BF16 = BALANCEKV_BF16 };
+enum { BKV_I8 = BALANCEKV_I8 };
 
 /* Halving rules, see §1. BKV_RULE_DEFAULT is BKV_RULE_SAMPLE. */
 enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
@@ -223,7 +226,7 @@ typedef struct bkv_config {
     uint32_t n_kv_heads; /* KV heads, 1..4096; required */
     uint32_t head_dim;   /* elements of a key or query, 1..512; required */
     uint32_t value_dim;  /* elements of a value, 1..512; 0: head_dim */
-    uint32_t kv_type;    /* storage: BKV_F32, BKV_F16, BKV_BF16; 0: BKV_F16 */
+    uint32_t kv_type;    /* storage: BKV_F32, BKV_F16, BKV_BF16, BKV_I8; 0: BKV_F16 */
     uint32_t budget;     /* slots per KV head, everything included, up to 2^24; required */
     uint32_t sinks;      /* first tokens kept exactly, rounded up to 16; 0: 4; or BKV_NONE */
     uint32_t window;     /* newest tokens kept exactly, rounded up to 64; 0: budget / 3 rounded
@@ -255,7 +258,8 @@ typedef struct bkv_cache {
     bkv_config cfg; /* every default resolved; backend is the one in use */
     uint32_t group, slots, sink_slots, n_pages, window_pages, v_dim_pad;
     size_t elem_bytes;
-    size_t off_pages, off_weight, off_use, off_position, off_queries, off_k, off_v; /* in a head */
+    size_t off_pages, off_weight, off_use, off_position, off_queries; /* in a head */
+    size_t off_k_scale, off_v_scale, off_k, off_v;
     size_t head_bytes, scratch_bytes, state_bytes, bytes;
 } bkv_cache;
 
@@ -427,8 +431,8 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_DIM(x) (x)
 #endif
 #ifdef BALANCEKV_KV_TYPE
-#if (BALANCEKV_KV_TYPE + 0) < BALANCEKV_F32 || (BALANCEKV_KV_TYPE + 0) > BALANCEKV_BF16
-#error "balancekv.h: BALANCEKV_KV_TYPE must be BALANCEKV_F32, BALANCEKV_F16 or BALANCEKV_BF16"
+#if (BALANCEKV_KV_TYPE + 0) < BALANCEKV_F32 || (BALANCEKV_KV_TYPE + 0) > BALANCEKV_I8
+#error "balancekv.h: BALANCEKV_KV_TYPE must be BALANCEKV_F32, _F16, _BF16 or _I8"
 #endif
 #define BKVI_TYPE(t) ((uint32_t)(BALANCEKV_KV_TYPE) + 0u * (t))
 #else
@@ -501,6 +505,7 @@ enum {
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
     BKVI_TILE_MAX = 4,       /* rows that share a register tile, at most */
+    BKVI_DIM_MAX = 512,      /* elements of a key or value, at most */
     BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
     BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
     BKVI_COUNTER_BYTES = 28, /* of bkvi_head in the state */
@@ -544,16 +549,20 @@ static BKVI_INLINE uint32_t bkvi_max(uint32_t a, uint32_t b) { return a > b ? a 
 static BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t unit) {
     return (x + unit - 1) / unit * unit;
 }
-static BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) { return type == BKV_F32 ? 4 : 2; }
+static BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) {
+    return type == BKV_F32 ? 4 : type == BKV_I8 ? 1 : 2;
+}
 
-/* n elements between rows of any stride (bytes). Two loops: a copy of no constant size would call
+/* n elements between rows of any stride (bytes). A loop each: a copy of no constant size would call
    memcpy for every element. */
 static void bkvi_copy(unsigned char *dst, size_t dst_stride, const unsigned char *src,
                       size_t src_stride, uint32_t n, size_t elem_bytes) {
     if (elem_bytes == 4)
         for (; n; n--, dst += dst_stride, src += src_stride) memcpy(dst, src, 4);
-    else
+    else if (elem_bytes == 2)
         for (; n; n--, dst += dst_stride, src += src_stride) memcpy(dst, src, 2);
+    else
+        for (; n; n--, dst += dst_stride, src += src_stride) *dst = *src;
 }
 
 /* The mixing function of splitmix64 (Steele, Lea, Flood 2014; public domain constants). */
@@ -652,6 +661,7 @@ typedef struct bkvi_head {
 /* Two pages that are being halved (§7), and where the work on them goes. */
 typedef struct bkvi_block {
     const unsigned char *k[2], *v[2]; /* key panels [4][head_dim][16]; value rows [64][v_dim_pad] */
+    const unsigned char *scale[2][2]; /* BKV_I8: of keys and of values [64] */
     const unsigned char *queries;     /* mean of each query head, [group][head_dim padded to 16] */
     float *weight, *use;              /* [128]; of the weights only the ratios count */
     float *score, *factor, *norm;     /* [128]: importance; factor in the kernel; squared norms */
@@ -672,8 +682,8 @@ typedef struct bkvi_queries {
 
 typedef struct bkvi_kernels {
     int (*scan)(const unsigned char *p, uint32_t type, size_t stride, uint32_t n, float limit);
-    void (*put)(unsigned char *dst, size_t step, uint32_t kv_type, const unsigned char *src,
-                uint32_t type, size_t stride, uint32_t n);
+    void (*put)(unsigned char *dst, size_t step, unsigned char *scale, uint32_t kv_type,
+                const unsigned char *src, uint32_t type, size_t stride, uint32_t n, float *work);
     void (*gram)(const bkv_cache *c, const bkvi_block *block);
     void (*exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                      unsigned char *keep);
@@ -825,6 +835,7 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
        page table  [n_pages] (place, level), oldest first; page p has slots sink_slots + 64 p ..
        per slot    f32 weight (0: empty), f32 observed use, u32 position
        queries     f32, the running mean of each query head, [group][head_dim padded to 16]
+       per slot    BKV_I8: a scale of the key, then one of the value, as bf16
        keys        panels of 16 slots, each [head_dim][16]: <q, k> needs no sum across lanes
        values      rows [v_dim_pad]
    Every part starts at a multiple of 64 bytes. Then, not part of the state, scratch per thread.
@@ -881,6 +892,11 @@ static unsigned char *bkvi_word(unsigned char *mem, size_t offset, uint32_t slot
     return mem + offset + 4 * (size_t)slot;
 }
 
+/* The scale of a slot in one of the two such parts of a head. */
+static unsigned char *bkvi_scale(unsigned char *mem, size_t offset, uint32_t slot) {
+    return mem + offset + 2 * (size_t)slot;
+}
+
 /* Slot `to` becomes a copy of slot `from`, with a new weight. */
 static void bkvi_move_slot(const bkv_cache *c, unsigned char *mem, uint32_t to, uint32_t from,
                            float weight) {
@@ -893,6 +909,10 @@ static void bkvi_move_slot(const bkv_cache *c, unsigned char *mem, uint32_t to, 
                (size_t)c->v_dim_pad * c->elem_bytes);
         memcpy(bkvi_word(mem, c->off_use, to), bkvi_word(mem, c->off_use, from), 4);
         memcpy(bkvi_word(mem, c->off_position, to), bkvi_word(mem, c->off_position, from), 4);
+        if (BKVI_TYPE(c->cfg.kv_type) == BKV_I8) {
+            memcpy(bkvi_scale(mem, c->off_k_scale, to), bkvi_scale(mem, c->off_k_scale, from), 2);
+            memcpy(bkvi_scale(mem, c->off_v_scale, to), bkvi_scale(mem, c->off_v_scale, from), 2);
+        }
     }
 }
 
@@ -930,6 +950,8 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
         slot[i] = bkvi_page_slot(c, pages, pair + i);
         block.k[i] = bkvi_key_page(c, mem, slot[i]);
         block.v[i] = bkvi_value_row(c, mem, slot[i]);
+        block.scale[0][i] = bkvi_scale(mem, c->off_k_scale, slot[i]);
+        block.scale[1][i] = bkvi_scale(mem, c->off_v_scale, slot[i]);
         memcpy(weight + i * BKVI_PAGE, bkvi_word(mem, c->off_weight, slot[i]), 4 * BKVI_PAGE);
         memcpy(block.use + i * BKVI_PAGE, bkvi_word(mem, c->off_use, slot[i]), 4 * BKVI_PAGE);
     }
@@ -987,14 +1009,17 @@ static const unsigned char *bkvi_at(const bkv_tensor *t, size_t token, size_t he
 /* Writes tokens first .. first + n - 1 of k and v to slots that bkvi_reserve() gave. */
 static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
                          bkvi_head *h, uint32_t slot, const bkv_tensor *k, const bkv_tensor *v,
-                         size_t first, uint32_t n, uint32_t flags) {
+                         size_t first, uint32_t n, uint32_t flags, float *scratch) {
     unsigned char *mem = bkvi_head_mem(c, head);
     uint32_t t;
     for (t = 0; t < n; t++, slot++) {
-        kernels->put(bkvi_key_column(c, mem, slot), BKVI_LANES, c->cfg.kv_type,
-                     bkvi_at(k, first + t, head), k->type, k->elem_stride, c->cfg.head_dim);
-        kernels->put(bkvi_value_row(c, mem, slot), 1, c->cfg.kv_type, bkvi_at(v, first + t, head),
-                     v->type, v->elem_stride, c->cfg.value_dim);
+        kernels->put(bkvi_key_column(c, mem, slot), BKVI_LANES,
+                     bkvi_scale(mem, c->off_k_scale, slot), c->cfg.kv_type,
+                     bkvi_at(k, first + t, head), k->type, k->elem_stride, c->cfg.head_dim,
+                     scratch);
+        kernels->put(bkvi_value_row(c, mem, slot), 1, bkvi_scale(mem, c->off_v_scale, slot),
+                     c->cfg.kv_type, bkvi_at(v, first + t, head), v->type, v->elem_stride,
+                     c->cfg.value_dim, scratch);
         bkvi_putf(bkvi_word(mem, c->off_weight, slot), 1.0f);
         bkvi_putf(bkvi_word(mem, c->off_use, slot), flags & BKV_PIN ? BKVI_PINNED : 0.0f);
         bkvi_put32(bkvi_word(mem, c->off_position, slot), (uint32_t)(h->seen + t));
@@ -1027,13 +1052,16 @@ typedef struct bkvi_tile {
 /* One block as attend sees it, and what to prefetch while at it (NULL: nothing). */
 typedef struct bkvi_span {
     const unsigned char *k, *v, *weight, *next_k;
+    const unsigned char *k_scale, *v_scale; /* NULL unless BKV_I8 */
+    unsigned char *use;                     /* NULL: an old block, the use stays */
     uint32_t slots;
     int warm; /* a later row tile: the block is in the cache already */
 } bkvi_span;
 
-/* Floats of scratch: per row query, output, lane sums, maximum, limit; scores of a tile. */
+/* Floats of scratch: per row query, output, lane sums, maximum, limit; scores of a tile; work. */
 static size_t bkvi_attend_floats(uint32_t dim, uint32_t v_dim_pad) {
-    return (size_t)BKVI_ROWS * (dim + v_dim_pad + BKVI_LANES + 2) + BKVI_TILE_MAX * BKVI_PAGE;
+    return (size_t)BKVI_ROWS * (dim + v_dim_pad + BKVI_LANES + 2) + BKVI_TILE_MAX * BKVI_PAGE +
+           2 * BKVI_DIM_MAX;
 }
 
 /* Slots of the last block in use. */
@@ -1093,7 +1121,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         return BKV_E_HEAD_DIM;
     c->v_dim_pad = bkvi_round_up(r->value_dim, BKVI_LANES);
     if (!r->kv_type) r->kv_type = BKV_F16;
-    if (r->kv_type < BKV_F32 || r->kv_type > BKV_BF16 || r->kv_type != BKVI_TYPE(r->kv_type))
+    if (r->kv_type < BKV_F32 || r->kv_type > BKV_I8 || r->kv_type != BKVI_TYPE(r->kv_type))
         return BKV_E_KV_TYPE;
     c->elem_bytes = bkvi_type_bytes(r->kv_type);
     if (r->budget > 1u << 24) return BKV_E_BUDGET;
@@ -1135,6 +1163,8 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         !bkvi_add_part(&end, &c->off_position, c->slots, 4) ||
         !bkvi_add_part(&end, &c->off_queries,
                        (size_t)c->group * bkvi_round_up(r->head_dim, BKVI_LANES), 4) ||
+        !bkvi_add_part(&end, &c->off_k_scale, c->slots, r->kv_type == BKV_I8 ? 2 : 0) ||
+        !bkvi_add_part(&end, &c->off_v_scale, c->slots, r->kv_type == BKV_I8 ? 2 : 0) ||
         !bkvi_add_part(&end, &c->off_k, c->slots, (size_t)r->head_dim * c->elem_bytes) ||
         !bkvi_add_part(&end, &c->off_v, c->slots, (size_t)c->v_dim_pad * c->elem_bytes) ||
         !bkvi_add_part(&end, &c->head_bytes, 0, 1))
@@ -1370,7 +1400,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor
         while (done < n_tokens) {
             uint32_t slot, n = bkvi_reserve(c, &kernels, head, &h, scratch, &slot);
             n = n_tokens - done < n ? (uint32_t)(n_tokens - done) : n;
-            bkvi_put_run(c, &kernels, head, &h, slot, &k, &v, done, n, flags);
+            bkvi_put_run(c, &kernels, head, &h, slot, &k, &v, done, n, flags, scratch);
             if (q) {
                 bkvi_queries run = {q, done, head, n, out, NULL, NULL, scratch};
                 kernels.attend(c, &h, &run);
@@ -1528,6 +1558,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
    into an addition other than through bkvi_v(fma): compilers may fuse the two.
      load, store                       lanes from and to memory of any alignment
      load_f16, load_bf16, store_f16    the same, converted; to nearest even
+     load_i8                           lanes from signed bytes
      fma_at(c, i, first, x, y)         c[i] * x + y, i a constant; may read up to c[i | 3]; `first`
                                        of those that share x
      sqrt(a)                           to nearest
@@ -1578,6 +1609,7 @@ BKVI_OP(load, (const void *p), bkvi_getf((const unsigned char *)p))
 BKVI_OP(load_f16, (const void *p), bkvi_from_f16(bkvi_get16((const unsigned char *)p)))
 BKVI_OP(load_bf16, (const void *p),
         bkvi_float((uint32_t)bkvi_get16((const unsigned char *)p) << 16))
+BKVI_OP(load_i8, (const void *p), (float)*(const int8_t *)p)
 BKVI_OP(fma, BKVI_3, bkvi_fma(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), bkvi_sqrt(x))
 BKVI_OP(max, BKVI_2, a > b ? a : b)
@@ -1597,6 +1629,8 @@ BKVI_OP(load_f16, (const void *p), _mm256_cvtph_ps(_mm_loadu_si128((const __m128
 BKVI_OP(load_bf16, (const void *p),
         _mm256_castsi256_ps(
             _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16)))
+BKVI_OP(load_i8, (const void *p),
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))))
 BKVI_OP(fma, BKVI_3, _mm256_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm256_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, _mm256_max_ps(a, b))
@@ -1622,6 +1656,8 @@ BKVI_OP(load_f16, (const void *p), _mm512_cvtph_ps(_mm256_loadu_si256((const __m
 BKVI_OP(load_bf16, (const void *p),
         _mm512_castsi512_ps(
             _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16)))
+BKVI_OP(load_i8, (const void *p),
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))))
 BKVI_OP(fma, BKVI_3, _mm512_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm512_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, _mm512_max_ps(a, b))
@@ -1648,6 +1684,9 @@ BKVI_OP(load, (const void *p), vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)p)
 BKVI_OP(load_f16, (const void *p), vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)p))))
 BKVI_OP(load_bf16, (const void *p),
         vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)p)), 16)))
+BKVI_OP(load_i8, (const void *p),
+        vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(
+            vreinterpret_s8_u32(vdup_n_u32(bkvi_get32((const unsigned char *)p))))))))
 BKVI_OP(fma, BKVI_3, vfmaq_f32(z, x, y))
 BKVI_OP(sqrt, (bkvi_vec x), vsqrtq_f32(x))
 BKVI_OP(max, BKVI_2, vmaxq_f32(a, b))
@@ -1702,6 +1741,7 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
 BKVI_VFN bkvi_vec bkvi_v(get)(const int type, const void *p) {
     return type == BKV_F32   ? bkvi_v(load)(p)
            : type == BKV_F16 ? bkvi_v(load_f16)(p)
+           : type == BKV_I8  ? bkvi_v(load_i8)(p)
                              : bkvi_v(load_bf16)(p);
 }
 
@@ -1738,19 +1778,85 @@ static int bkvi_k(scan)(const unsigned char *p, uint32_t type, size_t stride, ui
     return !bkvi_v(any_gt)(bad, zero);
 }
 
+/* ---- BKV_I8 ---- */
+/* Rotates x[n] in place: cut into powers of two, the largest first, each multiplied by the
+   orthonormal Hadamard matrix of its size, which is its own inverse. Every round adds and subtracts
+   the halves and writes the results in turns, so that all rounds are alike. x has room for
+   2 * BKVI_DIM_MAX. */
+static BKVI_NOINLINE void bkvi_k(rotate)(float *x, uint32_t n) {
+    uint32_t size, half, round, i;
+    for (; n; x += size, n -= size) {
+        float *work = x + BKVI_DIM_MAX, norm = 1.0f;
+        for (size = 1; size <= n / 2;) size *= 2;
+        for (i = size; i > 1; i /= 4) norm *= i == 2 ? 0.707106781f : 0.5f;
+        for (round = 1, half = size / 2; round < size; round *= 2) {
+            const float factor = round == half ? norm : 1.0f;
+            for (i = 0; i < half && half < BKVI_WIDTH; i++) {
+                work[2 * i] = (x[i] + x[half + i]) * factor;
+                work[2 * i + 1] = (x[i] - x[half + i]) * factor;
+            }
+            for (i = 0; i < half && half >= BKVI_WIDTH; i += BKVI_WIDTH) {
+                bkvi_vec a = bkvi_v(load)(x + i), b = bkvi_v(load)(x + half + i);
+                bkvi_vec sum = (a + b) * bkvi_v(set)(factor);
+                b = (a - b) * bkvi_v(set)(factor);
+                bkvi_v(zip)(&sum, &b);
+                bkvi_v(store)(work + 2 * i, sum);
+                bkvi_v(store)(work + 2 * i + BKVI_WIDTH, b);
+            }
+            memcpy(x, work, size * sizeof *x);
+        }
+    }
+}
+
+/* A caller's row, with zeros up to `padded` elements, rotated. */
+static void bkvi_k(rotated_row)(float *x, const unsigned char *row, uint32_t type, size_t stride,
+                                uint32_t n, uint32_t padded) {
+    uint32_t i;
+    for (i = 0; i < n; i += BKVI_LANES) bkvi_k(row)(x + i, row, type, stride, i, n);
+    bkvi_k(rotate)(x, padded);
+}
+
+/* x becomes round(x / scale) + 1.5 * 2^23, whose low byte is what is stored. scale = max |x| / 127,
+   rounded up to bf16, so that nothing is clipped; the floor keeps its inverse finite. */
+static BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n) {
+    const bkvi_vec zero = bkvi_v(set)(0.0f);
+    bkvi_vec most = zero, inverse;
+    float part[16], largest = 1.0e-28f;
+    uint32_t i, bits;
+    for (i = 0; i < n; i += BKVI_WIDTH) {
+        bkvi_vec a = bkvi_v(load)(x + i);
+        most = bkvi_v(max)(most, bkvi_v(max)(a, zero - a));
+    }
+    bkvi_v(store)(part, most);
+    for (i = 0; i < BKVI_WIDTH; i++) largest = part[i] > largest ? part[i] : largest;
+    bits = (bkvi_bits(largest / 127.0f) + 0xFFFFu) >> 16;
+    bkvi_put16(scale, (uint16_t)bits);
+    inverse = bkvi_v(set)(1.0f / bkvi_float(bits << 16));
+    for (i = 0; i < n; i += BKVI_WIDTH)
+        bkvi_v(store)(x + i, bkvi_v(fma)(bkvi_v(load)(x + i), inverse, bkvi_v(set)(12582912.0f)));
+}
+
 /* Stores a caller's row, elements `step` apart: 1 for a value (then padded with zeros to whole
    sixteens), 16 for a column of a key panel. */
-static void bkvi_k(put)(unsigned char *dst, size_t step, uint32_t kv_type, const unsigned char *src,
-                        uint32_t type, size_t stride, uint32_t n) {
+static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *scale, uint32_t kv_type,
+                        const unsigned char *src, uint32_t type, size_t stride, uint32_t n,
+                        float *work) {
     size_t bytes = bkvi_type_bytes(BKVI_TYPE(kv_type));
-    uint32_t i, lane;
+    uint32_t i, lane, whole = step == 1 ? bkvi_round_up(n, BKVI_LANES) : n;
+    if (BKVI_TYPE(kv_type) == BKV_I8) {
+        bkvi_k(rotated_row)(work, src, type, stride, n, whole);
+        bkvi_k(quantise)(work, scale, whole);
+        src = (const unsigned char *)work, type = BKV_F32, stride = 4, n = whole;
+    }
     for (i = 0; i < n; i += BKVI_LANES) {
         float part[16];
         unsigned char *to = (unsigned char *)part; /* converted in place, front to back */
         bkvi_k(row)(part, src, type, stride, i, n);
-        for (lane = 0; lane < BKVI_LANES && bytes == 2; lane++)
+        for (lane = 0; lane < BKVI_LANES && bytes < 4; lane++)
             if (BKVI_TYPE(kv_type) == BKV_BF16)
                 bkvi_put16(to + 2 * lane, bkvi_to_bf16(part[lane]));
+            else if (BKVI_TYPE(kv_type) == BKV_I8)
+                to[lane] = (unsigned char)bkvi_bits(part[lane]);
             else if (lane % BKVI_WIDTH == 0)
                 bkvi_v(store_f16)(to + 2 * lane, bkvi_v(load)(part + lane));
         bkvi_copy(dst + i * step * bytes, step * bytes, to, bytes,
@@ -1804,7 +1910,7 @@ BKVI_VFN void bkvi_k(tile_fma)(const int type, const int rows, const int vecs,
                                const float *c, const size_t c_row, size_t c_step, const int fresh,
                                float *acc_mem, size_t acc_row, const unsigned char *ahead) {
     enum { REGS = BKVI_LANES / BKVI_WIDTH };
-    const size_t es = type == BKV_F32 ? 4 : 2;
+    const size_t es = bkvi_type_bytes((uint32_t)type);
     const int regs = vecs * REGS, steps = c_row ? 4 : 1;
     const int by_row = regs <= rows || BKVI_WIDTH == 16; /* the side that is held in registers */
     bkvi_vec acc[96], a[16];
@@ -1863,6 +1969,11 @@ static BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned c
         }
 }
 
+/* The scales of BKV_I8 of a register of tokens from i on; of the other types 1. */
+BKVI_VFN bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32_t i) {
+    return type == BKV_I8 ? bkvi_v(load_bf16)(scale + 2 * (size_t)i) : bkvi_v(set)(1.0f);
+}
+
 /* The block's keys or values as f32 panels, `stride` floats apart, minus their mean, sixteen
    dimensions at a time; returns the largest squared norm. Sums over the tokens have the order:
    panels, then lanes i + i+8, i+4, i+2, i+1. */
@@ -1887,7 +1998,10 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
                              (uint32_t)type);
             for (j = 0; j < n; j += BKVI_WIDTH)
                 bkvi_v(store)(sums + j,
-                              bkvi_v(load)(sums + j) + bkvi_v(get)(packed, from[p] + j * size));
+                              bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
+                                          bkvi_k(scales)(type, block->scale[values][p / 4],
+                                                         p % 4 * BKVI_LANES + j % BKVI_LANES),
+                                          bkvi_v(load)(sums + j)));
         }
         bkvi_k(turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
         for (j = 128; j >= BKVI_LANES; j /= 2)
@@ -1898,10 +2012,12 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
         for (p = 0; p < 8; p++, to += stride)
             for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
                 float *norm = block->norm + p * BKVI_LANES + lane;
+                const bkvi_vec scale = bkvi_k(scales)(type, block->scale[values][p / 4],
+                                                      p % 4 * BKVI_LANES + lane);
                 bkvi_vec x, sum = bkvi_v(load)(norm);
                 for (j = lane; j < n; j += BKVI_LANES) {
                     x = bkvi_v(get)(packed, from[p] + j * size);
-                    x = x - bkvi_v(set)(mean[j / BKVI_LANES]);
+                    x = bkvi_v(fma)(x, scale, bkvi_v(set)(-mean[j / BKVI_LANES]));
                     bkvi_v(store)(to + j, x);
                     sum = bkvi_v(fma)(x, x, sum);
                 }
@@ -2166,6 +2282,13 @@ static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint3
 #define BKVI_MASKED (-3e38f) /* the score of a slot that a row does not see */
 #define BKVI_LOWEST (-1e38f) /* below every score, above BKVI_MASKED */
 
+/* 64 numbers times those of a page of bf16. */
+BKVI_VFN void bkvi_k(times)(float *x, const unsigned char *scale) {
+    uint32_t i;
+    for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH, scale += 2 * BKVI_WIDTH)
+        bkvi_v(store)(x + i, bkvi_v(load)(x + i) * bkvi_v(load_bf16)(scale));
+}
+
 /* Online softmax of one row: scores become weights relative to the row's maximum so far. When that
    rises, what was summed so far shrinks. */
 static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, int r,
@@ -2176,6 +2299,7 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
     float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
     bkvi_vec x, most = bkvi_v(set)(tile->max[r]);
     uint32_t i, j;
+    if (span->k_scale) bkvi_k(times)(s, span->k_scale);
     if (softcap > 0.0f) {
         /* c tanh(z / c) log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
         for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
@@ -2218,6 +2342,15 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
         }
         bkvi_v(store)(lanes + j, sum);
     }
+    if (span->use) { /* the use grows by the squared share of attention that a token just had */
+        const bkvi_vec share = bkvi_v(set)(1.0f / bkvi_k(over_lanes)(lanes));
+        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
+            unsigned char *use = span->use + 4 * (size_t)i;
+            x = bkvi_v(load)(s + i) * share;
+            bkvi_v(store)(use, bkvi_v(fma)(x, x, bkvi_v(load)(use)));
+        }
+    }
+    if (span->v_scale) bkvi_k(times)(s, span->v_scale);
 }
 
 /* A tile of rows over one block: scores, softmax, sum of values. The values are prefetched during
@@ -2225,7 +2358,7 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
 BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
                                   const bkvi_tile *tile, const bkvi_span *span) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = c->v_dim_pad;
-    const size_t es = type == BKV_F32 ? 4 : 2, panel = (size_t)dim * BKVI_LANES;
+    const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)dim * BKVI_LANES;
     const uint32_t panels = (span->slots + BKVI_LANES - 1) / BKVI_LANES,
                    vecs = v_dim_pad / BKVI_LANES;
     uint32_t i;
@@ -2260,7 +2393,8 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
     X(BALANCEKV_KV_TYPE, 1) X(BALANCEKV_KV_TYPE, 2) X(BALANCEKV_KV_TYPE, 3) X(BALANCEKV_KV_TYPE, 4)
 #else
 #define BKVI_EACH_TILE(X)                                                                          \
-    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(2, 4) X(3, 1) X(3, 2) X(3, 3) X(3, 4)
+    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(2, 4)                                \
+    X(3, 1) X(3, 2) X(3, 3) X(3, 4) X(4, 1) X(4, 2) X(4, 3) X(4, 4)
 #endif
 #define BKVI_X(type, rows)                                                                         \
     static BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                \
@@ -2270,36 +2404,26 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
 
-/* One scaled query, its elements `width` floats apart; its running mean learns from it. */
+/* One scaled query, its elements `width` floats apart; its running mean learns from it. With work
+   it is rotated. */
 static BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
                                              const unsigned char *row, const bkv_tensor *q,
-                                             uint32_t dim, float scale) {
+                                             uint32_t dim, float scale, float *work) {
     float part[16];
-    uint32_t i, j;
+    size_t stride = q->elem_stride;
+    uint32_t i, j, type = q->type;
+    if (work) {
+        bkvi_k(rotated_row)(work, row, type, stride, dim, dim);
+        row = (const unsigned char *)work, type = BKV_F32, stride = 4;
+    }
     for (i = 0; i < dim; i += BKVI_LANES, mean += 4 * BKVI_LANES) {
-        bkvi_k(row)(part, row, q->type, q->elem_stride, i, dim);
+        bkvi_k(row)(part, row, type, stride, i, dim);
         for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
             bkvi_vec x = bkvi_v(load)(part + j), m = bkvi_v(load)(mean + 4 * j);
             bkvi_v(store)(mean + 4 * j, bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m));
             bkvi_v(store)(part + j, x * bkvi_v(set)(scale));
         }
         for (j = 0; j < bkvi_min(BKVI_LANES, dim - i); j++, to += width) *to = part[j];
-    }
-}
-
-/* The use of the tokens of a block grows by the squared share of attention they just had. */
-static BKVI_NOINLINE void bkvi_k(observe)(const bkvi_tile *tile, uint32_t rows,
-                                          unsigned char *use) {
-    uint32_t r, i;
-    for (r = 0; r < rows; r++) {
-        const float *s = tile->scores + (size_t)r * BKVI_PAGE;
-        const bkvi_vec share =
-            bkvi_v(set)(1.0f / bkvi_k(over_lanes)(tile->lanes + (size_t)r * BKVI_LANES));
-        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
-            bkvi_vec x = bkvi_v(load)(s + i) * share;
-            bkvi_v(store)(use + 4 * (size_t)i,
-                          bkvi_v(fma)(x, x, bkvi_v(load)(use + 4 * (size_t)i)));
-        }
     }
 }
 
@@ -2312,9 +2436,11 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
     float *q = run->scratch, *out = q + (size_t)BKVI_ROWS * dim;
     float *lanes = out + (size_t)BKVI_ROWS * v_dim_pad, *max = lanes + BKVI_ROWS * BKVI_LANES;
     float *limit = max + BKVI_ROWS, *scores = limit + BKVI_ROWS;
+    float *work = scores + BKVI_TILE_MAX * BKVI_PAGE; /* to rotate in, or NULL */
     unsigned char *queries = mem + c->off_queries;
     const size_t mean_bytes = 4 * (size_t)bkvi_round_up(dim, BKVI_LANES);
     uint32_t begin, b, r, i;
+    if (BKVI_TYPE(c->cfg.kv_type) != BKV_I8) work = NULL;
     /* Row r: token r / group, query head r % group of this KV head. */
     for (begin = 0; begin < run->n * group; begin += BKVI_ROWS) {
         uint32_t n = bkvi_min(BKVI_ROWS, run->n * group - begin), tile_rows, size;
@@ -2331,17 +2457,20 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
             max[r] = BKVI_LOWEST;
             to = q + (size_t)tile * dim + (r - tile);
             bkvi_k(load_query)(to, width, queries + (begin + r) % group * mean_bytes, row, run->q,
-                               dim, scale);
+                               dim, scale, work);
         }
         memset(out, 0, (size_t)n * v_dim_pad * sizeof *out);
         memset(lanes, 0, (size_t)n * BKVI_LANES * sizeof *lanes);
 
         for (b = 0; b < n_blocks; b++) {
             bkvi_span span;
-            uint32_t slot = bkvi_block_slot(c, h, pages, b, &span.slots), first = slot, unused;
+            uint32_t slot = bkvi_block_slot(c, h, pages, b, &span.slots), unused;
             span.k = bkvi_key_page(c, mem, slot);
             span.v = bkvi_value_row(c, mem, slot);
             span.weight = bkvi_word(mem, c->off_weight, slot);
+            span.use = b + 2 < n_blocks ? NULL : bkvi_word(mem, c->off_use, slot);
+            span.k_scale = work ? bkvi_scale(mem, c->off_k_scale, slot) : NULL;
+            span.v_scale = work ? bkvi_scale(mem, c->off_v_scale, slot) : NULL;
             span.next_k = NULL;
             if (b + 1 < n_blocks)
                 span.next_k = bkvi_key_page(c, mem, bkvi_block_slot(c, h, pages, b + 1, &unused));
@@ -2362,8 +2491,6 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
 #undef BKVI_X
                 default: break;
                 }
-                if (b + 2 >= n_blocks)
-                    bkvi_k(observe)(&tile, tile_rows, bkvi_word(mem, c->off_use, first));
             }
         }
 
@@ -2376,6 +2503,10 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
             if (run->max) {
                 run->max[head] = max[r] == 0.0f ? 0.0f : max[r] * BKVI_LN2; /* never -0 */
                 run->sum[head] = sum;
+            }
+            if (work) {
+                memcpy(work, row, v_dim_pad * sizeof *row);
+                bkvi_k(rotate)(row = work, v_dim_pad);
             }
             for (i = 0; i < v_dim_pad; i += BKVI_WIDTH) { /* + 0: -0 gives 0 */
                 bkvi_vec x = bkvi_v(load)(row + i);

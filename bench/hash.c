@@ -44,6 +44,12 @@ static const part parts[] = {
     {SAMPLE, 0, 0, BKV_F32, BKV_F16, 16, 1, 17, 30, 500, 0, 0, 1, 2.0f, 0.0f, 0.0f},
     {BKV_RULE_WINDOW, 0, 0, BKV_F16, BKV_F32, 8, 1, 80, 81, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
     {BKV_RULE_WINDOW, 0, 0, BKV_F32, BKV_F16, 1, 2, 512, 2, 220, 0, 64, 1, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, 0, 0, BKV_I8, BKV_F32, 3, 2, 64, 0, 256, 0, 0, 2, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, KEY + QUERY + USE, 0, BKV_I8, BKV_F16, 2, 1, 80, 57, 300, 20, 100, 1, 0.5f, 30.0f,
+     0.0f},
+    {SAMPLE, KEY, 0, BKV_I8, BKV_BF16, 7, 1, 17, 0, 256, 0, 64, 1, 1.0f, 0.0f, 0.0f},
+    {BKV_RULE_WINDOW, 0, 0, BKV_I8, BKV_F32, 1, 2, 512, 128, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
+    {BKV_RULE_WINDOW, 0, 0, BKV_I8, BKV_F16, 4, 1, 1, 96, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
 };
 
 /* How the tokens arrive, again and again. Chunks of 19 and 70 cross halvings in mid-chunk. Every
@@ -87,6 +93,8 @@ static void hash_elements(uint64_t *h, const void *data, size_t bytes, size_t el
         uint16_t half;
         if (elem_bytes == sizeof word) {
             memcpy(&word, at, sizeof word);
+        } else if (elem_bytes == 1) {
+            word = *at;
         } else {
             memcpy(&half, at, sizeof half);
             word = half;
@@ -96,13 +104,15 @@ static void hash_elements(uint64_t *h, const void *data, size_t bytes, size_t el
     }
 }
 
-/* The state is made of 4-byte words, except for the K and V elements at the end of each head. */
+/* The state is made of 4-byte words, except for the scales of I8 (2 bytes) and the K and V elements
+   at the end of each head. */
 static void hash_state(uint64_t *h, const bkv_cache *c) {
     size_t heads = c->cfg.n_kv_heads, header = c->state_bytes - heads * c->head_bytes, i;
     hash_elements(h, c->mem, header, 4);
     for (i = 0; i < heads; i++) {
         const unsigned char *head = c->mem + header + i * c->head_bytes;
-        hash_elements(h, head, c->off_k, 4);
+        hash_elements(h, head, c->off_k_scale, 4);
+        hash_elements(h, head + c->off_k_scale, c->off_k - c->off_k_scale, 2);
         hash_elements(h, head + c->off_k, c->head_bytes - c->off_k, c->elem_bytes);
     }
 }
@@ -260,7 +270,7 @@ int main(int argc, char **argv) {
     }
 
     for (i = 0; i < sizeof parts / sizeof *parts; i++) {
-        static const char *const types[] = {"?", "f32", "f16", "bf16"};
+        static const char *const types[] = {"?", "f32", "f16", "bf16", "i8"};
         static const char *const rules[] = {"?", "sample", "window"};
         const part *p = &parts[i];
         uint64_t outputs = 0, states = 0;

@@ -292,9 +292,12 @@ static size_t n_backends;
 static uint32_t type_of(const char *name) {
     return strncmp(name, "f32", 3) == 0   ? BKV_F32
            : strncmp(name, "f16", 3) == 0 ? BKV_F16
+           : strncmp(name, "i8", 2) == 0  ? BKV_I8
                                           : BKV_BF16;
 }
-static size_t bytes_of(const char *type) { return type_of(type) == BKV_F32 ? 4 : 2; }
+static size_t bytes_of(const char *type) {
+    return type_of(type) == BKV_F32 ? 4 : type_of(type) == BKV_I8 ? 1 : 2;
+}
 
 /* ---- shapes and data ---- */
 typedef struct shape {
@@ -720,21 +723,21 @@ static void attend_row(const char *name, const shape *s, size_t n, const char *t
 }
 
 static void case_attend_hot(const char *name) {
-    static const char *const types[] = {"f16", "bf16", "f32"};
+    static const char *const types[] = {"f16", "bf16", "f32", "i8"};
     size_t i, s, n;
-    for (i = 0; i < 3; i++)
+    for (i = 0; i < 4; i++)
         for (s = 0; s < N_SHAPES; s++)
             for (n = 1024; n <= (opt.quick || i ? 1024 : 4096); n *= 4)
                 attend_row(name, &shapes[s], n, types[i], 0);
 }
 
 static void case_attend_cold(const char *name) {
-    static const char *const types[] = {"f16", "bf16", "f32"};
+    static const char *const types[] = {"f16", "bf16", "f32", "i8"};
     size_t i, s, n;
     for (s = 0; s < N_SHAPES; s++)
         for (n = 1024; n <= (opt.quick ? 1024 : 65536); n *= 4)
             attend_row(name, &shapes[s], n, "f16", 1);
-    for (i = 1; i < 3; i++)
+    for (i = 1; i < 4; i++)
         for (s = 0; s < N_SHAPES; s++)
             attend_row(name, &shapes[s], opt.quick ? 1024 : 4096, types[i], 1);
 }

@@ -158,7 +158,7 @@ static void configs(void) {
     REFUSE(value_dim, 513, BKV_E_HEAD_DIM);
     ACCEPT(head_dim, 512);
     ACCEPT(value_dim, 0);
-    REFUSE(kv_type, 4, BKV_E_KV_TYPE);
+    REFUSE(kv_type, 5, BKV_E_KV_TYPE);
     REFUSE(kv_type, UINT32_MAX, BKV_E_KV_TYPE);
     REFUSE(rule, 5, BKV_E_RULE);
     REFUSE(rule, UINT32_MAX, BKV_E_RULE);
@@ -444,9 +444,9 @@ static void refuse_value(fixture *shared, const tensor *x, size_t t, size_t h, s
 
 static void bad_values(void) {
     static const size_t at[] = {0, 15, 16, 20};
-    for (size_t s = 0; s < COUNT(test_types); s++)
+    for (size_t s = 0; s < COUNT(storage_types); s++)
         for (size_t t = 0; t < COUNT(test_types); t++) {
-            uint32_t type = test_types[t], kv_type = test_types[s];
+            uint32_t type = test_types[t], kv_type = storage_types[s];
             format m = format_of(type);
             fixture f = fixture_new(kv_type, type, 10);
             const tensor *x[3] = {&f.k, &f.v, &f.q};
@@ -476,9 +476,9 @@ static void bad_values(void) {
 
 /* The largest numbers that are still good, in all places at once. */
 static void largest_values(void) {
-    for (size_t s = 0; s < COUNT(test_types); s++)
+    for (size_t s = 0; s < COUNT(storage_types); s++)
         for (size_t t = 0; t < COUNT(test_types); t++) {
-            uint32_t type = test_types[t], kv_type = test_types[s];
+            uint32_t type = test_types[t], kv_type = storage_types[s];
             double limit = kv_type == BKV_F16 ? 65520 : ldexp(1, 56);
             uint32_t bits = type == BKV_F16 ? 0x7BFF : encode(limit, type);
             while (decode(bits, type) >= limit) bits--;
@@ -526,7 +526,7 @@ static void any_alignment(void) {
     for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++) {
         bkv_config cfg = f.cfg;
         cfg.rule = rule;
-        cfg.kv_type = test_types[rule % 3];
+        cfg.kv_type = storage_types[rule % 4];
         size_t bytes = bkv_size(&cfg);
         unsigned char *block = (unsigned char *)checked(malloc(bytes + 3 * 64));
         unsigned char *base = block + (64 - (uintptr_t)block % 64);

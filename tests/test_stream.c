@@ -217,9 +217,9 @@ static void ways_to_feed(void) {
         stream s = stream_new(n, test_types[t]);
         for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++)
             if (!test_quick() || t == rule % 3)
-                lockstep(config(rule, test_types[(t + rule) % 3], 300), &s);
+                lockstep(config(rule, storage_types[(t + rule) % 4], 300), &s);
         for (size_t i = t; i < COUNT(importances) && !test_quick(); i += 3) {
-            bkv_config cfg = config(BKV_RULE_SAMPLE, test_types[t], 300);
+            bkv_config cfg = config(BKV_RULE_SAMPLE, storage_types[i % 4], 300);
             cfg.importance = importances[i];
             cfg.rounds = rounds[i % COUNT(rounds)];
             lockstep(cfg, &s);
@@ -740,7 +740,7 @@ static void positions_do_not_matter(void) {
 static void two_caches(void) {
     enum { N = 600 };
     bkv_config narrow = config(BKV_RULE_SAMPLE, BKV_BF16, 300), wide = narrow;
-    wide.head_dim = 96, wide.value_dim = 33, wide.kv_type = BKV_F32,
+    wide.head_dim = 96, wide.value_dim = 33, wide.kv_type = BKV_I8,
     wide.importance = BKV_IMPORTANCE_KEY;
     stream s = stream_new(N, BKV_F32),
            w = {N, tensor_random(N, N_KV, 96, BKV_F16), tensor_random(N, N_KV, 33, BKV_F16),
