@@ -29,12 +29,12 @@ static const shape shapes[] = {
 static const uint32_t lengths[] = {8192, 32768, 131072};
 static const uint32_t budgets[] = {512, 1024, 2048, 4096, 8192};
 static const uint64_t memories[] = {8, 64, 512}; /* GB of 2^30 bytes, all of them for caches */
-static const char *const types[] = {NULL, "f32", "f16", "bf16"}; /* by BKV_F32, .. */
+static const char *const types[] = {NULL, "f32", "f16", "bf16", "i8"}; /* by BKV_F32, .. */
 enum { TYPES = sizeof types / sizeof *types };
 #define COUNT(list) (sizeof(list) / sizeof *(list))
 
 static const char help[] =
-    "usage: capacity [--type f32|f16|bf16] [--json]\n"
+    "usage: capacity [--type f32|f16|bf16|i8] [--json]\n"
     "Bytes of a session with balancekv.h at several budgets (slots per KV head), and with a cache\n"
     "of every token in f16; sessions that fit in 8, 64 and 512 GB. --type: storage, default f16.\n"
     "--json: one JSON object a line.\n";

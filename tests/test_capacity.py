@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 
-from bad_config import Tally, compile_text, run
+from bad_config import ROOT, Tally, compile_text, run
 
 SIZE = """#define BALANCEKV_IMPLEMENTATION
 #include "balancekv.h"
@@ -59,9 +59,20 @@ def main():
             ours[model, n] for n in (512, 1024, 2048, 4096, 8192)]
         tally.check(line[1:] == ["%.1f" % (n / 2 ** 20) for n in wanted], model + ": the text",
                     str(line))
-    single = {(r["model"], r["budget"]): r["bytes"] for r in map(json.loads, output(
-        "--json", "--type", "f32").stdout.splitlines()) if "budget" in r}
-    tally.check(all(single[key] > ours[key] for key in ours), "f32 weighs more than f16")
+    with open(ROOT + "/README.md", encoding="utf-8") as file:
+        section = file.read().split("\n## Capacity\n", maxsplit=1)[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.split("|")[1:2] and line[2:3].isalpha()]
+    rows = ["| " + " | ".join(line) + " |" for line in wide[:len(models)]]
+    rows += ["| %s, i8 | " % line.split()[0] + " | ".join(line.split()[1:]) + " |" for line in
+             output("--type", "i8").stdout.splitlines() if line.split("  ")[0] in models]
+    tally.check(len(shown) >= 5, "README shows some models")
+    for line in shown:
+        tally.check(line in rows, "README has what is printed", line + "\n" + "\n".join(
+            row for row in rows if row.split("|")[1] == line.split("|")[1]))
+    single, byte = ({(r["model"], r["budget"]): r["bytes"] for r in map(json.loads, output(
+        "--json", "--type", name).stdout.splitlines()) if "budget" in r} for name in ("f32", "i8"))
+    tally.check(all(single[key] > ours[key] > byte[key] for key in ours),
+                "f32 weighs more than f16, i8 less")
     for options in (["--type"], ["--type", "f31"], ["--jsn"]):
         ran = output(*options)
         tally.check(ran.returncode == 2 and ran.stderr.startswith("capacity: " + options[-1]),

@@ -112,6 +112,17 @@ def check_results(tally, module):
     half = [x.astype(np.float16) for x in (k, v, q)]
     tally.check((make().prefill(*half) == make().prefill(*(x.astype(np.float32) for x in half)))
                 .all(), "float16 is read as such")
+    pinned = make()
+    pinned.append(k[:200], v[:200])
+    pinned.append(k[200:210], v[200:210], pin=True)
+    pinned.prefill(k[210:], v[210:], q[210:])
+    held = pinned.tokens(0)
+    tally.check(set(range(200, 210)) <= set(held["position"][held["weight"] == 1]) and
+                not set(range(200, 210)) <= set(kept[0]), "pinned tokens stay as they are")
+    small = module.Cache(Q_HEADS, KV_HEADS, DIM, BUDGET, value_dim=VALUE_DIM, kv_type="i8")
+    tally.check(small.stats()["bytes"] < cache.stats()["bytes"] and
+                abs(small.prefill(k[:300], v[:300], q[:300])[-1] - exact).max() < 0.05,
+                "int8 storage by its name")
     other.reset()
     tally.check(other.stats()["tokens_seen"] == 0, "reset empties")
 

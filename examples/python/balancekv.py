@@ -141,12 +141,12 @@ class Cache:
         """A dict of bkv_config, every default filled in."""
         return _dict(self._cache.cfg)
 
-    def append(self, k, v):
+    def append(self, k, v, pin=False):
         """Appends k [n, n_kv_heads, head_dim] and v [n, n_kv_heads, value_dim]; of one token also
-        without the n."""
+        without the n. Pinned tokens stay in every halving (BKV_PIN)."""
         k, n, keep_k = self._keys(k)
         v, n, keep_v = self._values(v, n)
-        _must(_lib.bkv_append(self._cache, k, v, n, 0, 0, 1))
+        _must(_lib.bkv_append(self._cache, k, v, n, C.PIN if pin else 0, 0, 1))
         del keep_k, keep_v
 
     def attend(self, q):
@@ -157,13 +157,14 @@ class Cache:
         del keep
         return out
 
-    def prefill(self, k, v, q):
+    def prefill(self, k, v, q, pin=False):
         """Appends a chunk and attends causally: float32 [n, n_q_heads, value_dim]."""
         k, n, keep_k = self._keys(k)
         v, n, keep_v = self._values(v, n)
         q, n, keep_q = self._queries(q, n)
         out = self._out(n)
-        _must(_lib.bkv_prefill(self._cache, k, v, q, out.ctypes.data, n, 0, 0, 1))
+        _must(_lib.bkv_prefill(self._cache, k, v, q, out.ctypes.data, n, C.PIN if pin else 0, 0,
+                               1))
         del keep_k, keep_v, keep_q
         return out
 
