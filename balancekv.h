@@ -833,33 +833,26 @@ static void bkvi_chances(const float *score, const unsigned char *pinned, float 
     } while (certain > before);
 }
 
+static float bkvi_least(float a, float b) { return a < b ? a : b; }
 /* Pivotal sampling (Deville, Tille 1998): of two undecided tokens one is decided at each step, the
-   other carries on with what their chances leave. */
+   other carries on with what their chances leave. Without branches, as each would be a coin. */
 static void bkvi_draw_tokens(const float *chance, uint64_t key, unsigned char *keep) {
-    uint32_t i, draws = 0, held = BKVI_BLOCK, kept = 0; /* held: an undecided token, or none */
-    float p = 0.0f;                                     /* its chance by now */
+    uint32_t i, draws = 0, held = 0, kept = 0; /* held: the undecided token, if p > 0 */
+    float p = 0.0f;                            /* its chance by now */
     for (i = 0; i < BKVI_BLOCK; i++) {
-        float sum = p + chance[i], u;
+        const float sum = p + chance[i], u = bkvi_uniform(key, draws);
+        uint32_t stays, first; /* one stays or one goes; the held token stays or carries on */
         keep[i] = chance[i] >= 1.0f;
         if (keep[i] || chance[i] <= 0.0f) continue;
-        if (held == BKVI_BLOCK) {
-            held = i, p = chance[i];
-            continue;
-        }
-        u = bkvi_uniform(key, draws++);
-        if (sum < 1.0f) { /* one goes */
-            if (u * sum >= p) held = i;
-            p = sum;
-        } else { /* one stays */
-            uint32_t stays = u * (2.0f - sum) < 1.0f - chance[i] ? held : i;
-            keep[stays] = 1;
-            if (stays == held) held = i;
-            p = sum - 1.0f;
-        }
-        if (p <= 0.0f) held = BKVI_BLOCK;
+        stays = sum >= 1.0f;
+        first = u * bkvi_least(sum, 2.0f - sum) < bkvi_least(p, 1.0f - chance[i]);
+        draws += p > 0.0f;
+        keep[first ? held : i] = (unsigned char)stays;
+        held = first == stays ? i : held;
+        p = sum - (float)stays;
     }
     for (i = 0; i < BKVI_BLOCK; i++) kept += keep[i];
-    if (held < BKVI_BLOCK) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
+    if (p > 0.0f) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
 }
 
 /* keep[i]: 1 for what is pinned, then for the 64 survivors; weight [128]: the weights, then those
@@ -890,8 +883,8 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
     bkvi_chances(block->score, keep, chance);
     bkvi_draw_tokens(chance, key, keep);
     if (c->cfg.rounds != BKV_NONE) kernels->exchange(block, chance, c->cfg.rounds, keep);
-    for (i = 0; i < BKVI_BLOCK; i++) {
-        weight[i] = keep[i] ? weight[i] / chance[i] : 0.0f;
+    for (i = 0; i < BKVI_BLOCK; i++) { /* those that go: 0, whatever their chance */
+        weight[i] = weight[i] * (float)keep[i] / (chance[i] + (float)!keep[i]);
         kept += (double)weight[i];
     }
     for (i = 0; i < BKVI_BLOCK && kept > seen; i++) /* or it grows without end */
@@ -2039,7 +2032,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
      sqrt(a)                           to nearest
      max(a, b), pick_gt(a, b, x, y)    per lane a > b ? a : b, a > b ? x : y
      any_gt(a, b), top(a)              some lane a > b; the largest lane
-     pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, -126 <= n <= 127
+     pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, n <= 127; 0 if n = -127
      zip(a, b)                         a0 b0 a1 b1 .. in a, the rest in b
    ---------------------------------------------------------------------------------------------- */
 #define bkvi_v(op) BKVI_FN(bkvi_v_##op)
@@ -2374,17 +2367,14 @@ BKVI_VFN void bkvi_k(exp2)(bkvi_vec *t) {
     bkvi_vec n[4], f[4], p[4];
     int i, k;
     BKVI_UNROLL for (k = 0; k < 4; k++) {
-        t[k] = bkvi_v(max)(t[k], bkvi_v(set)(-126.0f));
+        t[k] = bkvi_v(pick_gt)(t[k], bkvi_v(set)(-125.0f), t[k], bkvi_v(set)(-127.0f));
         n[k] = t[k] + magic;
         f[k] = t[k] - (n[k] - magic);
         p[k] = bkvi_v(set)(1.534581243e-4f);
     }
     BKVI_UNROLL for (i = 0; i < 6; i++) BKVI_UNROLL for (k = 0; k < 4; k++) p[k] =
         bkvi_v(fma)(p[k], f[k], bkvi_v(set)(c[i]));
-    BKVI_UNROLL for (k = 0; k < 4; k++) {
-        p[k] = p[k] * bkvi_v(pow2)(n[k]);
-        t[k] = bkvi_v(pick_gt)(t[k], bkvi_v(set)(-125.0f), p[k], bkvi_v(set)(0.0f));
-    }
+    BKVI_UNROLL for (k = 0; k < 4; k++) t[k] = p[k] * bkvi_v(pow2)(n[k]);
 }
 
 /* 2^x of n floats in place, n a multiple of 64. */
@@ -2469,65 +2459,6 @@ static BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned c
         }
 }
 
-/* The scales of BKV_I8 of a register of tokens from i on; of the other types 1. */
-BKVI_VFN bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32_t i) {
-    return type == BKV_I8 ? bkvi_v(load_bf16)(scale + 2 * (size_t)i) : bkvi_v(set)(1.0f);
-}
-
-/* The block's keys or values as f32 panels, `stride` floats apart, minus their mean, sixteen
-   dimensions at a time; returns the largest squared norm. Sums over the tokens have the order:
-   panels, then lanes i + i+8, i+4, i+2, i+1. */
-static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *block, int values,
-                                        uint32_t dim, size_t stride) {
-    const int type = (int)BKVI_TYPE(c->cfg.kv_type), packed = values ? BKV_F32 : type;
-    const size_t es = bkvi_type_bytes(BKVI_TYPE(c->cfg.kv_type)), size = values ? 4 : es;
-    float *sums = block->tile, *turned = sums + 256, *mean = sums + 512, largest = 0.0f;
-    uint32_t i, j, p, n, lane;
-    memset(block->norm, 0, BKVI_BLOCK * sizeof(float));
-    for (i = 0; i < dim; i += BKVI_LANES, mean += BKVI_LANES) {
-        const unsigned char *from[8];
-        float *to = block->panels + (size_t)i * BKVI_LANES;
-        n = bkvi_min(BKVI_LANES, dim - i) * BKVI_LANES;
-        memset(sums, 0, 256 * sizeof *sums);
-        for (p = 0; p < 8; p++) {
-            const size_t row = p % 4 * (size_t)BKVI_LANES * dim;
-            from[p] = values ? (const unsigned char *)(to + p * stride)
-                             : block->k[p / 4] + (row + (size_t)i * BKVI_LANES) * es;
-            if (values)
-                bkvi_k(turn)(to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim,
-                             (uint32_t)type);
-            for (j = 0; j < n; j += BKVI_WIDTH)
-                bkvi_v(store)(sums + j,
-                              bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
-                                          bkvi_k(scales)(type, block->scale[values][p / 4],
-                                                         p % 4 * BKVI_LANES + j % BKVI_LANES),
-                                          bkvi_v(load)(sums + j)));
-        }
-        bkvi_k(turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
-        for (j = 128; j >= BKVI_LANES; j /= 2)
-            for (lane = 0; lane < j; lane += BKVI_WIDTH)
-                bkvi_v(store)(turned + lane,
-                              bkvi_v(load)(turned + lane) + bkvi_v(load)(turned + j + lane));
-        for (j = 0; j < BKVI_LANES; j++) mean[j] = turned[j] * (1.0f / (float)BKVI_BLOCK);
-        for (p = 0; p < 8; p++, to += stride)
-            for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
-                float *norm = block->norm + p * BKVI_LANES + lane;
-                const bkvi_vec scale = bkvi_k(scales)(type, block->scale[values][p / 4],
-                                                      p % 4 * BKVI_LANES + lane);
-                bkvi_vec x, sum = bkvi_v(load)(norm);
-                for (j = lane; j < n; j += BKVI_LANES) {
-                    x = bkvi_v(get)(packed, from[p] + j * size);
-                    x = bkvi_v(fma)(x, scale, bkvi_v(set)(-mean[j / BKVI_LANES]));
-                    bkvi_v(store)(to + j, x);
-                    sum = bkvi_v(fma)(x, x, sum);
-                }
-                bkvi_v(store)(norm, sum);
-            }
-    }
-    for (j = 0; j < BKVI_BLOCK; j++) largest = block->norm[j] > largest ? block->norm[j] : largest;
-    return largest;
-}
-
 /* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
 static float bkvi_k(over_lanes)(const float *lanes) {
     float x[8];
@@ -2553,6 +2484,67 @@ static float bkvi_k(largest)(const float *x) {
     for (i = BKVI_WIDTH; i < BKVI_BLOCK; i += BKVI_WIDTH)
         most = bkvi_v(max)(most, bkvi_v(load)(x + i));
     return bkvi_v(top)(most);
+}
+
+/* The scales of BKV_I8 of a register of tokens from i on; of the other types 1. */
+BKVI_VFN bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32_t i) {
+    return type == BKV_I8 ? bkvi_v(load_bf16)(scale + 2 * (size_t)i) : bkvi_v(set)(1.0f);
+}
+
+/* The block's keys or values as f32 panels, `stride` floats apart, minus their mean, sixteen
+   dimensions at a time; returns the largest squared norm. Sums over the tokens have the order:
+   panels, then lanes i + i+8, i+4, i+2, i+1. */
+static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *block, int values,
+                                        uint32_t dim, size_t stride) {
+    const int type = (int)BKVI_TYPE(c->cfg.kv_type), packed = values ? BKV_F32 : type;
+    const size_t es = bkvi_type_bytes(BKVI_TYPE(c->cfg.kv_type)), size = values ? 4 : es;
+    float *sums = block->tile, *turned = sums + 256, *mean = sums + 512;
+    uint32_t i, j, p, n, lane;
+    memset(block->norm, 0, BKVI_BLOCK * sizeof(float));
+    for (i = 0; i < dim; i += BKVI_LANES, mean += BKVI_LANES) {
+        const unsigned char *from[8];
+        float *to = block->panels + (size_t)i * BKVI_LANES;
+        n = bkvi_min(BKVI_LANES, dim - i) * BKVI_LANES;
+        memset(sums, 0, 256 * sizeof *sums);
+        for (p = 0; p < 8; p++) {
+            const size_t row = p % 4 * (size_t)BKVI_LANES * dim;
+            from[p] = values ? (const unsigned char *)(to + p * stride)
+                             : block->k[p / 4] + (row + (size_t)i * BKVI_LANES) * es;
+            if (values)
+                bkvi_k(turn)(to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim,
+                             (uint32_t)type);
+        }
+        for (j = 0; j < n; j += BKVI_WIDTH) {
+            bkvi_vec sum = bkvi_v(set)(0.0f);
+            BKVI_UNROLL for (p = 0; p < 8; p++)
+                sum = bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
+                                  bkvi_k(scales)(type, block->scale[values][p / 4],
+                                                 p % 4 * BKVI_LANES + j % BKVI_LANES),
+                                  sum);
+            bkvi_v(store)(sums + j, sum);
+        }
+        bkvi_k(turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
+        for (j = 128; j >= BKVI_LANES; j /= 2)
+            for (lane = 0; lane < j; lane += BKVI_WIDTH)
+                bkvi_v(store)(turned + lane,
+                              bkvi_v(load)(turned + lane) + bkvi_v(load)(turned + j + lane));
+        for (j = 0; j < BKVI_LANES; j++) mean[j] = turned[j] * (1.0f / (float)BKVI_BLOCK);
+        for (p = 0; p < 8; p++, to += stride)
+            for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
+                float *norm = block->norm + p * BKVI_LANES + lane;
+                const bkvi_vec scale = bkvi_k(scales)(type, block->scale[values][p / 4],
+                                                      p % 4 * BKVI_LANES + lane);
+                bkvi_vec x, sum = bkvi_v(load)(norm);
+                for (j = lane; j < n; j += BKVI_LANES) {
+                    x = bkvi_v(get)(packed, from[p] + j * size);
+                    x = bkvi_v(fma)(x, scale, bkvi_v(set)(-mean[j / BKVI_LANES]));
+                    bkvi_v(store)(to + j, x);
+                    sum = bkvi_v(fma)(x, x, sum);
+                }
+                bkvi_v(store)(norm, sum);
+            }
+    }
+    return bkvi_k(largest)(block->norm);
 }
 
 /* ---- importance (§1) ---- */
