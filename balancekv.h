@@ -507,9 +507,19 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
    (20-25 % of f32 attend). */
 #if defined(__clang__)
 #define BKVI_CC_CLANG 1
-#define BKVI_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define BKVI_CC_CLANG 0
+#endif
+#if defined(__OPTIMIZE_SIZE__) /* one shape of register tile, not a dozen; no bit depends on it */
+#define BKVI_SMALL 1
+#else
+#define BKVI_SMALL 0
+#endif
+#if BKVI_SMALL && BKVI_HAVE_SCALAR && !BALANCEKV_DISPATCH
+#define BKVI_UNROLL
+#elif BKVI_CC_CLANG
+#define BKVI_UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define BKVI_UNROLL _Pragma("GCC unroll 32")
 #endif
 #define BKVI_INLINE inline __attribute__((always_inline, unused))
@@ -552,7 +562,7 @@ enum {
     BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
-    BKVI_TILE_MAX = 4,       /* rows that share a register tile, at most */
+    BKVI_TILE_MAX = BKVI_SMALL ? 1 : 4, /* rows that share a register tile, at most */
     BKVI_DIM_MAX = 512,      /* elements of a key or value, at most */
     BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
     BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
@@ -1844,7 +1854,7 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
 }
 
 /* Register tiles are `rows` by at most BKVI_VECS(rows) sixteens. */
-#if BKVI_PASS == BALANCEKV_SIMD_SCALAR
+#if BKVI_PASS == BALANCEKV_SIMD_SCALAR || BKVI_SMALL
 #define BKVI_VECS(rows) 1
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_VECS(rows) 4
@@ -2508,13 +2518,16 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
 }
 
 /* One function per type and row count, so that each has the registers to itself. */
+#if BKVI_SMALL
+#define BKVI_EACH_ROWS(X, type) X(type, 1)
+#else
+#define BKVI_EACH_ROWS(X, type) X(type, 1) X(type, 2) X(type, 3) X(type, 4)
+#endif
 #ifdef BALANCEKV_KV_TYPE
-#define BKVI_EACH_TILE(X)                                                                          \
-    X(BALANCEKV_KV_TYPE, 1) X(BALANCEKV_KV_TYPE, 2) X(BALANCEKV_KV_TYPE, 3) X(BALANCEKV_KV_TYPE, 4)
+#define BKVI_EACH_TILE(X) BKVI_EACH_ROWS(X, BALANCEKV_KV_TYPE)
 #else
 #define BKVI_EACH_TILE(X)                                                                          \
-    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(2, 4)                                \
-    X(3, 1) X(3, 2) X(3, 3) X(3, 4) X(4, 1) X(4, 2) X(4, 3) X(4, 4)
+    BKVI_EACH_ROWS(X, 1) BKVI_EACH_ROWS(X, 2) BKVI_EACH_ROWS(X, 3) BKVI_EACH_ROWS(X, 4)
 #endif
 #define BKVI_X(type, rows)                                                                         \
     static BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                \
@@ -2673,6 +2686,7 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
 #undef BKVI_WIDTH
 #undef BKVI_FN
 #undef BKVI_EACH_TILE
+#undef BKVI_EACH_ROWS
 #undef BKVI_TILES
 #undef BKVI_VECS
 #endif /* BKVI_PASS */
@@ -2713,6 +2727,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_UNROLL
 #undef BKVI_PIN
 #undef BKVI_ROUND
+#undef BKVI_SMALL
 #undef BKVI_SIMDE_FMA
 #undef BKVI_HARDWARE_FMA
 #endif
