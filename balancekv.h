@@ -239,6 +239,18 @@ typedef struct bkv_config {
     uint64_t seed;       /* of the halvings; give each layer its own */
 } bkv_config;
 
+/* bkv_size() as a constant expression, for static arrays: of bkv_config_default(the first four) with
+   this kv_type. Checks nothing, bkv_init() does. See examples/freestanding.c. */
+#define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
+    (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
+     BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
+                   (kv_type) == BKV_F32 ? 4 : 2) *                                                 \
+         (n_kv_heads))
+#define BKV_SIZE_HEAD(group, dim, slots, elem)                                                     \
+    (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + BKV_SIZE_PAD(dim, 16) * 4 * (group) +          \
+     BKV_SIZE_PAD((slots) * (dim) * (elem), 64) + (slots) * (BKV_SIZE_PAD(dim, 16) * (elem) + 12))
+#define BKV_SIZE_PAD(n, unit) (((size_t)(n) + (unit)-1) / (unit) * (unit))
+
 /* A tensor of the caller's: element (token t, head h, index i) is at
        (char *)data + t * token_stride + h * head_stride + i * elem_stride        (bytes).
    Strides of 0 mean dense [n_tokens][n_heads][dim]. Any alignment. Read-only to the library. */
