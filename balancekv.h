@@ -389,7 +389,13 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
    §4 PLATFORM                                                                           >>platform
    The only section that names compilers and CPUs; the rest of the file asks BKVI_*.
    ---------------------------------------------------------------------------------------------- */
+#if __STDC_HOSTED__
 #include <string.h>
+#else /* no C library: the program brings mem*, and by these names the compiler knows them */
+#define memcpy __builtin_memcpy
+#define memset __builtin_memset
+#define memcmp __builtin_memcmp
+#endif
 
 #if !defined(__GNUC__) && !defined(__clang__)
 #error "balancekv.h: needs gcc, clang or a compiler that speaks their extensions"
@@ -2502,6 +2508,11 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_UNROLL
 #undef BKVI_PIN
 #undef BKVI_HARDWARE_FMA
+#if !__STDC_HOSTED__
+#undef memcpy
+#undef memset
+#undef memcmp
+#endif
 #endif
 
 /* ------------------------------------------------------------------------------------------------
