@@ -239,8 +239,8 @@ typedef struct bkv_config {
     uint64_t seed;       /* of the halvings; give each layer its own */
 } bkv_config;
 
-/* bkv_size() as a constant expression, for static arrays: of bkv_config_default(the first four) with
-   this kv_type. Checks nothing, bkv_init() does. See examples/freestanding.c. */
+/* bkv_size() as a constant expression, for static arrays: of bkv_config_default() with this kv_type.
+   Checks nothing, bkv_init() does. See examples/freestanding.c. */
 #define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
     (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
      BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
@@ -392,6 +392,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #if __STDC_HOSTED__
 #include <string.h>
 #else /* no C library: the program brings mem*, and by these names the compiler knows them */
+#define BKVI_BARE 1
 #define memcpy __builtin_memcpy
 #define memset __builtin_memset
 #define memcmp __builtin_memcmp
@@ -2508,10 +2509,11 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_UNROLL
 #undef BKVI_PIN
 #undef BKVI_HARDWARE_FMA
-#if !__STDC_HOSTED__
+#ifdef BKVI_BARE
 #undef memcpy
 #undef memset
 #undef memcmp
+#undef BKVI_BARE
 #endif
 #endif
 
