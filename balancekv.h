@@ -239,8 +239,8 @@ typedef struct bkv_config {
     uint64_t seed;       /* of the halvings; give each layer its own */
 } bkv_config;
 
-/* bkv_size() as a constant expression, for static arrays: of bkv_config_default() with this kv_type.
-   Checks nothing, bkv_init() does. See examples/freestanding.c. */
+/* bkv_size() as a constant expression, for static arrays: of what bkv_config_default() gives, with
+   this kv_type. Checks nothing, bkv_init() does. See examples/freestanding.c. */
 #define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
     (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
      BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \

@@ -174,6 +174,14 @@ if have meson && have ninja; then
     # shellcheck disable=SC2086 # names are meant to split
     [ -z "$bare" ] || step "freestanding" sh examples/freestanding.sh $bare
 
+    if ! have chromium && ! have chromium-browser && ! have google-chrome; then
+        leave_out 'the web page' 'no Chromium'
+    elif ! sh examples/web/build.sh >"$logs/web_build.log" 2>&1; then
+        leave_out 'the web page' "not built: $(tail -n 1 "$logs/web_build.log")"
+    else
+        step 'the web page, in Chromium' python3 tests/test_web.py
+    fi
+
     # From here on it is about the instructions and the memory, not about every size.
     export BKV_QUICK=1
     step 'address, undefined sanitizers' meson_run build/sanitize "$native" \
