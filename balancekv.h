@@ -74,12 +74,12 @@
          such that go, whenever this shortens the error sum_i (w'_i - w_i) phi_i, as measured by
              K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
          the paper's kernel, with keys and values relative to the block's means.
-     - BKV_RULE_WALK   the paper's self-balancing walk (arXiv 2502.07861, algorithm 1 and its code)
-         on that kernel; gamma is in units of its largest diagonal entry.
-     - BKV_RULE_UNIFORM  64 of 128 at random.
      - BKV_RULE_WINDOW   the newer 64, weights unchanged: sinks + sliding window (StreamingLLM), for
          comparison. The only rule that loses mass.
      Random numbers come from a counter over (seed, head, number of the halving) and nothing else.
+   Pins. A token appended with BKV_PIN is certain to stay, as it is, in every halving; of more than
+     32 in a block the oldest 32, which thus hold for ever, and such blocks are halved last. A pin
+     that finds no place, or rule `window`, leaves an ordinary token.
    Learning. bkv_attend() and bkv_prefill() tell the cache what matters: of each query head a
      running mean, += 0.01 (q - mean); of each token of the two newest pages the use, += p^2 per
      query head, p its share of attention (in the older of the two, of the attention up to there).
@@ -115,7 +115,8 @@
    BALANCEKV_HEAD_DIM         Affects: code size. The one head_dim = value_dim this copy supports;
                               others give BKV_E_HEAD_DIM.  Values: 1..512.  Default: any.
    BALANCEKV_KV_TYPE          Affects: code size. The one kv_type this copy supports; others give
-                              BKV_E_KV_TYPE.  Values: BALANCEKV_F32, _F16, _BF16.  Default: any.
+                              BKV_E_KV_TYPE.  Values: BALANCEKV_F32, _F16, _BF16, _I8.
+                              Default: any.
    BALANCEKV_HEADER_NAME      Affects: the file's name if you rename it.  Default: "balancekv.h".
    BALANCEKV_EMULATED         Affects: takes AVX-512 for present, as tests/simde provides it.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
@@ -135,6 +136,7 @@
 #define BALANCEKV_F32 1
 #define BALANCEKV_F16 2
 #define BALANCEKV_BF16 3
+#define BALANCEKV_I8 4
 
 /* ------------------------------------------------------------------------------------------------
    §3 PUBLIC API                                                                              >>api
@@ -171,10 +173,10 @@ extern "C" {
     X(BKV_E_NULL, -1, "a required pointer is NULL")                                                \
     X(BKV_E_HEADS, -2, "n_kv_heads must be 1..4096 and n_q_heads 1..16 times as many")             \
     X(BKV_E_HEAD_DIM, -3, "head_dim and value_dim must be 1..512 (and BALANCEKV_HEAD_DIM if set)") \
-    X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, BKV_F16 or BKV_BF16 (and compiled in)")         \
+    X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, _F16, _BF16 or _I8 (and compiled in)")          \
     X(BKV_E_BUDGET, -5, "budget is smaller than sinks + window + two pages of 64, or above 2^24")  \
     X(BKV_E_RULE, -6, "unknown rule or importance, or rounds above 64")                            \
-    X(BKV_E_PARAM, -7, "gamma, temp, scale or softcap is out of range, or reserved is not 0")      \
+    X(BKV_E_PARAM, -7, "temp, scale or softcap is out of range")                                   \
     X(BKV_E_BACKEND, -8, "this CPU, or this build, does not have the requested backend")           \
     X(BKV_E_THREADS, -9, "need ith < nth <= n_threads <= 1024")                                    \
     X(BKV_E_SIZE, -10, "the cache, or a tensor's extent, does not fit the address space")          \
@@ -184,7 +186,7 @@ extern "C" {
     X(BKV_E_TYPE, -14, "a tensor's type must be BKV_F32, BKV_F16 or BKV_BF16")                     \
     X(BKV_E_STRIDE, -15, "a tensor's strides are too small: its elements would overlap")           \
     X(BKV_E_COUNT, -16, "n_tokens must be at least 1")                                             \
-    X(BKV_E_FLAGS, -17, "flags must be 0")                                                         \
+    X(BKV_E_FLAGS, -17, "flags must be 0 or BKV_PIN")                                                   \
     X(BKV_E_VALUE, -18, "K, V or q holds NaN, Inf or a number too large for the cache")            \
     X(BKV_E_EMPTY, -19, "the cache holds no token yet")                                            \
     X(BKV_E_INDEX, -20, "head or token index out of range")
@@ -196,16 +198,19 @@ typedef enum bkv_result {
         BKV_RESULT_FORCE_INT = 0x7fffffff
 } bkv_result;
 
-/* Element types of tensors and of the cache. 0 is not a type. */
+/* Element types of tensors and of the cache; I8 of the cache alone, see §1. 0 is not a type. */
 enum { BKV_F32 = BALANCEKV_F32, BKV_F16 = BALANCEKV_F16, BKV_BF16 = BALANCEKV_BF16 };
+enum { BKV_I8 = BALANCEKV_I8 };
 
 /* Halving rules, see §1. BKV_RULE_DEFAULT is BKV_RULE_SAMPLE. */
-enum { BKV_RULE_DEFAULT = 0, BKV_RULE_WALK = 1, BKV_RULE_SAMPLE = 2, BKV_RULE_UNIFORM = 3 };
-enum { BKV_RULE_WINDOW = 4 };
+enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
 
 /* What BKV_RULE_SAMPLE takes for important, see §1; the sum of any. 0 in bkv_config means
    QUERY + USE, BKV_NONE that all tokens of a weight are alike. KEY alone needs no queries. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
+
+/* Flags of bkv_append() and bkv_prefill(): pin the call's tokens, see §1. */
+enum { BKV_PIN = 1 };
 
 /* Backends. All give the same bits. BKV_BACKEND_AUTO takes the fastest that this CPU has. */
 enum { BKV_BACKEND_AUTO = 0, BKV_BACKEND_SCALAR = 1, BKV_BACKEND_AVX2 = 2 };
@@ -221,7 +226,7 @@ typedef struct bkv_config {
     uint32_t n_kv_heads; /* KV heads, 1..4096; required */
     uint32_t head_dim;   /* elements of a key or query, 1..512; required */
     uint32_t value_dim;  /* elements of a value, 1..512; 0: head_dim */
-    uint32_t kv_type;    /* storage: BKV_F32, BKV_F16, BKV_BF16; 0: BKV_F16 */
+    uint32_t kv_type;    /* storage: BKV_F32, BKV_F16, BKV_BF16, BKV_I8; 0: BKV_F16 */
     uint32_t budget;     /* slots per KV head, everything included, up to 2^24; required */
     uint32_t sinks;      /* first tokens kept exactly, rounded up to 16; 0: 4; or BKV_NONE */
     uint32_t window;     /* newest tokens kept exactly, rounded up to 64; 0: budget / 3 rounded
@@ -231,11 +236,9 @@ typedef struct bkv_config {
     uint32_t rounds;     /* rounds of balancing by BKV_RULE_SAMPLE, up to 64, or BKV_NONE; 0: 2 */
     uint32_t backend;    /* BKV_BACKEND_*; 0: the fastest this CPU has */
     uint32_t n_threads;  /* most threads that share one call, 1..1024; 0: 1 */
-    float gamma;         /* strength of BKV_RULE_WALK, 1e-6..1e6; 0: 4 */
-    float temp;          /* factor on the logits of the kernel of §1; 0: 0.1 (walk: 1) */
+    float temp;          /* factor on the logits of the kernel of §1, 1e-6..1e6; 0: 0.1 */
     float scale;         /* factor on <q, k>, 1e-6..8, as is scale * temp; 0: 1/sqrt(head_dim) */
     float softcap;       /* logit softcap as in Gemma 2, 1..100; 0: none */
-    uint32_t reserved;   /* 0 */
     uint64_t seed;       /* of the halvings; give each layer its own */
 } bkv_config;
 
@@ -267,7 +270,8 @@ typedef struct bkv_cache {
     bkv_config cfg; /* every default resolved; backend is the one in use */
     uint32_t group, slots, sink_slots, n_pages, window_pages, v_dim_pad;
     size_t elem_bytes;
-    size_t off_pages, off_weight, off_use, off_position, off_queries, off_k, off_v; /* in a head */
+    size_t off_pages, off_weight, off_use, off_position, off_queries; /* in a head */
+    size_t off_k_scale, off_v_scale, off_k, off_v;
     size_t head_bytes, scratch_bytes, state_bytes, bytes;
 } bkv_cache;
 
@@ -277,9 +281,10 @@ enum { BKV_KIND_SINK = 1, BKV_KIND_PAGE = 2, BKV_KIND_WINDOW = 3 };
 typedef struct bkv_token_info {
     uint64_t position; /* index of the token in the stream, modulo 2^32 */
     float weight;      /* tokens it stands for */
-    float use;         /* observed use, see §1 */
+    float use;         /* observed use, see §1; pinned: 0 */
     uint32_t kind;     /* BKV_KIND_*; PAGE covers all that is neither sink nor window */
     uint32_t level;    /* halvings it went through */
+    uint32_t pinned;   /* 1: by BKV_PIN, and in force */
 } bkv_token_info;
 
 typedef struct bkv_stats_info {
@@ -332,7 +337,7 @@ BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
 BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type);
 
 /* Appends n_tokens tokens to all KV heads. k: [n_tokens][n_kv_heads][head_dim], v: the same with
-   value_dim. flags: 0. Appending one by one, in chunks, or by bkv_prefill() gives the same state.
+   value_dim. flags: 0 or BKV_PIN. Appending one by one, in chunks, or by bkv_prefill() gives the same state.
    Returns BKV_E_NULL, _COUNT, _FLAGS, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE.
    Cost: a pass over the inputs per share, and at most one halving per KV head and 64 tokens. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v,
@@ -445,8 +450,8 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_DIM(x) (x)
 #endif
 #ifdef BALANCEKV_KV_TYPE
-#if (BALANCEKV_KV_TYPE + 0) < BALANCEKV_F32 || (BALANCEKV_KV_TYPE + 0) > BALANCEKV_BF16
-#error "balancekv.h: BALANCEKV_KV_TYPE must be BALANCEKV_F32, BALANCEKV_F16 or BALANCEKV_BF16"
+#if (BALANCEKV_KV_TYPE + 0) < BALANCEKV_F32 || (BALANCEKV_KV_TYPE + 0) > BALANCEKV_I8
+#error "balancekv.h: BALANCEKV_KV_TYPE must be BALANCEKV_F32, _F16, _BF16 or _I8"
 #endif
 #define BKVI_TYPE(t) ((uint32_t)(BALANCEKV_KV_TYPE) + 0u * (t))
 #else
@@ -514,20 +519,22 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 
 enum {
     BKVI_PAGE = 64,          /* slots of a page */
+    BKVI_PINS = 32,          /* pins that hold in a halving */
     BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
     BKVI_TILE_MAX = 4,       /* rows that share a register tile, at most */
+    BKVI_DIM_MAX = 512,      /* elements of a key or value, at most */
     BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
-    BKVI_CONFIG_BYTES = 72,  /* of bkv_config, all that stands before the seed */
+    BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
     BKVI_COUNTER_BYTES = 28, /* of bkvi_head in the state */
     BKVI_MAGIC = 0x4B564B42, /* "BKVK" */
     BKVI_STATE_VERSION = 1
 };
 static const float BKVI_LOG2E = 1.44269504088896341f, BKVI_LN2 = 0.693147180559945309f;
 static const float BKVI_HUGE = 7.2057594037927936e16f; /* 2^56: keys, values, queries are below */
-static const float BKVI_CONSTANT = 0.025f; /* constant channel of the kernel, the paper's code */
-static const float BKVI_LEARN = 0.01f;     /* share of a query in its running mean */
+static const float BKVI_LEARN = 0.01f; /* share of a query in its running mean */
+static const float BKVI_PINNED = 1e38f; /* a use that marks a pin: no share changes it */
 static const uint64_t BKVI_GOLDEN = 0x9E3779B97F4A7C15u;
 
 /* ------------------------------------------------------------------------------------------------
@@ -561,16 +568,20 @@ static BKVI_INLINE uint32_t bkvi_max(uint32_t a, uint32_t b) { return a > b ? a 
 static BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t unit) {
     return (x + unit - 1) / unit * unit;
 }
-static BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) { return type == BKV_F32 ? 4 : 2; }
+static BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) {
+    return type == BKV_F32 ? 4 : type == BKV_I8 ? 1 : 2;
+}
 
-/* n elements between rows of any stride (bytes). Two loops: a copy of no constant size would call
+/* n elements between rows of any stride (bytes). A loop each: a copy of no constant size would call
    memcpy for every element. */
 static void bkvi_copy(unsigned char *dst, size_t dst_stride, const unsigned char *src,
                       size_t src_stride, uint32_t n, size_t elem_bytes) {
     if (elem_bytes == 4)
         for (; n; n--, dst += dst_stride, src += src_stride) memcpy(dst, src, 4);
-    else
+    else if (elem_bytes == 2)
         for (; n; n--, dst += dst_stride, src += src_stride) memcpy(dst, src, 2);
+    else
+        for (; n; n--, dst += dst_stride, src += src_stride) *dst = *src;
 }
 
 /* The mixing function of splitmix64 (Steele, Lea, Flood 2014; public domain constants). */
@@ -583,12 +594,9 @@ static uint64_t bkvi_draw_key(uint64_t seed, uint32_t head, uint64_t halving) {
     return bkvi_mix(bkvi_mix(seed + BKVI_GOLDEN * ((uint64_t)head + 1)) +
                     BKVI_GOLDEN * (halving + 1));
 }
-/* 24 random bits, number i of a halving; / 2^24 is exact. */
-static uint32_t bkvi_draw(uint64_t key, uint32_t i) {
-    return (uint32_t)(bkvi_mix(key + BKVI_GOLDEN * ((uint64_t)i + 1)) >> 40);
-}
+/* Random number i of a halving in [0, 1): 24 bits, so that the product is exact. */
 static float bkvi_uniform(uint64_t key, uint32_t i) {
-    return (float)bkvi_draw(key, i) * 5.9604644775390625e-8f;
+    return (float)(bkvi_mix(key + BKVI_GOLDEN * ((uint64_t)i + 1)) >> 40) * 5.9604644775390625e-8f;
 }
 
 /* 1 / sqrt(dim) to nearest, without libm: Newton in double (tests/test_api.c: all 512). */
@@ -672,11 +680,12 @@ typedef struct bkvi_head {
 /* Two pages that are being halved (§7), and where the work on them goes. */
 typedef struct bkvi_block {
     const unsigned char *k[2], *v[2]; /* key panels [4][head_dim][16]; value rows [64][v_dim_pad] */
+    const unsigned char *scale[2][2]; /* BKV_I8: of keys and of values [64] */
     const unsigned char *queries;     /* mean of each query head, [group][head_dim padded to 16] */
     float *weight, *use;              /* [128]; of the weights only the ratios count */
     float *score, *factor, *norm;     /* [128]: importance; factor in the kernel; squared norms */
     float *expected, *unlike;         /* [128]: shares of importance */
-    float *matrix;                    /* [128][128], the kernel; walk: upper triangle of panels */
+    float *matrix;                    /* [128][128], the kernel */
     float *panels;                    /* [8][max(head_dim, v_dim_pad) + 1][16], operands */
     float *tile;                      /* [16][64], products before they are used, and other work */
 } bkvi_block;
@@ -692,10 +701,9 @@ typedef struct bkvi_queries {
 
 typedef struct bkvi_kernels {
     int (*scan)(const unsigned char *p, uint32_t type, size_t stride, uint32_t n, float limit);
-    void (*put)(unsigned char *dst, size_t step, uint32_t kv_type, const unsigned char *src,
-                uint32_t type, size_t stride, uint32_t n);
+    void (*put)(unsigned char *dst, size_t step, unsigned char *scale, uint32_t kv_type,
+                const unsigned char *src, uint32_t type, size_t stride, uint32_t n, float *work);
     void (*gram)(const bkv_cache *c, const bkvi_block *block);
-    void (*walk)(const float *matrix, const float *threshold, unsigned char *keep);
     void (*exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                      unsigned char *keep);
     void (*attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_queries *queries);
@@ -748,19 +756,19 @@ static uint32_t bkvi_pick_backend(uint32_t wanted) {
 /* ------------------------------------------------------------------------------------------------
    §7 HALVING                                                                             >>halving
    Choosing 64 of the 128 tokens of two neighbouring pages, and their new weights. The rules are
-   stated in tests/golden/README.md; what costs time (importance and kernel, signed sums,
-   exchanges) is bkvi_gram, bkvi_walk and bkvi_exchange in §12.
+   stated in tests/golden/README.md; what costs time (importance and kernel, exchanges) is bkvi_gram
+   and bkvi_exchange in §12.
    ---------------------------------------------------------------------------------------------- */
 /* Floats of scratch a halving needs: 9 vectors of 128, matrix, tile, packed panels. */
 static size_t bkvi_halving_floats(uint32_t dim, uint32_t v_dim_pad) {
     return (size_t)BKVI_BLOCK * (9 + BKVI_BLOCK + bkvi_max(dim, v_dim_pad) + 1) + 16 * BKVI_PAGE;
 }
 
-/* The chance of every token to stay: in proportion to its score, 64 in all. What would exceed 1 is
-   1, and the rest shares what is left. */
-static void bkvi_chances(const float *score, float *chance) {
+/* The chance of every token to stay: in proportion to its score, 64 in all. What is pinned, or would
+   exceed 1, is 1, and the rest shares what is left. */
+static void bkvi_chances(const float *score, const unsigned char *pinned, float *chance) {
     uint32_t i, certain = 0, before;
-    memset(chance, 0, BKVI_BLOCK * sizeof *chance);
+    for (i = 0; i < BKVI_BLOCK; i++) chance[i] = pinned[i], certain += pinned[i];
     do {
         double sum = 0.0, each;
         before = certain;
@@ -803,61 +811,40 @@ static void bkvi_draw_tokens(const float *chance, uint64_t key, unsigned char *k
     if (held < BKVI_BLOCK) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
 }
 
-/* keep[i] = 1 for the 64 survivors; weight [128]: the weights, then those after the halving. */
+/* keep[i]: 1 for what is pinned, then for the 64 survivors; weight [128]: the weights, then those
+   after the halving. */
 static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels,
                                       bkvi_block *block, uint64_t key, double seen,
                                       float *scratch, float *weight, unsigned char *keep) {
-    float *u = scratch, heaviest = 0.0f;
-    double all = 0.0, kept = 0.0;
-    uint32_t i, rule = c->cfg.rule;
-    for (i = 0; i < BKVI_BLOCK; i++) {
-        heaviest = weight[i] > heaviest ? weight[i] : heaviest;
-        all += (double)weight[i];
-    }
-    if (rule == BKV_RULE_WALK || rule == BKV_RULE_SAMPLE) {
-        block->weight = scratch + BKVI_BLOCK;
-        block->score = scratch + 2 * BKVI_BLOCK;
-        block->factor = scratch + 3 * BKVI_BLOCK;
-        block->norm = scratch + 4 * BKVI_BLOCK;
-        block->expected = scratch + 5 * BKVI_BLOCK;
-        block->unlike = scratch + 6 * BKVI_BLOCK;
-        block->matrix = scratch + 7 * BKVI_BLOCK;
-        block->tile = block->matrix + (size_t)BKVI_BLOCK * BKVI_BLOCK;
-        block->panels = block->tile + 16 * BKVI_PAGE;
-        for (i = 0; i < BKVI_BLOCK; i++)
-            block->weight[i] = weight[i] / heaviest; /* so that products stay in range */
-        kernels->gram(c, block);
-    }
-    if (rule == BKV_RULE_SAMPLE) {
-        bkvi_chances(block->score, u);
-        bkvi_draw_tokens(u, key, keep);
-        if (c->cfg.rounds != BKV_NONE) kernels->exchange(block, u, c->cfg.rounds, keep);
-        for (i = 0; i < BKVI_BLOCK; i++) weight[i] = keep[i] ? weight[i] / u[i] : 0.0f;
-    } else if (rule == BKV_RULE_WALK) {
-        float largest = 0.0f;
-        for (i = 0; i < BKVI_BLOCK; i++)
-            if (block->matrix[i * (BKVI_BLOCK + 1)] > largest)
-                largest = block->matrix[i * (BKVI_BLOCK + 1)];
-        for (i = 0; i < BKVI_BLOCK; i++) /* u < 1/2 - gamma f, solved for the signed sum */
-            u[i] = (0.5f - bkvi_uniform(key, i)) * (largest / c->cfg.gamma);
-        kernels->walk(block->matrix, u, keep);
-    } else if (rule == BKV_RULE_UNIFORM) {
-        unsigned char order[BKVI_BLOCK];
-        memset(keep, 0, BKVI_BLOCK);
-        for (i = 0; i < BKVI_BLOCK; i++) order[i] = (unsigned char)i;
-        for (i = 0; i < BKVI_PAGE; i++) { /* the first half of a Fisher-Yates shuffle */
-            uint32_t j = i + ((bkvi_draw(key, i) * (BKVI_BLOCK - i)) >> 24);
-            unsigned char chosen = order[j];
-            order[j] = order[i];
-            keep[chosen] = 1;
-        }
-    } else {
+    float *chance = scratch, heaviest = 0.0f;
+    double kept = 0.0;
+    uint32_t i;
+    if (c->cfg.rule == BKV_RULE_WINDOW) {
         for (i = 0; i < BKVI_BLOCK; i++) keep[i] = i >= BKVI_PAGE;
         return;
     }
-    for (i = 0; i < BKVI_BLOCK; i++) kept += keep[i] ? (double)weight[i] : 0.0;
-    if (rule == BKV_RULE_SAMPLE) all = kept < seen ? kept : seen; /* or it grows without end */
-    for (i = 0; i < BKVI_BLOCK; i++) weight[i] = (float)((double)weight[i] * (all / kept));
+    block->weight = scratch + BKVI_BLOCK;
+    block->score = scratch + 2 * BKVI_BLOCK;
+    block->factor = scratch + 3 * BKVI_BLOCK;
+    block->norm = scratch + 4 * BKVI_BLOCK;
+    block->expected = scratch + 5 * BKVI_BLOCK;
+    block->unlike = scratch + 6 * BKVI_BLOCK;
+    block->matrix = scratch + 7 * BKVI_BLOCK;
+    block->tile = block->matrix + (size_t)BKVI_BLOCK * BKVI_BLOCK;
+    block->panels = block->tile + 16 * BKVI_PAGE;
+    for (i = 0; i < BKVI_BLOCK; i++) heaviest = weight[i] > heaviest ? weight[i] : heaviest;
+    for (i = 0; i < BKVI_BLOCK; i++)
+        block->weight[i] = weight[i] / heaviest; /* so that products stay in range */
+    kernels->gram(c, block);
+    bkvi_chances(block->score, keep, chance);
+    bkvi_draw_tokens(chance, key, keep);
+    if (c->cfg.rounds != BKV_NONE) kernels->exchange(block, chance, c->cfg.rounds, keep);
+    for (i = 0; i < BKVI_BLOCK; i++) {
+        weight[i] = keep[i] ? weight[i] / chance[i] : 0.0f;
+        kept += (double)weight[i];
+    }
+    for (i = 0; i < BKVI_BLOCK && kept > seen; i++) /* or it grows without end */
+        weight[i] = (float)((double)weight[i] * (seen / kept));
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -867,6 +854,7 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
        page table  [n_pages] (place, level), oldest first; page p has slots sink_slots + 64 p ..
        per slot    f32 weight (0: empty), f32 observed use, u32 position
        queries     f32, the running mean of each query head, [group][head_dim padded to 16]
+       per slot    BKV_I8: a scale of the key, then one of the value, as bf16
        keys        panels of 16 slots, each [head_dim][16]: <q, k> needs no sum across lanes
        values      rows [v_dim_pad]
    Every part starts at a multiple of 64 bytes. Then, not part of the state, scratch per thread.
@@ -923,6 +911,11 @@ static unsigned char *bkvi_word(unsigned char *mem, size_t offset, uint32_t slot
     return mem + offset + 4 * (size_t)slot;
 }
 
+/* The scale of a slot in one of the two such parts of a head. */
+static unsigned char *bkvi_scale(unsigned char *mem, size_t offset, uint32_t slot) {
+    return mem + offset + 2 * (size_t)slot;
+}
+
 /* Slot `to` becomes a copy of slot `from`, with a new weight. */
 static void bkvi_move_slot(const bkv_cache *c, unsigned char *mem, uint32_t to, uint32_t from,
                            float weight) {
@@ -935,18 +928,30 @@ static void bkvi_move_slot(const bkv_cache *c, unsigned char *mem, uint32_t to, 
                (size_t)c->v_dim_pad * c->elem_bytes);
         memcpy(bkvi_word(mem, c->off_use, to), bkvi_word(mem, c->off_use, from), 4);
         memcpy(bkvi_word(mem, c->off_position, to), bkvi_word(mem, c->off_position, from), 4);
+        if (BKVI_TYPE(c->cfg.kv_type) == BKV_I8) {
+            memcpy(bkvi_scale(mem, c->off_k_scale, to), bkvi_scale(mem, c->off_k_scale, from), 2);
+            memcpy(bkvi_scale(mem, c->off_v_scale, to), bkvi_scale(mem, c->off_v_scale, from), 2);
+        }
     }
 }
 
-/* The pair of neighbours outside the window with the lowest level, the oldest of those. */
-static uint32_t bkvi_pick_pair(const bkv_cache *c, const unsigned char *pages) {
-    uint32_t i, best = 0, best_level = 0xFFFFFFFFu;
+/* A pin is in force while its token is exact. */
+static uint32_t bkvi_pinned(const bkv_cache *c, unsigned char *mem, uint32_t slot) {
+    return bkvi_getf(bkvi_word(mem, c->off_use, slot)) >= BKVI_PINNED &&
+           bkvi_getf(bkvi_word(mem, c->off_weight, slot)) <= 1.0f;
+}
+
+/* The pair of neighbours outside the window with the lowest level, the oldest of those; one with
+   more pins than hold only if there is no other. */
+static uint32_t bkvi_pick_pair(const bkv_cache *c, unsigned char *mem) {
+    const unsigned char *pages = mem + c->off_pages;
+    uint32_t i, j, best = 0, best_level = 0xFFFFFFFFu;
     for (i = 0; i + 1 < c->n_pages - c->window_pages; i++) {
-        uint32_t level = bkvi_max(bkvi_level(pages, i), bkvi_level(pages, i + 1));
-        if (level < best_level) {
-            best_level = level;
-            best = i;
-        }
+        uint32_t level = bkvi_max(bkvi_level(pages, i), bkvi_level(pages, i + 1)), pins = 0;
+        for (j = 0; j < BKVI_BLOCK && level < best_level; j++)
+            pins += bkvi_pinned(c, mem, bkvi_page_slot(c, pages, i + j / BKVI_PAGE) + j % BKVI_PAGE);
+        level += pins > BKVI_PINS ? 1u << 31 : 0;
+        if (level < best_level) best = i, best_level = level;
     }
     return best;
 }
@@ -957,21 +962,28 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
     unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
     unsigned char keep[BKVI_BLOCK];
     float *weight = scratch;
-    uint32_t i, n = 0, slot[2], pair = bkvi_pick_pair(c, pages), level, freed;
+    uint32_t i, n = 0, slot[2], pair = bkvi_pick_pair(c, mem), level, freed;
     bkvi_block block;
     block.use = scratch + BKVI_BLOCK;
     for (i = 0; i < 2; i++) {
         slot[i] = bkvi_page_slot(c, pages, pair + i);
         block.k[i] = bkvi_key_page(c, mem, slot[i]);
         block.v[i] = bkvi_value_row(c, mem, slot[i]);
+        block.scale[0][i] = bkvi_scale(mem, c->off_k_scale, slot[i]);
+        block.scale[1][i] = bkvi_scale(mem, c->off_v_scale, slot[i]);
         memcpy(weight + i * BKVI_PAGE, bkvi_word(mem, c->off_weight, slot[i]), 4 * BKVI_PAGE);
         memcpy(block.use + i * BKVI_PAGE, bkvi_word(mem, c->off_use, slot[i]), 4 * BKVI_PAGE);
+    }
+    for (i = 0; i < BKVI_BLOCK; i++) {
+        keep[i] = n < BKVI_PINS && bkvi_pinned(c, mem, slot[i / BKVI_PAGE] + i % BKVI_PAGE);
+        n += keep[i];
+        if (block.use[i] >= BKVI_PINNED) block.use[i] = 0.0f;
     }
     block.queries = mem + c->off_queries;
     bkvi_choose(c, kernels, &block, bkvi_draw_key(c->cfg.seed, head, h->halvings++),
                 (double)h->seen, scratch + 2 * BKVI_BLOCK, weight, keep);
     /* In order, and in place: the n-th survivor comes from place n or later. */
-    for (i = 0; i < BKVI_BLOCK; i++)
+    for (i = n = 0; i < BKVI_BLOCK; i++)
         if (keep[i])
             bkvi_move_slot(c, mem, slot[0] + n++, slot[i / BKVI_PAGE] + i % BKVI_PAGE,
                            weight[i] > 1.0f ? weight[i] : 1.0f);
@@ -1016,16 +1028,19 @@ static const unsigned char *bkvi_at(const bkv_tensor *t, size_t token, size_t he
 /* Writes tokens first .. first + n - 1 of k and v to slots that bkvi_reserve() gave. */
 static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
                          bkvi_head *h, uint32_t slot, const bkv_tensor *k, const bkv_tensor *v,
-                         size_t first, uint32_t n) {
+                         size_t first, uint32_t n, uint32_t flags, float *scratch) {
     unsigned char *mem = bkvi_head_mem(c, head);
     uint32_t t;
     for (t = 0; t < n; t++, slot++) {
-        kernels->put(bkvi_key_column(c, mem, slot), BKVI_LANES, c->cfg.kv_type,
-                     bkvi_at(k, first + t, head), k->type, k->elem_stride, c->cfg.head_dim);
-        kernels->put(bkvi_value_row(c, mem, slot), 1, c->cfg.kv_type, bkvi_at(v, first + t, head),
-                     v->type, v->elem_stride, c->cfg.value_dim);
+        kernels->put(bkvi_key_column(c, mem, slot), BKVI_LANES,
+                     bkvi_scale(mem, c->off_k_scale, slot), c->cfg.kv_type,
+                     bkvi_at(k, first + t, head), k->type, k->elem_stride, c->cfg.head_dim,
+                     scratch);
+        kernels->put(bkvi_value_row(c, mem, slot), 1, bkvi_scale(mem, c->off_v_scale, slot),
+                     c->cfg.kv_type, bkvi_at(v, first + t, head), v->type, v->elem_stride,
+                     c->cfg.value_dim, scratch);
         bkvi_putf(bkvi_word(mem, c->off_weight, slot), 1.0f);
-        bkvi_putf(bkvi_word(mem, c->off_use, slot), 0.0f);
+        bkvi_putf(bkvi_word(mem, c->off_use, slot), flags & BKV_PIN ? BKVI_PINNED : 0.0f);
         bkvi_put32(bkvi_word(mem, c->off_position, slot), (uint32_t)(h->seen + t));
     }
     h->seen += n;
@@ -1056,13 +1071,16 @@ typedef struct bkvi_tile {
 /* One block as attend sees it, and what to prefetch while at it (NULL: nothing). */
 typedef struct bkvi_span {
     const unsigned char *k, *v, *weight, *next_k;
+    const unsigned char *k_scale, *v_scale; /* NULL unless BKV_I8 */
+    unsigned char *use;                     /* NULL: an old block, the use stays */
     uint32_t slots;
     int warm; /* a later row tile: the block is in the cache already */
 } bkvi_span;
 
-/* Floats of scratch: per row query, output, lane sums, maximum, limit; scores of a tile. */
+/* Floats of scratch: per row query, output, lane sums, maximum, limit; scores of a tile; work. */
 static size_t bkvi_attend_floats(uint32_t dim, uint32_t v_dim_pad) {
-    return (size_t)BKVI_ROWS * (dim + v_dim_pad + BKVI_LANES + 2) + BKVI_TILE_MAX * BKVI_PAGE;
+    return (size_t)BKVI_ROWS * (dim + v_dim_pad + BKVI_LANES + 2) + BKVI_TILE_MAX * BKVI_PAGE +
+           2 * BKVI_DIM_MAX;
 }
 
 /* Slots of the last block in use. */
@@ -1122,7 +1140,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         return BKV_E_HEAD_DIM;
     c->v_dim_pad = bkvi_round_up(r->value_dim, BKVI_LANES);
     if (!r->kv_type) r->kv_type = BKV_F16;
-    if (r->kv_type < BKV_F32 || r->kv_type > BKV_BF16 || r->kv_type != BKVI_TYPE(r->kv_type))
+    if (r->kv_type < BKV_F32 || r->kv_type > BKV_I8 || r->kv_type != BKVI_TYPE(r->kv_type))
         return BKV_E_KV_TYPE;
     c->elem_bytes = bkvi_type_bytes(r->kv_type);
     if (r->budget > 1u << 24) return BKV_E_BUDGET;
@@ -1147,13 +1165,12 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (r->rule > BKV_RULE_WINDOW || (r->importance > 7 && r->importance != BKV_NONE) ||
         (r->rounds > 64 && r->rounds != BKV_NONE))
         return BKV_E_RULE;
-    if (r->gamma == 0.0f) r->gamma = 4.0f;
+    if (r->temp == 0.0f) r->temp = 0.1f;
     if (r->scale == 0.0f) r->scale = bkvi_default_scale(r->head_dim);
     /* Written so that NaN fails. The bounds keep every logit below 2^127 for inputs below 2^56. */
-    if (!(r->gamma >= 1e-6f && r->gamma <= 1e6f) ||
-        !(r->temp == 0.0f || (r->temp >= 1e-6f && r->temp <= 1e6f)) ||
-        !(r->scale >= 1e-6f && r->scale <= 8.0f) || !(r->scale * r->temp <= 8.0f) ||
-        !(r->softcap == 0.0f || (r->softcap >= 1.0f && r->softcap <= 100.0f)) || r->reserved)
+    if (!(r->temp >= 1e-6f && r->temp <= 1e6f) || !(r->scale >= 1e-6f && r->scale <= 8.0f) ||
+        !(r->scale * r->temp <= 8.0f) ||
+        !(r->softcap == 0.0f || (r->softcap >= 1.0f && r->softcap <= 100.0f)))
         return BKV_E_PARAM;
     if (!r->n_threads) r->n_threads = 1;
     if (r->n_threads > 1024) return BKV_E_THREADS;
@@ -1165,6 +1182,8 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         !bkvi_add_part(&end, &c->off_position, c->slots, 4) ||
         !bkvi_add_part(&end, &c->off_queries,
                        (size_t)c->group * bkvi_round_up(r->head_dim, BKVI_LANES), 4) ||
+        !bkvi_add_part(&end, &c->off_k_scale, c->slots, r->kv_type == BKV_I8 ? 2 : 0) ||
+        !bkvi_add_part(&end, &c->off_v_scale, c->slots, r->kv_type == BKV_I8 ? 2 : 0) ||
         !bkvi_add_part(&end, &c->off_k, c->slots, (size_t)r->head_dim * c->elem_bytes) ||
         !bkvi_add_part(&end, &c->off_v, c->slots, (size_t)c->v_dim_pad * c->elem_bytes) ||
         !bkvi_add_part(&end, &c->head_bytes, 0, 1))
@@ -1385,7 +1404,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor
     bkv_result r;
     if (!c || !c->mem || !k.data || !v.data || (q && (!q->data || !out))) return BKV_E_NULL;
     if (!n_tokens) return BKV_E_COUNT;
-    if (flags) return BKV_E_FLAGS;
+    if (flags & ~(uint32_t)BKV_PIN) return BKV_E_FLAGS;
     kernels = bkvi_kernels_of(c->cfg.backend);
     in[0].t = &k, in[0].heads = c->cfg.n_kv_heads, in[0].dim = c->cfg.head_dim;
     in[1].t = &v, in[1].heads = c->cfg.n_kv_heads, in[1].dim = c->cfg.value_dim;
@@ -1400,7 +1419,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor
         while (done < n_tokens) {
             uint32_t slot, n = bkvi_reserve(c, &kernels, head, &h, scratch, &slot);
             n = n_tokens - done < n ? (uint32_t)(n_tokens - done) : n;
-            bkvi_put_run(c, &kernels, head, &h, slot, &k, &v, done, n);
+            bkvi_put_run(c, &kernels, head, &h, slot, &k, &v, done, n, flags, scratch);
             if (q) {
                 bkvi_queries run = {q, done, head, n, out, NULL, NULL, scratch};
                 kernels.attend(c, &h, &run);
@@ -1471,6 +1490,8 @@ BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i
     info->position = bkvi_get32(bkvi_word(mem, c->off_position, slot));
     info->weight = bkvi_getf(bkvi_word(mem, c->off_weight, slot));
     info->use = bkvi_getf(bkvi_word(mem, c->off_use, slot));
+    if (info->use >= BKVI_PINNED) info->use = 0.0f;
+    info->pinned = bkvi_pinned(c, mem, slot);
     return BKV_OK;
 }
 
@@ -1556,6 +1577,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
    into an addition other than through bkvi_v(fma): compilers may fuse the two.
      load, store                       lanes from and to memory of any alignment
      load_f16, load_bf16, store_f16    the same, converted; to nearest even
+     load_i8                           lanes from signed bytes
      fma_at(c, i, first, x, y)         c[i] * x + y, i a constant; may read up to c[i | 3]; `first`
                                        of those that share x
      sqrt(a)                           to nearest
@@ -1606,6 +1628,7 @@ BKVI_OP(load, (const void *p), bkvi_getf((const unsigned char *)p))
 BKVI_OP(load_f16, (const void *p), bkvi_from_f16(bkvi_get16((const unsigned char *)p)))
 BKVI_OP(load_bf16, (const void *p),
         bkvi_float((uint32_t)bkvi_get16((const unsigned char *)p) << 16))
+BKVI_OP(load_i8, (const void *p), (float)*(const int8_t *)p)
 BKVI_OP(fma, BKVI_3, bkvi_fma(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), bkvi_sqrt(x))
 BKVI_OP(max, BKVI_2, a > b ? a : b)
@@ -1625,6 +1648,8 @@ BKVI_OP(load_f16, (const void *p), _mm256_cvtph_ps(_mm_loadu_si128((const __m128
 BKVI_OP(load_bf16, (const void *p),
         _mm256_castsi256_ps(
             _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16)))
+BKVI_OP(load_i8, (const void *p),
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))))
 BKVI_OP(fma, BKVI_3, _mm256_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm256_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, _mm256_max_ps(a, b))
@@ -1650,6 +1675,8 @@ BKVI_OP(load_f16, (const void *p), _mm512_cvtph_ps(_mm256_loadu_si256((const __m
 BKVI_OP(load_bf16, (const void *p),
         _mm512_castsi512_ps(
             _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16)))
+BKVI_OP(load_i8, (const void *p),
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))))
 BKVI_OP(fma, BKVI_3, _mm512_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm512_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, _mm512_max_ps(a, b))
@@ -1676,6 +1703,9 @@ BKVI_OP(load, (const void *p), vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)p)
 BKVI_OP(load_f16, (const void *p), vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)p))))
 BKVI_OP(load_bf16, (const void *p),
         vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)p)), 16)))
+BKVI_OP(load_i8, (const void *p),
+        vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(
+            vreinterpret_s8_u32(vdup_n_u32(bkvi_get32((const unsigned char *)p))))))))
 BKVI_OP(fma, BKVI_3, vfmaq_f32(z, x, y))
 BKVI_OP(sqrt, (bkvi_vec x), vsqrtq_f32(x))
 BKVI_OP(max, BKVI_2, vmaxq_f32(a, b))
@@ -1730,6 +1760,7 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
 BKVI_VFN bkvi_vec bkvi_v(get)(const int type, const void *p) {
     return type == BKV_F32   ? bkvi_v(load)(p)
            : type == BKV_F16 ? bkvi_v(load_f16)(p)
+           : type == BKV_I8  ? bkvi_v(load_i8)(p)
                              : bkvi_v(load_bf16)(p);
 }
 
@@ -1766,19 +1797,85 @@ static int bkvi_k(scan)(const unsigned char *p, uint32_t type, size_t stride, ui
     return !bkvi_v(any_gt)(bad, zero);
 }
 
+/* ---- BKV_I8 ---- */
+/* Rotates x[n] in place: cut into powers of two, the largest first, each multiplied by the
+   orthonormal Hadamard matrix of its size, which is its own inverse. Every round adds and subtracts
+   the halves and writes the results in turns, so that all rounds are alike. x has room for
+   2 * BKVI_DIM_MAX. */
+static BKVI_NOINLINE void bkvi_k(rotate)(float *x, uint32_t n) {
+    uint32_t size, half, round, i;
+    for (; n; x += size, n -= size) {
+        float *work = x + BKVI_DIM_MAX, norm = 1.0f;
+        for (size = 1; size <= n / 2;) size *= 2;
+        for (i = size; i > 1; i /= 4) norm *= i == 2 ? 0.707106781f : 0.5f;
+        for (round = 1, half = size / 2; round < size; round *= 2) {
+            const float factor = round == half ? norm : 1.0f;
+            for (i = 0; i < half && half < BKVI_WIDTH; i++) {
+                work[2 * i] = (x[i] + x[half + i]) * factor;
+                work[2 * i + 1] = (x[i] - x[half + i]) * factor;
+            }
+            for (i = 0; i < half && half >= BKVI_WIDTH; i += BKVI_WIDTH) {
+                bkvi_vec a = bkvi_v(load)(x + i), b = bkvi_v(load)(x + half + i);
+                bkvi_vec sum = (a + b) * bkvi_v(set)(factor);
+                b = (a - b) * bkvi_v(set)(factor);
+                bkvi_v(zip)(&sum, &b);
+                bkvi_v(store)(work + 2 * i, sum);
+                bkvi_v(store)(work + 2 * i + BKVI_WIDTH, b);
+            }
+            memcpy(x, work, size * sizeof *x);
+        }
+    }
+}
+
+/* A caller's row, with zeros up to `padded` elements, rotated. */
+static void bkvi_k(rotated_row)(float *x, const unsigned char *row, uint32_t type, size_t stride,
+                                uint32_t n, uint32_t padded) {
+    uint32_t i;
+    for (i = 0; i < n; i += BKVI_LANES) bkvi_k(row)(x + i, row, type, stride, i, n);
+    bkvi_k(rotate)(x, padded);
+}
+
+/* x becomes round(x / scale) + 1.5 * 2^23, whose low byte is what is stored. scale = max |x| / 127,
+   rounded up to bf16, so that nothing is clipped; the floor keeps its inverse finite. */
+static BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n) {
+    const bkvi_vec zero = bkvi_v(set)(0.0f);
+    bkvi_vec most = zero, inverse;
+    float part[16], largest = 1.0e-28f;
+    uint32_t i, bits;
+    for (i = 0; i < n; i += BKVI_WIDTH) {
+        bkvi_vec a = bkvi_v(load)(x + i);
+        most = bkvi_v(max)(most, bkvi_v(max)(a, zero - a));
+    }
+    bkvi_v(store)(part, most);
+    for (i = 0; i < BKVI_WIDTH; i++) largest = part[i] > largest ? part[i] : largest;
+    bits = (bkvi_bits(largest / 127.0f) + 0xFFFFu) >> 16;
+    bkvi_put16(scale, (uint16_t)bits);
+    inverse = bkvi_v(set)(1.0f / bkvi_float(bits << 16));
+    for (i = 0; i < n; i += BKVI_WIDTH)
+        bkvi_v(store)(x + i, bkvi_v(fma)(bkvi_v(load)(x + i), inverse, bkvi_v(set)(12582912.0f)));
+}
+
 /* Stores a caller's row, elements `step` apart: 1 for a value (then padded with zeros to whole
    sixteens), 16 for a column of a key panel. */
-static void bkvi_k(put)(unsigned char *dst, size_t step, uint32_t kv_type, const unsigned char *src,
-                        uint32_t type, size_t stride, uint32_t n) {
+static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *scale, uint32_t kv_type,
+                        const unsigned char *src, uint32_t type, size_t stride, uint32_t n,
+                        float *work) {
     size_t bytes = bkvi_type_bytes(BKVI_TYPE(kv_type));
-    uint32_t i, lane;
+    uint32_t i, lane, whole = step == 1 ? bkvi_round_up(n, BKVI_LANES) : n;
+    if (BKVI_TYPE(kv_type) == BKV_I8) {
+        bkvi_k(rotated_row)(work, src, type, stride, n, whole);
+        bkvi_k(quantise)(work, scale, whole);
+        src = (const unsigned char *)work, type = BKV_F32, stride = 4, n = whole;
+    }
     for (i = 0; i < n; i += BKVI_LANES) {
         float part[16];
         unsigned char *to = (unsigned char *)part; /* converted in place, front to back */
         bkvi_k(row)(part, src, type, stride, i, n);
-        for (lane = 0; lane < BKVI_LANES && bytes == 2; lane++)
+        for (lane = 0; lane < BKVI_LANES && bytes < 4; lane++)
             if (BKVI_TYPE(kv_type) == BKV_BF16)
                 bkvi_put16(to + 2 * lane, bkvi_to_bf16(part[lane]));
+            else if (BKVI_TYPE(kv_type) == BKV_I8)
+                to[lane] = (unsigned char)bkvi_bits(part[lane]);
             else if (lane % BKVI_WIDTH == 0)
                 bkvi_v(store_f16)(to + 2 * lane, bkvi_v(load)(part + lane));
         bkvi_copy(dst + i * step * bytes, step * bytes, to, bytes,
@@ -1832,7 +1929,7 @@ BKVI_VFN void bkvi_k(tile_fma)(const int type, const int rows, const int vecs,
                                const float *c, const size_t c_row, size_t c_step, const int fresh,
                                float *acc_mem, size_t acc_row, const unsigned char *ahead) {
     enum { REGS = BKVI_LANES / BKVI_WIDTH };
-    const size_t es = type == BKV_F32 ? 4 : 2;
+    const size_t es = bkvi_type_bytes((uint32_t)type);
     const int regs = vecs * REGS, steps = c_row ? 4 : 1;
     const int by_row = regs <= rows || BKVI_WIDTH == 16; /* the side that is held in registers */
     bkvi_vec acc[96], a[16];
@@ -1891,11 +1988,16 @@ static BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned c
         }
 }
 
-/* The block's keys or values as f32 panels, `stride` floats apart, minus their mean if `centred`,
-   sixteen dimensions at a time; returns the largest squared norm. Sums over the tokens have the
-   order: panels, then lanes i + i+8, i+4, i+2, i+1. */
+/* The scales of BKV_I8 of a register of tokens from i on; of the other types 1. */
+BKVI_VFN bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32_t i) {
+    return type == BKV_I8 ? bkvi_v(load_bf16)(scale + 2 * (size_t)i) : bkvi_v(set)(1.0f);
+}
+
+/* The block's keys or values as f32 panels, `stride` floats apart, minus their mean, sixteen
+   dimensions at a time; returns the largest squared norm. Sums over the tokens have the order:
+   panels, then lanes i + i+8, i+4, i+2, i+1. */
 static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *block, int values,
-                                        int centred, uint32_t dim, size_t stride) {
+                                        uint32_t dim, size_t stride) {
     const int type = (int)BKVI_TYPE(c->cfg.kv_type), packed = values ? BKV_F32 : type;
     const size_t es = bkvi_type_bytes(BKVI_TYPE(c->cfg.kv_type)), size = values ? 4 : es;
     float *sums = block->tile, *turned = sums + 256, *mean = sums + 512, largest = 0.0f;
@@ -1913,9 +2015,12 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
             if (values)
                 bkvi_k(turn)(to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim,
                              (uint32_t)type);
-            for (j = 0; j < n && centred; j += BKVI_WIDTH)
+            for (j = 0; j < n; j += BKVI_WIDTH)
                 bkvi_v(store)(sums + j,
-                              bkvi_v(load)(sums + j) + bkvi_v(get)(packed, from[p] + j * size));
+                              bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
+                                          bkvi_k(scales)(type, block->scale[values][p / 4],
+                                                         p % 4 * BKVI_LANES + j % BKVI_LANES),
+                                          bkvi_v(load)(sums + j)));
         }
         bkvi_k(turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
         for (j = 128; j >= BKVI_LANES; j /= 2)
@@ -1926,10 +2031,12 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
         for (p = 0; p < 8; p++, to += stride)
             for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
                 float *norm = block->norm + p * BKVI_LANES + lane;
+                const bkvi_vec scale = bkvi_k(scales)(type, block->scale[values][p / 4],
+                                                      p % 4 * BKVI_LANES + lane);
                 bkvi_vec x, sum = bkvi_v(load)(norm);
                 for (j = lane; j < n; j += BKVI_LANES) {
                     x = bkvi_v(get)(packed, from[p] + j * size);
-                    x = x - bkvi_v(set)(mean[j / BKVI_LANES]);
+                    x = bkvi_v(fma)(x, scale, bkvi_v(set)(-mean[j / BKVI_LANES]));
                     bkvi_v(store)(to + j, x);
                     sum = bkvi_v(fma)(x, x, sum);
                 }
@@ -2094,7 +2201,7 @@ BKVI_VFN void bkvi_k(rows)(const bkvi_block *block, const int vecs, uint32_t i, 
 }
 
 /* The upper triangle of the products, and their entries: columns in groups of panels, panels of
-   rows down to the diagonal. values: 0 keys, 1 values, 2 and mirrored: exchanges need that. */
+   rows down to the diagonal. Those of values, the last, are mirrored: exchanges need that. */
 static BKVI_NOINLINE void bkvi_k(products)(const bkvi_block *block, int values, uint32_t dim,
                                            size_t stride, float a, float b) {
     uint32_t group, end, i, j;
@@ -2107,7 +2214,7 @@ static BKVI_NOINLINE void bkvi_k(products)(const bkvi_block *block, int values, 
             if (BKVI_VECS(6) == 4 && vecs == 3) bkvi_k(rows)(block, 3, i, first, dim, stride);
             if (BKVI_VECS(6) == 4 && vecs == 4) bkvi_k(rows)(block, 4, i, first, dim, stride);
             bkvi_k(entries)(block, values, i, first, end, a, b);
-            for (j = bkvi_max(first, i + 1); j < end && values > 1; j++)
+            for (j = bkvi_max(first, i + 1); j < end && values; j++)
                 bkvi_k(turn)(
                     block->matrix + (j * BKVI_BLOCK + i) * BKVI_LANES, BKVI_BLOCK,
                     (const unsigned char *)(block->matrix + (i * BKVI_BLOCK + j) * BKVI_LANES),
@@ -2118,52 +2225,32 @@ static BKVI_NOINLINE void bkvi_k(products)(const bkvi_block *block, int values, 
 
 static void bkvi_k(gram)(const bkv_cache *c, const bkvi_block *block) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim = c->v_dim_pad;
-    const int sample = c->cfg.rule == BKV_RULE_SAMPLE;
-    const float temp = c->cfg.temp > 0.0f ? c->cfg.temp : sample ? 0.1f : 1.0f;
-    const float scale = c->cfg.scale * temp * BKVI_LOG2E;
-    const uint32_t importance = c->cfg.importance == BKV_NONE || !sample ? 0 : c->cfg.importance;
+    const float scale = c->cfg.scale * c->cfg.temp * BKVI_LOG2E;
+    const uint32_t importance = c->cfg.importance == BKV_NONE ? 0 : c->cfg.importance;
     /* One row more than needed: panels a multiple of 4 KiB apart would share cache sets. */
     const size_t stride = ((size_t)dim + 1) * BKVI_LANES;
     const size_t v_stride = ((size_t)v_dim + 1) * BKVI_LANES;
-    float constant = BKVI_CONSTANT, largest = bkvi_k(pack)(c, block, 0, 1, dim, stride);
+    float constant, largest = bkvi_k(pack)(c, block, 0, dim, stride);
     if (importance & BKV_IMPORTANCE_QUERY) bkvi_k(expect)(c, block, dim, stride);
     if (importance & BKV_IMPORTANCE_KEY) bkvi_k(unlike)(block, dim, stride);
     bkvi_k(products)(block, 0, dim, stride, scale, largest * scale);
-    largest = bkvi_k(pack)(c, block, 1, sample, v_dim, v_stride);
+    largest = bkvi_k(pack)(c, block, 1, v_dim, v_stride);
     memcpy(block->factor, block->weight, BKVI_BLOCK * sizeof(float));
-    if (sample) {
-        bkvi_k(rate)(block, importance);
-        constant = bkvi_k(total)(block->norm, BKVI_BLOCK) * (1.0f / 4096.0f);
-        constant = constant > 0.0f ? constant : 1.0f;
-    }
+    bkvi_k(rate)(block, importance);
+    constant = bkvi_k(total)(block->norm, BKVI_BLOCK) * (1.0f / 4096.0f);
+    constant = constant > 0.0f ? constant : 1.0f;
     /* All entries at most about 1, whatever the size of the values. */
-    bkvi_k(products)(block, 1 + sample, v_dim, v_stride, 1.0f / (largest + constant), constant);
+    bkvi_k(products)(block, 1, v_dim, v_stride, 1.0f / (largest + constant), constant);
 }
 
-/* ---- signed sums ---- */
-/* f += s * row i, for the columns from `from`, a multiple of 16. */
-BKVI_VFN void bkvi_k(add_row)(float *f, const float *matrix, uint32_t i, uint32_t from, float s) {
+/* ---- exchanges ---- */
+/* f += s * row i. */
+BKVI_VFN void bkvi_k(add_row)(float *f, const float *matrix, uint32_t i, float s) {
     bkvi_vec sv = bkvi_v(set)(s);
     uint32_t j;
     matrix += (size_t)i * BKVI_BLOCK;
-    for (j = from; j < BKVI_BLOCK; j += BKVI_WIDTH)
+    for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH)
         bkvi_v(store)(f + j, bkvi_v(fma)(sv, bkvi_v(load)(matrix + j), bkvi_v(load)(f + j)));
-}
-
-static void bkvi_k(walk)(const float *matrix, const float *threshold, unsigned char *keep) {
-    float f[BKVI_BLOCK];
-    uint32_t i, kept = 0;
-    memset(f, 0, sizeof f);
-    for (i = 0; i < BKVI_BLOCK; i++) {
-        int plus = f[i] < threshold[i];
-        if (kept == BKVI_PAGE)
-            plus = 0;
-        else if (i - kept == BKVI_PAGE)
-            plus = 1;
-        keep[i] = (unsigned char)plus;
-        kept += (uint32_t)plus;
-        bkvi_k(add_row)(f, matrix, i, i / BKVI_LANES * BKVI_LANES, plus ? 1.0f : -1.0f);
-    }
 }
 
 /* Rounds of exchanges: each token that stays, unless for certain, makes way for that one whose
@@ -2182,7 +2269,7 @@ static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint3
         step[i] = keep[i] ? -inverse : inverse;
         own[i] = step[i] > 0.0f ? inverse * inverse * block->matrix[i * (BKVI_BLOCK + 1)] : never;
         if (chance[i] < 1.0f)
-            bkvi_k(add_row)(f, block->matrix, i, 0, keep[i] ? inverse - 1.0f : -1.0f);
+            bkvi_k(add_row)(f, block->matrix, i, keep[i] ? inverse - 1.0f : -1.0f);
     }
     for (; rounds && moved; rounds--)
         for (i = 0, moved = 0; i < BKVI_BLOCK; i++) {
@@ -2203,8 +2290,8 @@ static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint3
             for (j = partner = 0; j < BKVI_BLOCK; j++)
                 partner = gain[j] < gain[partner] ? j : partner;
             moved = 1, keep[i] = 0, keep[partner] = 1;
-            bkvi_k(add_row)(f, block->matrix, i, 0, step[i]);
-            bkvi_k(add_row)(f, block->matrix, partner, 0, step[partner]);
+            bkvi_k(add_row)(f, block->matrix, i, step[i]);
+            bkvi_k(add_row)(f, block->matrix, partner, step[partner]);
             step[i] = -step[i], step[partner] = -step[partner];
             own[i] = own_i, own[partner] = never;
         }
@@ -2213,6 +2300,13 @@ static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint3
 /* ---- attend ---- */
 #define BKVI_MASKED (-3e38f) /* the score of a slot that a row does not see */
 #define BKVI_LOWEST (-1e38f) /* below every score, above BKVI_MASKED */
+
+/* 64 numbers times those of a page of bf16. */
+BKVI_VFN void bkvi_k(times)(float *x, const unsigned char *scale) {
+    uint32_t i;
+    for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH, scale += 2 * BKVI_WIDTH)
+        bkvi_v(store)(x + i, bkvi_v(load)(x + i) * bkvi_v(load_bf16)(scale));
+}
 
 /* Online softmax of one row: scores become weights relative to the row's maximum so far. When that
    rises, what was summed so far shrinks. */
@@ -2224,6 +2318,7 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
     float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
     bkvi_vec x, most = bkvi_v(set)(tile->max[r]);
     uint32_t i, j;
+    if (span->k_scale) bkvi_k(times)(s, span->k_scale);
     if (softcap > 0.0f) {
         /* c tanh(z / c) log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
         for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
@@ -2266,6 +2361,15 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
         }
         bkvi_v(store)(lanes + j, sum);
     }
+    if (span->use) { /* the use grows by the squared share of attention that a token just had */
+        const bkvi_vec share = bkvi_v(set)(1.0f / bkvi_k(over_lanes)(lanes));
+        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
+            unsigned char *use = span->use + 4 * (size_t)i;
+            x = bkvi_v(load)(s + i) * share;
+            bkvi_v(store)(use, bkvi_v(fma)(x, x, bkvi_v(load)(use)));
+        }
+    }
+    if (span->v_scale) bkvi_k(times)(s, span->v_scale);
 }
 
 /* A tile of rows over one block: scores, softmax, sum of values. The values are prefetched during
@@ -2273,7 +2377,7 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
 BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
                                   const bkvi_tile *tile, const bkvi_span *span) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = c->v_dim_pad;
-    const size_t es = type == BKV_F32 ? 4 : 2, panel = (size_t)dim * BKVI_LANES;
+    const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)dim * BKVI_LANES;
     const uint32_t panels = (span->slots + BKVI_LANES - 1) / BKVI_LANES,
                    vecs = v_dim_pad / BKVI_LANES;
     uint32_t i;
@@ -2308,7 +2412,8 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
     X(BALANCEKV_KV_TYPE, 1) X(BALANCEKV_KV_TYPE, 2) X(BALANCEKV_KV_TYPE, 3) X(BALANCEKV_KV_TYPE, 4)
 #else
 #define BKVI_EACH_TILE(X)                                                                          \
-    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(2, 4) X(3, 1) X(3, 2) X(3, 3) X(3, 4)
+    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(2, 4)                                \
+    X(3, 1) X(3, 2) X(3, 3) X(3, 4) X(4, 1) X(4, 2) X(4, 3) X(4, 4)
 #endif
 #define BKVI_X(type, rows)                                                                         \
     static BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                \
@@ -2318,36 +2423,26 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
 
-/* One scaled query, its elements `width` floats apart; its running mean learns from it. */
+/* One scaled query, its elements `width` floats apart; its running mean learns from it. With work
+   it is rotated. */
 static BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
                                              const unsigned char *row, const bkv_tensor *q,
-                                             uint32_t dim, float scale) {
+                                             uint32_t dim, float scale, float *work) {
     float part[16];
-    uint32_t i, j;
+    size_t stride = q->elem_stride;
+    uint32_t i, j, type = q->type;
+    if (work) {
+        bkvi_k(rotated_row)(work, row, type, stride, dim, dim);
+        row = (const unsigned char *)work, type = BKV_F32, stride = 4;
+    }
     for (i = 0; i < dim; i += BKVI_LANES, mean += 4 * BKVI_LANES) {
-        bkvi_k(row)(part, row, q->type, q->elem_stride, i, dim);
+        bkvi_k(row)(part, row, type, stride, i, dim);
         for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
             bkvi_vec x = bkvi_v(load)(part + j), m = bkvi_v(load)(mean + 4 * j);
             bkvi_v(store)(mean + 4 * j, bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m));
             bkvi_v(store)(part + j, x * bkvi_v(set)(scale));
         }
         for (j = 0; j < bkvi_min(BKVI_LANES, dim - i); j++, to += width) *to = part[j];
-    }
-}
-
-/* The use of the tokens of a block grows by the squared share of attention they just had. */
-static BKVI_NOINLINE void bkvi_k(observe)(const bkvi_tile *tile, uint32_t rows,
-                                          unsigned char *use) {
-    uint32_t r, i;
-    for (r = 0; r < rows; r++) {
-        const float *s = tile->scores + (size_t)r * BKVI_PAGE;
-        const bkvi_vec share =
-            bkvi_v(set)(1.0f / bkvi_k(over_lanes)(tile->lanes + (size_t)r * BKVI_LANES));
-        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
-            bkvi_vec x = bkvi_v(load)(s + i) * share;
-            bkvi_v(store)(use + 4 * (size_t)i,
-                          bkvi_v(fma)(x, x, bkvi_v(load)(use + 4 * (size_t)i)));
-        }
     }
 }
 
@@ -2360,9 +2455,11 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
     float *q = run->scratch, *out = q + (size_t)BKVI_ROWS * dim;
     float *lanes = out + (size_t)BKVI_ROWS * v_dim_pad, *max = lanes + BKVI_ROWS * BKVI_LANES;
     float *limit = max + BKVI_ROWS, *scores = limit + BKVI_ROWS;
+    float *work = scores + BKVI_TILE_MAX * BKVI_PAGE; /* to rotate in, or NULL */
     unsigned char *queries = mem + c->off_queries;
     const size_t mean_bytes = 4 * (size_t)bkvi_round_up(dim, BKVI_LANES);
     uint32_t begin, b, r, i;
+    if (BKVI_TYPE(c->cfg.kv_type) != BKV_I8) work = NULL;
     /* Row r: token r / group, query head r % group of this KV head. */
     for (begin = 0; begin < run->n * group; begin += BKVI_ROWS) {
         uint32_t n = bkvi_min(BKVI_ROWS, run->n * group - begin), tile_rows, size;
@@ -2379,17 +2476,20 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
             max[r] = BKVI_LOWEST;
             to = q + (size_t)tile * dim + (r - tile);
             bkvi_k(load_query)(to, width, queries + (begin + r) % group * mean_bytes, row, run->q,
-                               dim, scale);
+                               dim, scale, work);
         }
         memset(out, 0, (size_t)n * v_dim_pad * sizeof *out);
         memset(lanes, 0, (size_t)n * BKVI_LANES * sizeof *lanes);
 
         for (b = 0; b < n_blocks; b++) {
             bkvi_span span;
-            uint32_t slot = bkvi_block_slot(c, h, pages, b, &span.slots), first = slot, unused;
+            uint32_t slot = bkvi_block_slot(c, h, pages, b, &span.slots), unused;
             span.k = bkvi_key_page(c, mem, slot);
             span.v = bkvi_value_row(c, mem, slot);
             span.weight = bkvi_word(mem, c->off_weight, slot);
+            span.use = b + 2 < n_blocks ? NULL : bkvi_word(mem, c->off_use, slot);
+            span.k_scale = work ? bkvi_scale(mem, c->off_k_scale, slot) : NULL;
+            span.v_scale = work ? bkvi_scale(mem, c->off_v_scale, slot) : NULL;
             span.next_k = NULL;
             if (b + 1 < n_blocks)
                 span.next_k = bkvi_key_page(c, mem, bkvi_block_slot(c, h, pages, b + 1, &unused));
@@ -2410,8 +2510,6 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
 #undef BKVI_X
                 default: break;
                 }
-                if (b + 2 >= n_blocks)
-                    bkvi_k(observe)(&tile, tile_rows, bkvi_word(mem, c->off_use, first));
             }
         }
 
@@ -2424,6 +2522,10 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
             if (run->max) {
                 run->max[head] = max[r] == 0.0f ? 0.0f : max[r] * BKVI_LN2; /* never -0 */
                 run->sum[head] = sum;
+            }
+            if (work) {
+                memcpy(work, row, v_dim_pad * sizeof *row);
+                bkvi_k(rotate)(row = work, v_dim_pad);
             }
             for (i = 0; i < v_dim_pad; i += BKVI_WIDTH) { /* + 0: -0 gives 0 */
                 bkvi_vec x = bkvi_v(load)(row + i);
@@ -2442,7 +2544,6 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
     k.scan = bkvi_k(scan);
     k.put = bkvi_k(put);
     k.gram = bkvi_k(gram);
-    k.walk = bkvi_k(walk);
     k.exchange = bkvi_k(exchange);
     k.attend = bkvi_k(attend);
     return k;
@@ -2476,7 +2577,7 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
 /* Once, behind all passes. */
 #if defined(BKVI_HARDWARE_FMA) && !defined(BKVI_NESTED)
 static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
-    bkvi_kernels k = {NULL, NULL, NULL, NULL, NULL, NULL};
+    bkvi_kernels k = {NULL, NULL, NULL, NULL, NULL};
 #if BKVI_HAVE_SCALAR
     if (backend == BKV_BACKEND_SCALAR) k = bkvi_kernels_scalar();
 #endif

@@ -34,18 +34,22 @@ static const part parts[] = {
     {SAMPLE, KEY, 0, BKV_F16, BKV_F16, 7, 1, 33, 57, 320, BKV_NONE, 0, 1, 0.0f, 0.0f, 0.25f},
     {SAMPLE, QUERY, 3, BKV_F32, BKV_F16, 1, 2, 1, 1, 256, 0, BKV_NONE, 1, 1.0f, 0.0f, 0.0f},
     {SAMPLE, USE, 0, BKV_F16, BKV_BF16, 1, 1, 192, 128, 256, 0, 0, 1, 0.0f, 30.0f, 0.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_F16, BKV_F32, 4, 2, 64, 0, 256, 0, 0, 2, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_F32, BKV_BF16, 2, 1, 128, 0, 256, 0, 64, 1, 0.0f, 2.0f, 0.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_BF16, BKV_F32, 5, 3, 20, 96, 272, 5, 0, 3, 0.3f, 0.0f, 4.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_BF16, BKV_F16, 16, 1, 17, 0, 400, 0, 0, 1, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, KEY, 1, BKV_F32, BKV_BF16, 2, 1, 128, 0, 256, 0, 64, 1, 0.0f, 2.0f, 1.0f},
+    {SAMPLE, 0, 0, BKV_BF16, BKV_F32, 5, 3, 20, 96, 272, 5, 0, 3, 0.3f, 0.0f, 4.0f},
     {SAMPLE, KEY + USE, BKV_NONE, BKV_F16, BKV_F16, 2, 2, 96, 0, 256, 0, 0, 1, 1.0f, 0.0f, 0.0f},
-    {BKV_RULE_UNIFORM, 0, 0, BKV_F32, BKV_F32, 6, 1, 64, 7, 256, 100, BKV_NONE, 1, 2.0f, 5.0f,
+    {SAMPLE, BKV_NONE, BKV_NONE, BKV_F32, BKV_F32, 6, 1, 64, 7, 256, 100, BKV_NONE, 1, 2.0f, 5.0f,
      0.0f},
     {SAMPLE, BKV_NONE, 0, BKV_BF16, BKV_BF16, 1, 4, 64, 0, 256, 0, 0, 4, 0.0f, 0.0f, 0.0f},
     {SAMPLE, KEY + QUERY, 0, BKV_F16, BKV_F32, 3, 1, 256, 0, 256, 0, 0, 1, 0.0f, 50.0f, 0.0f},
     {SAMPLE, 0, 0, BKV_F32, BKV_F16, 16, 1, 17, 30, 500, 0, 0, 1, 2.0f, 0.0f, 0.0f},
     {BKV_RULE_WINDOW, 0, 0, BKV_F16, BKV_F32, 8, 1, 80, 81, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
     {BKV_RULE_WINDOW, 0, 0, BKV_F32, BKV_F16, 1, 2, 512, 2, 220, 0, 64, 1, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, 0, 0, BKV_I8, BKV_F32, 3, 2, 64, 0, 256, 0, 0, 2, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, KEY + QUERY + USE, 0, BKV_I8, BKV_F16, 2, 1, 80, 57, 300, 20, 100, 1, 0.5f, 30.0f,
+     0.0f},
+    {SAMPLE, KEY, 0, BKV_I8, BKV_BF16, 7, 1, 17, 0, 256, 0, 64, 1, 1.0f, 0.0f, 0.0f},
+    {BKV_RULE_WINDOW, 0, 0, BKV_I8, BKV_F32, 1, 2, 512, 128, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
+    {BKV_RULE_WINDOW, 0, 0, BKV_I8, BKV_F16, 4, 1, 1, 96, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
 };
 
 /* How the tokens arrive, again and again. Chunks of 19 and 70 cross halvings in mid-chunk. Every
@@ -54,8 +58,10 @@ enum { APPEND, ATTEND, PARTIAL, PREFILL };
 static const struct {
     int operation;
     size_t n_tokens;
-} steps[] = {{PREFILL, 19}, {ATTEND, 1}, {APPEND, MAX_CHUNK}, {PARTIAL, 7}, {PREFILL, 70},
-             {ATTEND, 1},   {ATTEND, 1}, {APPEND, 64},        {PREFILL, 3}, {ATTEND, 70}};
+    uint32_t flags;
+} steps[] = {{PREFILL, 19, 0},      {ATTEND, 1, 0}, {APPEND, MAX_CHUNK, 0}, {PARTIAL, 7, BKV_PIN},
+             {PREFILL, 70, 0},      {ATTEND, 1, 0}, {ATTEND, 1, 0},         {APPEND, 64, 0},
+             {PREFILL, 3, BKV_PIN}, {ATTEND, 70, 0}};
 
 static void *allocate(size_t bytes) {
     void *p = malloc(bytes);
@@ -87,6 +93,8 @@ static void hash_elements(uint64_t *h, const void *data, size_t bytes, size_t el
         uint16_t half;
         if (elem_bytes == sizeof word) {
             memcpy(&word, at, sizeof word);
+        } else if (elem_bytes == 1) {
+            word = *at;
         } else {
             memcpy(&half, at, sizeof half);
             word = half;
@@ -96,13 +104,15 @@ static void hash_elements(uint64_t *h, const void *data, size_t bytes, size_t el
     }
 }
 
-/* The state is made of 4-byte words, except for the K and V elements at the end of each head. */
+/* The state is made of 4-byte words, except for the scales of I8 (2 bytes) and the K and V elements
+   at the end of each head. */
 static void hash_state(uint64_t *h, const bkv_cache *c) {
     size_t heads = c->cfg.n_kv_heads, header = c->state_bytes - heads * c->head_bytes, i;
     hash_elements(h, c->mem, header, 4);
     for (i = 0; i < heads; i++) {
         const unsigned char *head = c->mem + header + i * c->head_bytes;
-        hash_elements(h, head, c->off_k, 4);
+        hash_elements(h, head, c->off_k_scale, 4);
+        hash_elements(h, head + c->off_k_scale, c->off_k - c->off_k_scale, 2);
         hash_elements(h, head + c->off_k, c->head_bytes - c->off_k, c->elem_bytes);
     }
 }
@@ -176,6 +186,7 @@ static void run_part(const part *p, uint64_t number, uint32_t backend, uint64_t 
     while (seen < n_tokens) {
         int operation = steps[step % (sizeof steps / sizeof *steps)].operation;
         size_t n = steps[step % (sizeof steps / sizeof *steps)].n_tokens, n_queries;
+        uint32_t flags = steps[step % (sizeof steps / sizeof *steps)].flags;
         bkv_tensor k, v, q;
         n = n < n_tokens - seen ? n : n_tokens - seen;
         n_queries = operation == PREFILL ? n : 1;
@@ -186,9 +197,9 @@ static void run_part(const part *p, uint64_t number, uint32_t backend, uint64_t 
                         0);
         for (ith = 0; ith < nth; ith++) {
             if (operation == PREFILL) {
-                require(bkv_prefill(&cache, k, v, q, out, n, 0, ith, nth), "bkv_prefill");
+                require(bkv_prefill(&cache, k, v, q, out, n, flags, ith, nth), "bkv_prefill");
             } else {
-                require(bkv_append(&cache, k, v, n, 0, ith, nth), "bkv_append");
+                require(bkv_append(&cache, k, v, n, flags, ith, nth), "bkv_append");
             }
         }
         for (ith = 0; ith < nth && operation == ATTEND; ith++) {
@@ -259,8 +270,8 @@ int main(int argc, char **argv) {
     }
 
     for (i = 0; i < sizeof parts / sizeof *parts; i++) {
-        static const char *const types[] = {"?", "f32", "f16", "bf16"};
-        static const char *const rules[] = {"?", "walk", "sample", "uniform", "window"};
+        static const char *const types[] = {"?", "f32", "f16", "bf16", "i8"};
+        static const char *const rules[] = {"?", "sample", "window"};
         const part *p = &parts[i];
         uint64_t outputs = 0, states = 0;
         run_part(p, i, backend, &outputs, &states);

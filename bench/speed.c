@@ -292,9 +292,12 @@ static size_t n_backends;
 static uint32_t type_of(const char *name) {
     return strncmp(name, "f32", 3) == 0   ? BKV_F32
            : strncmp(name, "f16", 3) == 0 ? BKV_F16
+           : strncmp(name, "i8", 2) == 0  ? BKV_I8
                                           : BKV_BF16;
 }
-static size_t bytes_of(const char *type) { return type_of(type) == BKV_F32 ? 4 : 2; }
+static size_t bytes_of(const char *type) {
+    return type_of(type) == BKV_F32 ? 4 : type_of(type) == BKV_I8 ? 1 : 2;
+}
 
 /* ---- shapes and data ---- */
 typedef struct shape {
@@ -556,7 +559,7 @@ static pool *make_halver(const bkv_config *cfg, const tokens *t) {
 
 static double halving_flops(unsigned d) { return 2.0 * (128 * 127 / 2) * 2.0 * d; }
 
-/* The walk's kernel below the diagonal, in double. */
+/* The kernel of the paper's walk, which the peers compute, below the diagonal, in double. */
 static double *exact_kernel(const tokens *t, size_t d) {
     double *w = (double *)allocate(128 * 128 * sizeof *w), mean[512] = {0};
     size_t i, j, x;
@@ -621,10 +624,6 @@ static void enter_reference(const row *r, unsigned d) {
 }
 
 static void case_halve(const char *name) {
-    static const struct {
-        const char *type;
-        uint32_t rule;
-    } kinds[] = {{"f32", BKV_RULE_DEFAULT}, {"f32 walk", BKV_RULE_WALK}};
     unsigned d;
     size_t i, b;
     for (i = 0; i < 128; i++) {
@@ -632,36 +631,34 @@ static void case_halve(const char *name) {
         fill_normal(&x, 1, 100 + i);
         bounds[i] = x / 8.0f;
     }
-    for (i = 0; i < 2; i++)
-        for (d = 64; d <= 128; d += 64) {
-            row r = {name, kinds[i].type, d, 1, 128, 1.0, halving_flops(d), 0.0, 1.0};
-            shape s = {1, 1, 0};
-            tokens t;
-            pool *p[8];
-            peer_task task = {"halve", "f32", 1, 1, 0, 128, 0, 1, NULL, NULL, NULL, bounds};
-            target want = {NULL, 0, 0, 0, walk_error};
-            double *kernel;
-            s.d = d;
-            if (!wanted(&r)) continue;
-            progress("%s", label(&r));
-            t = make_tokens(&s, RING, 1);
-            for (b = 0; b < n_backends; b++) {
-                bkv_config cfg = config(&s, "f32", 512, backends[b]);
-                cfg.rule = kinds[i].rule;
-                p[b] = make_halver(&cfg, &t);
-                enter(&r, OURS, bkv_backend_name(backends[b]), sample_halving, p[b]);
-            }
-            want.reference = kernel = exact_kernel(&t, d);
-            task.dim = d;
-            task.k = t.k;
-            task.v = t.v;
-            enter_peers(&r, &task, &want);
-            enter_reference(&r, d);
-            run_race();
-            for (b = 0; b < n_backends; b++) free_pool(p[b]);
-            free(kernel);
-            free_tokens(&t);
+    for (d = 64; d <= 128; d += 64) {
+        row r = {name, "f32", d, 1, 128, 1.0, halving_flops(d), 0.0, 1.0};
+        shape s = {1, 1, 0};
+        tokens t;
+        pool *p[8];
+        peer_task task = {"halve", "f32", 1, 1, 0, 128, 0, 1, NULL, NULL, NULL, bounds};
+        target want = {NULL, 0, 0, 0, walk_error};
+        double *kernel;
+        s.d = d;
+        if (!wanted(&r)) continue;
+        progress("%s", label(&r));
+        t = make_tokens(&s, RING, 1);
+        for (b = 0; b < n_backends; b++) {
+            bkv_config cfg = config(&s, "f32", 512, backends[b]);
+            p[b] = make_halver(&cfg, &t);
+            enter(&r, OURS, bkv_backend_name(backends[b]), sample_halving, p[b]);
         }
+        want.reference = kernel = exact_kernel(&t, d);
+        task.dim = d;
+        task.k = t.k;
+        task.v = t.v;
+        enter_peers(&r, &task, &want);
+        enter_reference(&r, d);
+        run_race();
+        for (b = 0; b < n_backends; b++) free_pool(p[b]);
+        free(kernel);
+        free_tokens(&t);
+    }
 }
 
 /* ---- attend ---- */
@@ -726,21 +723,21 @@ static void attend_row(const char *name, const shape *s, size_t n, const char *t
 }
 
 static void case_attend_hot(const char *name) {
-    static const char *const types[] = {"f16", "bf16", "f32"};
+    static const char *const types[] = {"f16", "bf16", "f32", "i8"};
     size_t i, s, n;
-    for (i = 0; i < 3; i++)
+    for (i = 0; i < 4; i++)
         for (s = 0; s < N_SHAPES; s++)
             for (n = 1024; n <= (opt.quick || i ? 1024 : 4096); n *= 4)
                 attend_row(name, &shapes[s], n, types[i], 0);
 }
 
 static void case_attend_cold(const char *name) {
-    static const char *const types[] = {"f16", "bf16", "f32"};
+    static const char *const types[] = {"f16", "bf16", "f32", "i8"};
     size_t i, s, n;
     for (s = 0; s < N_SHAPES; s++)
         for (n = 1024; n <= (opt.quick ? 1024 : 65536); n *= 4)
             attend_row(name, &shapes[s], n, "f16", 1);
-    for (i = 1; i < 3; i++)
+    for (i = 1; i < 4; i++)
         for (s = 0; s < N_SHAPES; s++)
             attend_row(name, &shapes[s], opt.quick ? 1024 : 4096, types[i], 1);
 }

@@ -119,9 +119,10 @@ static inline format format_of(uint32_t type) {
 }
 
 static const uint32_t test_types[3] = {BKV_F32, BKV_F16, BKV_BF16};
+static const uint32_t storage_types[4] = {BKV_F32, BKV_F16, BKV_BF16, BKV_I8};
 
 static inline const char *type_name(uint32_t type) {
-    return type == BKV_F32 ? "f32" : type == BKV_F16 ? "f16" : "bf16";
+    return type == BKV_F32 ? "f32" : type == BKV_F16 ? "f16" : type == BKV_BF16 ? "bf16" : "i8";
 }
 
 /* The number that a pattern stands for. */
@@ -149,6 +150,48 @@ static inline uint32_t encode(double x, uint32_t type) {
 }
 
 static inline double round_to(double x, uint32_t type) { return decode(encode(x, type), type); }
+
+/* x times the Hadamard matrix of its size, a power of two, in f32, by butterflies in place. */
+static inline void hadamard(float *x, size_t size) {
+    float norm = (float)sqrt(1.0 / (double)size);
+    for (size_t half = size / 2; half; half /= 2)
+        for (size_t i = 0; i < size; i++)
+            if (!(i & half)) {
+                float a = x[i], b = x[i + half];
+                x[i] = a + b, x[i + half] = a - b;
+            }
+    for (size_t i = 0; i < size; i++) x[i] *= norm;
+}
+
+/* Its own inverse: by powers of two, the largest first. */
+static inline void rotate(float *x, size_t n) {
+    for (size_t size = 512; size; size /= 2)
+        if (n & size) hadamard(x, size), x += size;
+}
+
+/* A key, or a value, becomes what a cache of this type holds of it. */
+static inline void round_row(double *x, size_t n, uint32_t kv_type, int is_value) {
+    float row[512] = {0}, largest = 1e-28f;
+    for (size_t i = 0; i < n; i++)
+        if (kv_type == BKV_I8)
+            row[i] = (float)x[i];
+        else
+            x[i] = round_to(x[i], kv_type);
+    if (kv_type != BKV_I8) return;
+    size_t padded = is_value ? (n + 15) / 16 * 16 : n;
+    rotate(row, padded);
+    for (size_t i = 0; i < padded; i++) largest = fmaxf(largest, fabsf(row[i]));
+    float step = largest / 127, inverse;
+    uint32_t bits;
+    memcpy(&bits, &step, 4);
+    bits = (bits + 0xFFFF) & 0xFFFF0000u; /* up to bf16 */
+    memcpy(&step, &bits, 4);
+    inverse = 1 / step;
+    for (size_t i = 0; i < padded; i++)
+        row[i] = (float)nearbyint((double)row[i] * (double)inverse) * step;
+    rotate(row, padded);
+    for (size_t i = 0; i < n; i++) x[i] = (double)row[i];
+}
 
 static inline uint32_t load_bits(const void *p, uint32_t type) {
     uint32_t b4 = 0;

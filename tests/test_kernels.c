@@ -119,9 +119,9 @@ static void compare_backends(const scene *s) {
 
 static void backends_agree(void) {
     for (size_t d = 0; d < COUNT(dims); d++)
-        for (size_t pair = 0; pair < 9; pair++) {
-            if (test_quick() && pair != d % 9) continue;
-            scene s = scene_new(dims[d], test_types[pair / 3], test_types[pair % 3]);
+        for (size_t pair = 0; pair < 12; pair++) {
+            if (test_quick() && pair != d % 12) continue;
+            scene s = scene_new(dims[d], test_types[pair % 3], storage_types[pair / 3]);
             compare_backends(&s);
             scene_free(&s);
         }
