@@ -247,11 +247,12 @@ typedef struct bkv_config {
 #define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
     (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
      BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
-                   (kv_type) == BKV_F32 ? 4 : 2) *                                                 \
+                   (kv_type) == BALANCEKV_F32 ? 4 : (kv_type) == BALANCEKV_I8 ? 1 : 2) *           \
          (n_kv_heads))
 #define BKV_SIZE_HEAD(group, dim, slots, elem)                                                     \
     (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + BKV_SIZE_PAD(dim, 16) * 4 * (group) +          \
-     BKV_SIZE_PAD((slots) * (dim) * (elem), 64) + (slots) * (BKV_SIZE_PAD(dim, 16) * (elem) + 12))
+     BKV_SIZE_PAD((slots) * (dim) * (elem), 64) + (slots) * (BKV_SIZE_PAD(dim, 16) * (elem) + 12) + \
+     ((elem) == 1 ? 2 * BKV_SIZE_PAD((slots)*2, 64) : 0)) /* scales */
 #define BKV_SIZE_PAD(n, unit) (((size_t)(n) + (unit)-1) / (unit) * (unit))
 
 /* A tensor of the caller's: element (token t, head h, index i) is at
