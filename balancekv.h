@@ -251,8 +251,8 @@ typedef struct bkv_config {
          (n_kv_heads))
 #define BKV_SIZE_HEAD(group, dim, slots, elem)                                                     \
     (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + BKV_SIZE_PAD(dim, 16) * 4 * (group) +          \
-     BKV_SIZE_PAD((slots) * (dim) * (elem), 64) + (slots) * (BKV_SIZE_PAD(dim, 16) * (elem) + 12) + \
-     ((elem) == 1 ? 2 * BKV_SIZE_PAD((slots)*2, 64) : 0)) /* scales */
+     12 * (slots) + ((elem) == 1 ? 2 * BKV_SIZE_PAD((slots)*2, 64) : 0) + /* words, scales */      \
+     BKV_SIZE_PAD((slots) * (dim) * (elem), 64) + BKV_SIZE_PAD(dim, 16) * (slots) * (elem))
 #define BKV_SIZE_PAD(n, unit) (((size_t)(n) + (unit)-1) / (unit) * (unit))
 
 /* A tensor of the caller's: element (token t, head h, index i) is at

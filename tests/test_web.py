@@ -22,7 +22,7 @@ from bad_config import ROOT, Tally
 PAGE = os.path.join(ROOT, "build", "web", "balancekv.html")
 BUDGET = 512
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
-COLOURS = {"sinks": (0xc2, 0x41, 0x0c), "window": (0x0f, 0x8a, 0x5f), "stems": (0x1d, 0x4e, 0xd8),
+COLOURS = {"sinks": (0xc2, 0x41, 0x0c), "window": (0x0f, 0x8a, 0x5f),
            "new pages": (0xb4, 0xcb, 0xf8)}  # of page.html, on a light screen
 
 
