@@ -250,6 +250,19 @@ typedef struct bkv_config {
     uint64_t seed;       /* of the halvings; give each layer its own */
 } bkv_config;
 
+/* bkv_size() as a constant expression, for static arrays: of what bkv_config_default() gives, with
+   this kv_type. Checks nothing, bkv_init() does. See examples/freestanding.c. */
+#define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
+    (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
+     BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
+                   (kv_type) == BALANCEKV_F32 ? 4 : (kv_type) == BALANCEKV_I8 ? 1 : 2) *           \
+         (n_kv_heads))
+#define BKV_SIZE_HEAD(group, dim, slots, elem)                                                     \
+    (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + BKV_SIZE_PAD(dim, 16) * 4 * (group) +          \
+     12 * (slots) + ((elem) == 1 ? 2 * BKV_SIZE_PAD((slots)*2, 64) : 0) + /* words, scales */      \
+     BKV_SIZE_PAD((slots) * (dim) * (elem), 64) + BKV_SIZE_PAD(dim, 16) * (slots) * (elem))
+#define BKV_SIZE_PAD(n, unit) (((size_t)(n) + (unit)-1) / (unit) * (unit))
+
 /* A tensor of the caller's: element (token t, head h, index i) is at
        (char *)data + t * token_stride + h * head_stride + i * elem_stride        (bytes).
    Strides of 0 mean dense [n_tokens][n_heads][dim]. Any alignment. Read-only to the library. */
@@ -452,7 +465,14 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
    §4 PLATFORM                                                                           >>platform
    The only section that names compilers and CPUs; the rest of the file asks BKVI_*.
    ---------------------------------------------------------------------------------------------- */
+#if __STDC_HOSTED__
 #include <string.h>
+#else /* no C library: the program brings mem*, and by these names the compiler knows them */
+#define BKVI_BARE 1
+#define memcpy __builtin_memcpy
+#define memset __builtin_memset
+#define memcmp __builtin_memcmp
+#endif
 
 #if !defined(__GNUC__) && !defined(__clang__)
 #error "balancekv.h: needs gcc, clang or a compiler that speaks their extensions"
@@ -3231,6 +3251,12 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_SMALL
 #undef BKVI_SIMDE_FMA
 #undef BKVI_HARDWARE_FMA
+#ifdef BKVI_BARE
+#undef memcpy
+#undef memset
+#undef memcmp
+#undef BKVI_BARE
+#endif
 #endif
 
 /* ------------------------------------------------------------------------------------------------

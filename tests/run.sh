@@ -171,6 +171,29 @@ if have meson && have ninja; then
         leave_out 'clang' 'no clang'
     fi
 
+    bare=
+    if have arm-none-eabi-gcc && have qemu-system-arm; then
+        bare=cortex-m7
+    else
+        leave_out 'freestanding, Cortex-M7' 'no arm-none-eabi-gcc or no qemu-system-arm'
+    fi
+    if have aarch64-linux-gnu-gcc && have qemu-aarch64; then
+        bare="$bare aarch64"
+    else
+        leave_out 'freestanding, AArch64' 'no aarch64-linux-gnu-gcc or no qemu-aarch64'
+    fi
+    [ "$(uname -sm)" != 'Linux x86_64' ] || bare="$bare x86-64"
+    # shellcheck disable=SC2086 # names are meant to split
+    [ -z "$bare" ] || step "freestanding" sh examples/freestanding.sh $bare
+
+    if ! have chromium && ! have chromium-browser && ! have google-chrome; then
+        leave_out 'the web page' 'no Chromium'
+    elif ! sh examples/web/build.sh >"$logs/web_build.log" 2>&1; then
+        leave_out 'the web page' "not built: $(tail -n 1 "$logs/web_build.log")"
+    else
+        step 'the web page, in Chromium' python3 tests/test_web.py
+    fi
+
     # From here on it is about the instructions and the memory, not about every size.
     export BKV_QUICK=1
     step 'address, undefined sanitizers' meson_run build/sanitize "$native" \
