@@ -74,12 +74,12 @@
          such that go, whenever this shortens the error sum_i (w'_i - w_i) phi_i, as measured by
              K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
          the paper's kernel, with keys and values relative to the block's means.
-     - BKV_RULE_WALK   the paper's self-balancing walk (arXiv 2502.07861, algorithm 1 and its code)
-         on that kernel; gamma is in units of its largest diagonal entry.
-     - BKV_RULE_UNIFORM  64 of 128 at random.
      - BKV_RULE_WINDOW   the newer 64, weights unchanged: sinks + sliding window (StreamingLLM), for
          comparison. The only rule that loses mass.
      Random numbers come from a counter over (seed, head, number of the halving) and nothing else.
+   Pins. A token appended with BKV_PIN is certain to stay, as it is, in every halving; of more than
+     32 in a block the oldest 32, which thus hold for ever, and such blocks are halved last. A pin
+     that finds no place, or rule `window`, leaves an ordinary token.
    Learning. bkv_attend() and bkv_prefill() tell the cache what matters: of each query head a
      running mean, += 0.01 (q - mean); of each token of the two newest pages the use, += p^2 per
      query head, p its share of attention (in the older of the two, of the attention up to there).
@@ -176,7 +176,7 @@ extern "C" {
     X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, _F16, _BF16 or _I8 (and compiled in)")          \
     X(BKV_E_BUDGET, -5, "budget is smaller than sinks + window + two pages of 64, or above 2^24")  \
     X(BKV_E_RULE, -6, "unknown rule or importance, or rounds above 64")                            \
-    X(BKV_E_PARAM, -7, "gamma, temp, scale or softcap is out of range, or reserved is not 0")      \
+    X(BKV_E_PARAM, -7, "temp, scale or softcap is out of range")                                   \
     X(BKV_E_BACKEND, -8, "this CPU, or this build, does not have the requested backend")           \
     X(BKV_E_THREADS, -9, "need ith < nth <= n_threads <= 1024")                                    \
     X(BKV_E_SIZE, -10, "the cache, or a tensor's extent, does not fit the address space")          \
@@ -186,7 +186,7 @@ extern "C" {
     X(BKV_E_TYPE, -14, "a tensor's type must be BKV_F32, BKV_F16 or BKV_BF16")                     \
     X(BKV_E_STRIDE, -15, "a tensor's strides are too small: its elements would overlap")           \
     X(BKV_E_COUNT, -16, "n_tokens must be at least 1")                                             \
-    X(BKV_E_FLAGS, -17, "flags must be 0")                                                         \
+    X(BKV_E_FLAGS, -17, "flags must be 0 or BKV_PIN")                                                   \
     X(BKV_E_VALUE, -18, "K, V or q holds NaN, Inf or a number too large for the cache")            \
     X(BKV_E_EMPTY, -19, "the cache holds no token yet")                                            \
     X(BKV_E_INDEX, -20, "head or token index out of range")
@@ -203,12 +203,14 @@ enum { BKV_F32 = BALANCEKV_F32, BKV_F16 = BALANCEKV_F16, BKV_BF16 = BALANCEKV_BF
 enum { BKV_I8 = BALANCEKV_I8 };
 
 /* Halving rules, see §1. BKV_RULE_DEFAULT is BKV_RULE_SAMPLE. */
-enum { BKV_RULE_DEFAULT = 0, BKV_RULE_WALK = 1, BKV_RULE_SAMPLE = 2, BKV_RULE_UNIFORM = 3 };
-enum { BKV_RULE_WINDOW = 4 };
+enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
 
 /* What BKV_RULE_SAMPLE takes for important, see §1; the sum of any. 0 in bkv_config means
    QUERY + USE, BKV_NONE that all tokens of a weight are alike. KEY alone needs no queries. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
+
+/* Flags of bkv_append() and bkv_prefill(): pin the call's tokens, see §1. */
+enum { BKV_PIN = 1 };
 
 /* Backends. All give the same bits. BKV_BACKEND_AUTO takes the fastest that this CPU has. */
 enum { BKV_BACKEND_AUTO = 0, BKV_BACKEND_SCALAR = 1, BKV_BACKEND_AVX2 = 2 };
@@ -234,11 +236,9 @@ typedef struct bkv_config {
     uint32_t rounds;     /* rounds of balancing by BKV_RULE_SAMPLE, up to 64, or BKV_NONE; 0: 2 */
     uint32_t backend;    /* BKV_BACKEND_*; 0: the fastest this CPU has */
     uint32_t n_threads;  /* most threads that share one call, 1..1024; 0: 1 */
-    float gamma;         /* strength of BKV_RULE_WALK, 1e-6..1e6; 0: 4 */
-    float temp;          /* factor on the logits of the kernel of §1; 0: 0.1 (walk: 1) */
+    float temp;          /* factor on the logits of the kernel of §1, 1e-6..1e6; 0: 0.1 */
     float scale;         /* factor on <q, k>, 1e-6..8, as is scale * temp; 0: 1/sqrt(head_dim) */
     float softcap;       /* logit softcap as in Gemma 2, 1..100; 0: none */
-    uint32_t reserved;   /* 0 */
     uint64_t seed;       /* of the halvings; give each layer its own */
 } bkv_config;
 
@@ -269,9 +269,10 @@ enum { BKV_KIND_SINK = 1, BKV_KIND_PAGE = 2, BKV_KIND_WINDOW = 3 };
 typedef struct bkv_token_info {
     uint64_t position; /* index of the token in the stream, modulo 2^32 */
     float weight;      /* tokens it stands for */
-    float use;         /* observed use, see §1 */
+    float use;         /* observed use, see §1; pinned: 0 */
     uint32_t kind;     /* BKV_KIND_*; PAGE covers all that is neither sink nor window */
     uint32_t level;    /* halvings it went through */
+    uint32_t pinned;   /* 1: by BKV_PIN, and in force */
 } bkv_token_info;
 
 typedef struct bkv_stats_info {
@@ -324,7 +325,7 @@ BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
 BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type);
 
 /* Appends n_tokens tokens to all KV heads. k: [n_tokens][n_kv_heads][head_dim], v: the same with
-   value_dim. flags: 0. Appending one by one, in chunks, or by bkv_prefill() gives the same state.
+   value_dim. flags: 0 or BKV_PIN. Appending one by one, in chunks, or by bkv_prefill() gives the same state.
    Returns BKV_E_NULL, _COUNT, _FLAGS, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE.
    Cost: a pass over the inputs per share, and at most one halving per KV head and 64 tokens. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v,
@@ -499,21 +500,22 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 
 enum {
     BKVI_PAGE = 64,          /* slots of a page */
+    BKVI_PINS = 32,          /* pins that hold in a halving */
     BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
     BKVI_TILE_MAX = 4,       /* rows that share a register tile, at most */
     BKVI_DIM_MAX = 512,      /* elements of a key or value, at most */
     BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
-    BKVI_CONFIG_BYTES = 72,  /* of bkv_config, all that stands before the seed */
+    BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
     BKVI_COUNTER_BYTES = 28, /* of bkvi_head in the state */
     BKVI_MAGIC = 0x4B564B42, /* "BKVK" */
     BKVI_STATE_VERSION = 1
 };
 static const float BKVI_LOG2E = 1.44269504088896341f, BKVI_LN2 = 0.693147180559945309f;
 static const float BKVI_HUGE = 7.2057594037927936e16f; /* 2^56: keys, values, queries are below */
-static const float BKVI_CONSTANT = 0.025f; /* constant channel of the kernel, the paper's code */
-static const float BKVI_LEARN = 0.01f;     /* share of a query in its running mean */
+static const float BKVI_LEARN = 0.01f; /* share of a query in its running mean */
+static const float BKVI_PINNED = 1e38f; /* a use that marks a pin: no share changes it */
 static const uint64_t BKVI_GOLDEN = 0x9E3779B97F4A7C15u;
 
 /* ------------------------------------------------------------------------------------------------
@@ -573,12 +575,9 @@ static uint64_t bkvi_draw_key(uint64_t seed, uint32_t head, uint64_t halving) {
     return bkvi_mix(bkvi_mix(seed + BKVI_GOLDEN * ((uint64_t)head + 1)) +
                     BKVI_GOLDEN * (halving + 1));
 }
-/* 24 random bits, number i of a halving; / 2^24 is exact. */
-static uint32_t bkvi_draw(uint64_t key, uint32_t i) {
-    return (uint32_t)(bkvi_mix(key + BKVI_GOLDEN * ((uint64_t)i + 1)) >> 40);
-}
+/* Random number i of a halving in [0, 1): 24 bits, so that the product is exact. */
 static float bkvi_uniform(uint64_t key, uint32_t i) {
-    return (float)bkvi_draw(key, i) * 5.9604644775390625e-8f;
+    return (float)(bkvi_mix(key + BKVI_GOLDEN * ((uint64_t)i + 1)) >> 40) * 5.9604644775390625e-8f;
 }
 
 /* 1 / sqrt(dim) to nearest, without libm: Newton in double (tests/test_api.c: all 512). */
@@ -667,7 +666,7 @@ typedef struct bkvi_block {
     float *weight, *use;              /* [128]; of the weights only the ratios count */
     float *score, *factor, *norm;     /* [128]: importance; factor in the kernel; squared norms */
     float *expected, *unlike;         /* [128]: shares of importance */
-    float *matrix;                    /* [128][128], the kernel; walk: upper triangle of panels */
+    float *matrix;                    /* [128][128], the kernel */
     float *panels;                    /* [8][max(head_dim, v_dim_pad) + 1][16], operands */
     float *tile;                      /* [16][64], products before they are used, and other work */
 } bkvi_block;
@@ -686,7 +685,6 @@ typedef struct bkvi_kernels {
     void (*put)(unsigned char *dst, size_t step, unsigned char *scale, uint32_t kv_type,
                 const unsigned char *src, uint32_t type, size_t stride, uint32_t n, float *work);
     void (*gram)(const bkv_cache *c, const bkvi_block *block);
-    void (*walk)(const float *matrix, const float *threshold, unsigned char *keep);
     void (*exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                      unsigned char *keep);
     void (*attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_queries *queries);
@@ -739,19 +737,19 @@ static uint32_t bkvi_pick_backend(uint32_t wanted) {
 /* ------------------------------------------------------------------------------------------------
    §7 HALVING                                                                             >>halving
    Choosing 64 of the 128 tokens of two neighbouring pages, and their new weights. The rules are
-   stated in tests/golden/README.md; what costs time (importance and kernel, signed sums,
-   exchanges) is bkvi_gram, bkvi_walk and bkvi_exchange in §12.
+   stated in tests/golden/README.md; what costs time (importance and kernel, exchanges) is bkvi_gram
+   and bkvi_exchange in §12.
    ---------------------------------------------------------------------------------------------- */
 /* Floats of scratch a halving needs: 9 vectors of 128, matrix, tile, packed panels. */
 static size_t bkvi_halving_floats(uint32_t dim, uint32_t v_dim_pad) {
     return (size_t)BKVI_BLOCK * (9 + BKVI_BLOCK + bkvi_max(dim, v_dim_pad) + 1) + 16 * BKVI_PAGE;
 }
 
-/* The chance of every token to stay: in proportion to its score, 64 in all. What would exceed 1 is
-   1, and the rest shares what is left. */
-static void bkvi_chances(const float *score, float *chance) {
+/* The chance of every token to stay: in proportion to its score, 64 in all. What is pinned, or would
+   exceed 1, is 1, and the rest shares what is left. */
+static void bkvi_chances(const float *score, const unsigned char *pinned, float *chance) {
     uint32_t i, certain = 0, before;
-    memset(chance, 0, BKVI_BLOCK * sizeof *chance);
+    for (i = 0; i < BKVI_BLOCK; i++) chance[i] = pinned[i], certain += pinned[i];
     do {
         double sum = 0.0, each;
         before = certain;
@@ -794,61 +792,40 @@ static void bkvi_draw_tokens(const float *chance, uint64_t key, unsigned char *k
     if (held < BKVI_BLOCK) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
 }
 
-/* keep[i] = 1 for the 64 survivors; weight [128]: the weights, then those after the halving. */
+/* keep[i]: 1 for what is pinned, then for the 64 survivors; weight [128]: the weights, then those
+   after the halving. */
 static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels,
                                       bkvi_block *block, uint64_t key, double seen,
                                       float *scratch, float *weight, unsigned char *keep) {
-    float *u = scratch, heaviest = 0.0f;
-    double all = 0.0, kept = 0.0;
-    uint32_t i, rule = c->cfg.rule;
-    for (i = 0; i < BKVI_BLOCK; i++) {
-        heaviest = weight[i] > heaviest ? weight[i] : heaviest;
-        all += (double)weight[i];
-    }
-    if (rule == BKV_RULE_WALK || rule == BKV_RULE_SAMPLE) {
-        block->weight = scratch + BKVI_BLOCK;
-        block->score = scratch + 2 * BKVI_BLOCK;
-        block->factor = scratch + 3 * BKVI_BLOCK;
-        block->norm = scratch + 4 * BKVI_BLOCK;
-        block->expected = scratch + 5 * BKVI_BLOCK;
-        block->unlike = scratch + 6 * BKVI_BLOCK;
-        block->matrix = scratch + 7 * BKVI_BLOCK;
-        block->tile = block->matrix + (size_t)BKVI_BLOCK * BKVI_BLOCK;
-        block->panels = block->tile + 16 * BKVI_PAGE;
-        for (i = 0; i < BKVI_BLOCK; i++)
-            block->weight[i] = weight[i] / heaviest; /* so that products stay in range */
-        kernels->gram(c, block);
-    }
-    if (rule == BKV_RULE_SAMPLE) {
-        bkvi_chances(block->score, u);
-        bkvi_draw_tokens(u, key, keep);
-        if (c->cfg.rounds != BKV_NONE) kernels->exchange(block, u, c->cfg.rounds, keep);
-        for (i = 0; i < BKVI_BLOCK; i++) weight[i] = keep[i] ? weight[i] / u[i] : 0.0f;
-    } else if (rule == BKV_RULE_WALK) {
-        float largest = 0.0f;
-        for (i = 0; i < BKVI_BLOCK; i++)
-            if (block->matrix[i * (BKVI_BLOCK + 1)] > largest)
-                largest = block->matrix[i * (BKVI_BLOCK + 1)];
-        for (i = 0; i < BKVI_BLOCK; i++) /* u < 1/2 - gamma f, solved for the signed sum */
-            u[i] = (0.5f - bkvi_uniform(key, i)) * (largest / c->cfg.gamma);
-        kernels->walk(block->matrix, u, keep);
-    } else if (rule == BKV_RULE_UNIFORM) {
-        unsigned char order[BKVI_BLOCK];
-        memset(keep, 0, BKVI_BLOCK);
-        for (i = 0; i < BKVI_BLOCK; i++) order[i] = (unsigned char)i;
-        for (i = 0; i < BKVI_PAGE; i++) { /* the first half of a Fisher-Yates shuffle */
-            uint32_t j = i + ((bkvi_draw(key, i) * (BKVI_BLOCK - i)) >> 24);
-            unsigned char chosen = order[j];
-            order[j] = order[i];
-            keep[chosen] = 1;
-        }
-    } else {
+    float *chance = scratch, heaviest = 0.0f;
+    double kept = 0.0;
+    uint32_t i;
+    if (c->cfg.rule == BKV_RULE_WINDOW) {
         for (i = 0; i < BKVI_BLOCK; i++) keep[i] = i >= BKVI_PAGE;
         return;
     }
-    for (i = 0; i < BKVI_BLOCK; i++) kept += keep[i] ? (double)weight[i] : 0.0;
-    if (rule == BKV_RULE_SAMPLE) all = kept < seen ? kept : seen; /* or it grows without end */
-    for (i = 0; i < BKVI_BLOCK; i++) weight[i] = (float)((double)weight[i] * (all / kept));
+    block->weight = scratch + BKVI_BLOCK;
+    block->score = scratch + 2 * BKVI_BLOCK;
+    block->factor = scratch + 3 * BKVI_BLOCK;
+    block->norm = scratch + 4 * BKVI_BLOCK;
+    block->expected = scratch + 5 * BKVI_BLOCK;
+    block->unlike = scratch + 6 * BKVI_BLOCK;
+    block->matrix = scratch + 7 * BKVI_BLOCK;
+    block->tile = block->matrix + (size_t)BKVI_BLOCK * BKVI_BLOCK;
+    block->panels = block->tile + 16 * BKVI_PAGE;
+    for (i = 0; i < BKVI_BLOCK; i++) heaviest = weight[i] > heaviest ? weight[i] : heaviest;
+    for (i = 0; i < BKVI_BLOCK; i++)
+        block->weight[i] = weight[i] / heaviest; /* so that products stay in range */
+    kernels->gram(c, block);
+    bkvi_chances(block->score, keep, chance);
+    bkvi_draw_tokens(chance, key, keep);
+    if (c->cfg.rounds != BKV_NONE) kernels->exchange(block, chance, c->cfg.rounds, keep);
+    for (i = 0; i < BKVI_BLOCK; i++) {
+        weight[i] = keep[i] ? weight[i] / chance[i] : 0.0f;
+        kept += (double)weight[i];
+    }
+    for (i = 0; i < BKVI_BLOCK && kept > seen; i++) /* or it grows without end */
+        weight[i] = (float)((double)weight[i] * (seen / kept));
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -939,15 +916,23 @@ static void bkvi_move_slot(const bkv_cache *c, unsigned char *mem, uint32_t to, 
     }
 }
 
-/* The pair of neighbours outside the window with the lowest level, the oldest of those. */
-static uint32_t bkvi_pick_pair(const bkv_cache *c, const unsigned char *pages) {
-    uint32_t i, best = 0, best_level = 0xFFFFFFFFu;
+/* A pin is in force while its token is exact. */
+static uint32_t bkvi_pinned(const bkv_cache *c, unsigned char *mem, uint32_t slot) {
+    return bkvi_getf(bkvi_word(mem, c->off_use, slot)) >= BKVI_PINNED &&
+           bkvi_getf(bkvi_word(mem, c->off_weight, slot)) <= 1.0f;
+}
+
+/* The pair of neighbours outside the window with the lowest level, the oldest of those; one with
+   more pins than hold only if there is no other. */
+static uint32_t bkvi_pick_pair(const bkv_cache *c, unsigned char *mem) {
+    const unsigned char *pages = mem + c->off_pages;
+    uint32_t i, j, best = 0, best_level = 0xFFFFFFFFu;
     for (i = 0; i + 1 < c->n_pages - c->window_pages; i++) {
-        uint32_t level = bkvi_max(bkvi_level(pages, i), bkvi_level(pages, i + 1));
-        if (level < best_level) {
-            best_level = level;
-            best = i;
-        }
+        uint32_t level = bkvi_max(bkvi_level(pages, i), bkvi_level(pages, i + 1)), pins = 0;
+        for (j = 0; j < BKVI_BLOCK && level < best_level; j++)
+            pins += bkvi_pinned(c, mem, bkvi_page_slot(c, pages, i + j / BKVI_PAGE) + j % BKVI_PAGE);
+        level += pins > BKVI_PINS ? 1u << 31 : 0;
+        if (level < best_level) best = i, best_level = level;
     }
     return best;
 }
@@ -958,7 +943,7 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
     unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
     unsigned char keep[BKVI_BLOCK];
     float *weight = scratch;
-    uint32_t i, n = 0, slot[2], pair = bkvi_pick_pair(c, pages), level, freed;
+    uint32_t i, n = 0, slot[2], pair = bkvi_pick_pair(c, mem), level, freed;
     bkvi_block block;
     block.use = scratch + BKVI_BLOCK;
     for (i = 0; i < 2; i++) {
@@ -970,11 +955,16 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
         memcpy(weight + i * BKVI_PAGE, bkvi_word(mem, c->off_weight, slot[i]), 4 * BKVI_PAGE);
         memcpy(block.use + i * BKVI_PAGE, bkvi_word(mem, c->off_use, slot[i]), 4 * BKVI_PAGE);
     }
+    for (i = 0; i < BKVI_BLOCK; i++) {
+        keep[i] = n < BKVI_PINS && bkvi_pinned(c, mem, slot[i / BKVI_PAGE] + i % BKVI_PAGE);
+        n += keep[i];
+        if (block.use[i] >= BKVI_PINNED) block.use[i] = 0.0f;
+    }
     block.queries = mem + c->off_queries;
     bkvi_choose(c, kernels, &block, bkvi_draw_key(c->cfg.seed, head, h->halvings++),
                 (double)h->seen, scratch + 2 * BKVI_BLOCK, weight, keep);
     /* In order, and in place: the n-th survivor comes from place n or later. */
-    for (i = 0; i < BKVI_BLOCK; i++)
+    for (i = n = 0; i < BKVI_BLOCK; i++)
         if (keep[i])
             bkvi_move_slot(c, mem, slot[0] + n++, slot[i / BKVI_PAGE] + i % BKVI_PAGE,
                            weight[i] > 1.0f ? weight[i] : 1.0f);
@@ -1019,7 +1009,7 @@ static const unsigned char *bkvi_at(const bkv_tensor *t, size_t token, size_t he
 /* Writes tokens first .. first + n - 1 of k and v to slots that bkvi_reserve() gave. */
 static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
                          bkvi_head *h, uint32_t slot, const bkv_tensor *k, const bkv_tensor *v,
-                         size_t first, uint32_t n, float *scratch) {
+                         size_t first, uint32_t n, uint32_t flags, float *scratch) {
     unsigned char *mem = bkvi_head_mem(c, head);
     uint32_t t;
     for (t = 0; t < n; t++, slot++) {
@@ -1031,7 +1021,7 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
                      c->cfg.kv_type, bkvi_at(v, first + t, head), v->type, v->elem_stride,
                      c->cfg.value_dim, scratch);
         bkvi_putf(bkvi_word(mem, c->off_weight, slot), 1.0f);
-        bkvi_putf(bkvi_word(mem, c->off_use, slot), 0.0f);
+        bkvi_putf(bkvi_word(mem, c->off_use, slot), flags & BKV_PIN ? BKVI_PINNED : 0.0f);
         bkvi_put32(bkvi_word(mem, c->off_position, slot), (uint32_t)(h->seen + t));
     }
     h->seen += n;
@@ -1156,13 +1146,12 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (r->rule > BKV_RULE_WINDOW || (r->importance > 7 && r->importance != BKV_NONE) ||
         (r->rounds > 64 && r->rounds != BKV_NONE))
         return BKV_E_RULE;
-    if (r->gamma == 0.0f) r->gamma = 4.0f;
+    if (r->temp == 0.0f) r->temp = 0.1f;
     if (r->scale == 0.0f) r->scale = bkvi_default_scale(r->head_dim);
     /* Written so that NaN fails. The bounds keep every logit below 2^127 for inputs below 2^56. */
-    if (!(r->gamma >= 1e-6f && r->gamma <= 1e6f) ||
-        !(r->temp == 0.0f || (r->temp >= 1e-6f && r->temp <= 1e6f)) ||
-        !(r->scale >= 1e-6f && r->scale <= 8.0f) || !(r->scale * r->temp <= 8.0f) ||
-        !(r->softcap == 0.0f || (r->softcap >= 1.0f && r->softcap <= 100.0f)) || r->reserved)
+    if (!(r->temp >= 1e-6f && r->temp <= 1e6f) || !(r->scale >= 1e-6f && r->scale <= 8.0f) ||
+        !(r->scale * r->temp <= 8.0f) ||
+        !(r->softcap == 0.0f || (r->softcap >= 1.0f && r->softcap <= 100.0f)))
         return BKV_E_PARAM;
     if (!r->n_threads) r->n_threads = 1;
     if (r->n_threads > 1024) return BKV_E_THREADS;
@@ -1396,7 +1385,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor
     bkv_result r;
     if (!c || !c->mem || !k.data || !v.data || (q && (!q->data || !out))) return BKV_E_NULL;
     if (!n_tokens) return BKV_E_COUNT;
-    if (flags) return BKV_E_FLAGS;
+    if (flags & ~(uint32_t)BKV_PIN) return BKV_E_FLAGS;
     kernels = bkvi_kernels_of(c->cfg.backend);
     in[0].t = &k, in[0].heads = c->cfg.n_kv_heads, in[0].dim = c->cfg.head_dim;
     in[1].t = &v, in[1].heads = c->cfg.n_kv_heads, in[1].dim = c->cfg.value_dim;
@@ -1411,7 +1400,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor
         while (done < n_tokens) {
             uint32_t slot, n = bkvi_reserve(c, &kernels, head, &h, scratch, &slot);
             n = n_tokens - done < n ? (uint32_t)(n_tokens - done) : n;
-            bkvi_put_run(c, &kernels, head, &h, slot, &k, &v, done, n, scratch);
+            bkvi_put_run(c, &kernels, head, &h, slot, &k, &v, done, n, flags, scratch);
             if (q) {
                 bkvi_queries run = {q, done, head, n, out, NULL, NULL, scratch};
                 kernels.attend(c, &h, &run);
@@ -1482,6 +1471,8 @@ BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i
     info->position = bkvi_get32(bkvi_word(mem, c->off_position, slot));
     info->weight = bkvi_getf(bkvi_word(mem, c->off_weight, slot));
     info->use = bkvi_getf(bkvi_word(mem, c->off_use, slot));
+    if (info->use >= BKVI_PINNED) info->use = 0.0f;
+    info->pinned = bkvi_pinned(c, mem, slot);
     return BKV_OK;
 }
 
@@ -1983,11 +1974,11 @@ BKVI_VFN bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32_t 
     return type == BKV_I8 ? bkvi_v(load_bf16)(scale + 2 * (size_t)i) : bkvi_v(set)(1.0f);
 }
 
-/* The block's keys or values as f32 panels, `stride` floats apart, minus their mean if `centred`,
-   sixteen dimensions at a time; returns the largest squared norm. Sums over the tokens have the
-   order: panels, then lanes i + i+8, i+4, i+2, i+1. */
+/* The block's keys or values as f32 panels, `stride` floats apart, minus their mean, sixteen
+   dimensions at a time; returns the largest squared norm. Sums over the tokens have the order:
+   panels, then lanes i + i+8, i+4, i+2, i+1. */
 static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *block, int values,
-                                        int centred, uint32_t dim, size_t stride) {
+                                        uint32_t dim, size_t stride) {
     const int type = (int)BKVI_TYPE(c->cfg.kv_type), packed = values ? BKV_F32 : type;
     const size_t es = bkvi_type_bytes(BKVI_TYPE(c->cfg.kv_type)), size = values ? 4 : es;
     float *sums = block->tile, *turned = sums + 256, *mean = sums + 512, largest = 0.0f;
@@ -2005,7 +1996,7 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
             if (values)
                 bkvi_k(turn)(to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim,
                              (uint32_t)type);
-            for (j = 0; j < n && centred; j += BKVI_WIDTH)
+            for (j = 0; j < n; j += BKVI_WIDTH)
                 bkvi_v(store)(sums + j,
                               bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
                                           bkvi_k(scales)(type, block->scale[values][p / 4],
@@ -2191,7 +2182,7 @@ BKVI_VFN void bkvi_k(rows)(const bkvi_block *block, const int vecs, uint32_t i, 
 }
 
 /* The upper triangle of the products, and their entries: columns in groups of panels, panels of
-   rows down to the diagonal. values: 0 keys, 1 values, 2 and mirrored: exchanges need that. */
+   rows down to the diagonal. Those of values, the last, are mirrored: exchanges need that. */
 static BKVI_NOINLINE void bkvi_k(products)(const bkvi_block *block, int values, uint32_t dim,
                                            size_t stride, float a, float b) {
     uint32_t group, end, i, j;
@@ -2204,7 +2195,7 @@ static BKVI_NOINLINE void bkvi_k(products)(const bkvi_block *block, int values, 
             if (BKVI_VECS(6) == 4 && vecs == 3) bkvi_k(rows)(block, 3, i, first, dim, stride);
             if (BKVI_VECS(6) == 4 && vecs == 4) bkvi_k(rows)(block, 4, i, first, dim, stride);
             bkvi_k(entries)(block, values, i, first, end, a, b);
-            for (j = bkvi_max(first, i + 1); j < end && values > 1; j++)
+            for (j = bkvi_max(first, i + 1); j < end && values; j++)
                 bkvi_k(turn)(
                     block->matrix + (j * BKVI_BLOCK + i) * BKVI_LANES, BKVI_BLOCK,
                     (const unsigned char *)(block->matrix + (i * BKVI_BLOCK + j) * BKVI_LANES),
@@ -2215,52 +2206,32 @@ static BKVI_NOINLINE void bkvi_k(products)(const bkvi_block *block, int values, 
 
 static void bkvi_k(gram)(const bkv_cache *c, const bkvi_block *block) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim = c->v_dim_pad;
-    const int sample = c->cfg.rule == BKV_RULE_SAMPLE;
-    const float temp = c->cfg.temp > 0.0f ? c->cfg.temp : sample ? 0.1f : 1.0f;
-    const float scale = c->cfg.scale * temp * BKVI_LOG2E;
-    const uint32_t importance = c->cfg.importance == BKV_NONE || !sample ? 0 : c->cfg.importance;
+    const float scale = c->cfg.scale * c->cfg.temp * BKVI_LOG2E;
+    const uint32_t importance = c->cfg.importance == BKV_NONE ? 0 : c->cfg.importance;
     /* One row more than needed: panels a multiple of 4 KiB apart would share cache sets. */
     const size_t stride = ((size_t)dim + 1) * BKVI_LANES;
     const size_t v_stride = ((size_t)v_dim + 1) * BKVI_LANES;
-    float constant = BKVI_CONSTANT, largest = bkvi_k(pack)(c, block, 0, 1, dim, stride);
+    float constant, largest = bkvi_k(pack)(c, block, 0, dim, stride);
     if (importance & BKV_IMPORTANCE_QUERY) bkvi_k(expect)(c, block, dim, stride);
     if (importance & BKV_IMPORTANCE_KEY) bkvi_k(unlike)(block, dim, stride);
     bkvi_k(products)(block, 0, dim, stride, scale, largest * scale);
-    largest = bkvi_k(pack)(c, block, 1, sample, v_dim, v_stride);
+    largest = bkvi_k(pack)(c, block, 1, v_dim, v_stride);
     memcpy(block->factor, block->weight, BKVI_BLOCK * sizeof(float));
-    if (sample) {
-        bkvi_k(rate)(block, importance);
-        constant = bkvi_k(total)(block->norm, BKVI_BLOCK) * (1.0f / 4096.0f);
-        constant = constant > 0.0f ? constant : 1.0f;
-    }
+    bkvi_k(rate)(block, importance);
+    constant = bkvi_k(total)(block->norm, BKVI_BLOCK) * (1.0f / 4096.0f);
+    constant = constant > 0.0f ? constant : 1.0f;
     /* All entries at most about 1, whatever the size of the values. */
-    bkvi_k(products)(block, 1 + sample, v_dim, v_stride, 1.0f / (largest + constant), constant);
+    bkvi_k(products)(block, 1, v_dim, v_stride, 1.0f / (largest + constant), constant);
 }
 
-/* ---- signed sums ---- */
-/* f += s * row i, for the columns from `from`, a multiple of 16. */
-BKVI_VFN void bkvi_k(add_row)(float *f, const float *matrix, uint32_t i, uint32_t from, float s) {
+/* ---- exchanges ---- */
+/* f += s * row i. */
+BKVI_VFN void bkvi_k(add_row)(float *f, const float *matrix, uint32_t i, float s) {
     bkvi_vec sv = bkvi_v(set)(s);
     uint32_t j;
     matrix += (size_t)i * BKVI_BLOCK;
-    for (j = from; j < BKVI_BLOCK; j += BKVI_WIDTH)
+    for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH)
         bkvi_v(store)(f + j, bkvi_v(fma)(sv, bkvi_v(load)(matrix + j), bkvi_v(load)(f + j)));
-}
-
-static void bkvi_k(walk)(const float *matrix, const float *threshold, unsigned char *keep) {
-    float f[BKVI_BLOCK];
-    uint32_t i, kept = 0;
-    memset(f, 0, sizeof f);
-    for (i = 0; i < BKVI_BLOCK; i++) {
-        int plus = f[i] < threshold[i];
-        if (kept == BKVI_PAGE)
-            plus = 0;
-        else if (i - kept == BKVI_PAGE)
-            plus = 1;
-        keep[i] = (unsigned char)plus;
-        kept += (uint32_t)plus;
-        bkvi_k(add_row)(f, matrix, i, i / BKVI_LANES * BKVI_LANES, plus ? 1.0f : -1.0f);
-    }
 }
 
 /* Rounds of exchanges: each token that stays, unless for certain, makes way for that one whose
@@ -2279,7 +2250,7 @@ static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint3
         step[i] = keep[i] ? -inverse : inverse;
         own[i] = step[i] > 0.0f ? inverse * inverse * block->matrix[i * (BKVI_BLOCK + 1)] : never;
         if (chance[i] < 1.0f)
-            bkvi_k(add_row)(f, block->matrix, i, 0, keep[i] ? inverse - 1.0f : -1.0f);
+            bkvi_k(add_row)(f, block->matrix, i, keep[i] ? inverse - 1.0f : -1.0f);
     }
     for (; rounds && moved; rounds--)
         for (i = 0, moved = 0; i < BKVI_BLOCK; i++) {
@@ -2300,8 +2271,8 @@ static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint3
             for (j = partner = 0; j < BKVI_BLOCK; j++)
                 partner = gain[j] < gain[partner] ? j : partner;
             moved = 1, keep[i] = 0, keep[partner] = 1;
-            bkvi_k(add_row)(f, block->matrix, i, 0, step[i]);
-            bkvi_k(add_row)(f, block->matrix, partner, 0, step[partner]);
+            bkvi_k(add_row)(f, block->matrix, i, step[i]);
+            bkvi_k(add_row)(f, block->matrix, partner, step[partner]);
             step[i] = -step[i], step[partner] = -step[partner];
             own[i] = own_i, own[partner] = never;
         }
@@ -2554,7 +2525,6 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
     k.scan = bkvi_k(scan);
     k.put = bkvi_k(put);
     k.gram = bkvi_k(gram);
-    k.walk = bkvi_k(walk);
     k.exchange = bkvi_k(exchange);
     k.attend = bkvi_k(attend);
     return k;
@@ -2588,7 +2558,7 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
 /* Once, behind all passes. */
 #if defined(BKVI_HARDWARE_FMA) && !defined(BKVI_NESTED)
 static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
-    bkvi_kernels k = {NULL, NULL, NULL, NULL, NULL, NULL};
+    bkvi_kernels k = {NULL, NULL, NULL, NULL, NULL};
 #if BKVI_HAVE_SCALAR
     if (backend == BKV_BACKEND_SCALAR) k = bkvi_kernels_scalar();
 #endif

@@ -173,10 +173,14 @@ const bl_method bl_methods[] = {
      0, 0, select_kvcrush_mean, NULL},
     {"kvcrush-alternate", all_rows, "the same, anchor 0101..", BL_ONESHOT, 0, 0, NULL, NULL, 0, 0,
      select_kvcrush_alternate, NULL},
-    {"pair", nothing, "kernel halving of pairs on the pages of balancekv.h, arXiv 2105.05842",
-     BL_STREAM, 1, 0, NULL, NULL, 1, 1, NULL, pair_new},
-    {"stride", nothing, "every other token on the pages of balancekv.h", BL_STREAM, 1, 0, NULL,
-     NULL, 1, 1, NULL, stride_new},
+    {"walk", nothing, "self-balancing walk on the pages of balancekv.h, arXiv 2502.07861", BOTH, 1,
+     0, NULL, NULL, 1, 1, select_pages, walk_new},
+    {"uniform", nothing, "64 of 128 at random on the pages of balancekv.h", BOTH, 1, 0, NULL, NULL,
+     1, 1, select_pages, uniform_new},
+    {"pair", nothing, "kernel halving of pairs on the pages of balancekv.h, arXiv 2105.05842", BOTH,
+     1, 0, NULL, NULL, 1, 1, select_pages, pair_new},
+    {"stride", nothing, "every other token on the pages of balancekv.h", BOTH, 1, 0, NULL, NULL, 1,
+     1, select_pages, stride_new},
     {"algorithm1", nothing, "merge-and-reduce of arXiv 2502.07861 as stated", BL_STREAM, 1, 0, NULL,
      NULL, 3, 1, NULL, algorithm1_new},
     {"hybrid", nothing, "moments, parts and a coreset, after arXiv 2606.07205", BL_STREAM, 1,
@@ -211,7 +215,7 @@ uint32_t bl_resolve(const bl_method *m, bl_config *cfg) {
     if (!(cfg->temp > 0)) cfg->temp = 1;
     if (!(cfg->share > 0)) cfg->share = 0.25f;
     if (!(cfg->scale > 0)) cfg->scale = 1 / sqrtf((float)cfg->head_dim);
-    if (m->make == pair_new || m->make == stride_new) return pages_resolve(cfg, default_window);
+    if (m->select == select_pages) return pages_resolve(cfg, default_window);
     return cfg->sinks + cfg->window + m->batch +
            (m->make == hybrid_new ? 192 + (uint32_t)hybrid_part_slots(cfg) : 0);
 }

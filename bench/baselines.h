@@ -55,7 +55,7 @@ struct bl_config {
     uint32_t tokens;  /* algorithm1: of the whole stream; default 2^20 */
     uint32_t layer, layers; /* pyramidkv: of this cache (from 0), of the model; default 0, 30 */
     float share;            /* kvcrush: of the budget, for representatives; default 0.25 */
-    float gamma, temp;      /* published: see walk() in oneshot.c; default 4, 1 */
+    float gamma, temp;      /* walk, pair: pages.c; published: oneshot.c; default 4, 1 */
     float scale;            /* factor on <q, k>; default 1 / sqrt(head_dim) */
     uint64_t seed;
 };

@@ -1,7 +1,7 @@
 /* ceilings.h - what the machine can do at most, so that a share is a share of something: fused
    multiply-adds in registers of a backend's width, and bytes read in order. */
-#ifndef BENCH_LIMITS_H
-#define BENCH_LIMITS_H
+#ifndef BENCH_CEILINGS_H
+#define BENCH_CEILINGS_H
 
 #include <stddef.h>
 #include <stdint.h>

@@ -34,12 +34,10 @@ static const part parts[] = {
     {SAMPLE, KEY, 0, BKV_F16, BKV_F16, 7, 1, 33, 57, 320, BKV_NONE, 0, 1, 0.0f, 0.0f, 0.25f},
     {SAMPLE, QUERY, 3, BKV_F32, BKV_F16, 1, 2, 1, 1, 256, 0, BKV_NONE, 1, 1.0f, 0.0f, 0.0f},
     {SAMPLE, USE, 0, BKV_F16, BKV_BF16, 1, 1, 192, 128, 256, 0, 0, 1, 0.0f, 30.0f, 0.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_F16, BKV_F32, 4, 2, 64, 0, 256, 0, 0, 2, 0.0f, 0.0f, 0.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_F32, BKV_BF16, 2, 1, 128, 0, 256, 0, 64, 1, 0.0f, 2.0f, 0.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_BF16, BKV_F32, 5, 3, 20, 96, 272, 5, 0, 3, 0.3f, 0.0f, 4.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_BF16, BKV_F16, 16, 1, 17, 0, 400, 0, 0, 1, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, KEY, 1, BKV_F32, BKV_BF16, 2, 1, 128, 0, 256, 0, 64, 1, 0.0f, 2.0f, 1.0f},
+    {SAMPLE, 0, 0, BKV_BF16, BKV_F32, 5, 3, 20, 96, 272, 5, 0, 3, 0.3f, 0.0f, 4.0f},
     {SAMPLE, KEY + USE, BKV_NONE, BKV_F16, BKV_F16, 2, 2, 96, 0, 256, 0, 0, 1, 1.0f, 0.0f, 0.0f},
-    {BKV_RULE_UNIFORM, 0, 0, BKV_F32, BKV_F32, 6, 1, 64, 7, 256, 100, BKV_NONE, 1, 2.0f, 5.0f,
+    {SAMPLE, BKV_NONE, BKV_NONE, BKV_F32, BKV_F32, 6, 1, 64, 7, 256, 100, BKV_NONE, 1, 2.0f, 5.0f,
      0.0f},
     {SAMPLE, BKV_NONE, 0, BKV_BF16, BKV_BF16, 1, 4, 64, 0, 256, 0, 0, 4, 0.0f, 0.0f, 0.0f},
     {SAMPLE, KEY + QUERY, 0, BKV_F16, BKV_F32, 3, 1, 256, 0, 256, 0, 0, 1, 0.0f, 50.0f, 0.0f},
@@ -49,8 +47,8 @@ static const part parts[] = {
     {SAMPLE, 0, 0, BKV_I8, BKV_F32, 3, 2, 64, 0, 256, 0, 0, 2, 0.0f, 0.0f, 0.0f},
     {SAMPLE, KEY + QUERY + USE, 0, BKV_I8, BKV_F16, 2, 1, 80, 57, 300, 20, 100, 1, 0.5f, 30.0f,
      0.0f},
-    {BKV_RULE_WALK, 0, 0, BKV_I8, BKV_BF16, 7, 1, 17, 0, 256, 0, 64, 1, 1.0f, 0.0f, 0.0f},
-    {BKV_RULE_UNIFORM, 0, 0, BKV_I8, BKV_F32, 1, 2, 512, 128, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, KEY, 0, BKV_I8, BKV_BF16, 7, 1, 17, 0, 256, 0, 64, 1, 1.0f, 0.0f, 0.0f},
+    {BKV_RULE_WINDOW, 0, 0, BKV_I8, BKV_F32, 1, 2, 512, 128, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
     {BKV_RULE_WINDOW, 0, 0, BKV_I8, BKV_F16, 4, 1, 1, 96, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
 };
 
@@ -60,8 +58,10 @@ enum { APPEND, ATTEND, PARTIAL, PREFILL };
 static const struct {
     int operation;
     size_t n_tokens;
-} steps[] = {{PREFILL, 19}, {ATTEND, 1}, {APPEND, MAX_CHUNK}, {PARTIAL, 7}, {PREFILL, 70},
-             {ATTEND, 1},   {ATTEND, 1}, {APPEND, 64},        {PREFILL, 3}, {ATTEND, 70}};
+    uint32_t flags;
+} steps[] = {{PREFILL, 19, 0},      {ATTEND, 1, 0}, {APPEND, MAX_CHUNK, 0}, {PARTIAL, 7, BKV_PIN},
+             {PREFILL, 70, 0},      {ATTEND, 1, 0}, {ATTEND, 1, 0},         {APPEND, 64, 0},
+             {PREFILL, 3, BKV_PIN}, {ATTEND, 70, 0}};
 
 static void *allocate(size_t bytes) {
     void *p = malloc(bytes);
@@ -186,6 +186,7 @@ static void run_part(const part *p, uint64_t number, uint32_t backend, uint64_t 
     while (seen < n_tokens) {
         int operation = steps[step % (sizeof steps / sizeof *steps)].operation;
         size_t n = steps[step % (sizeof steps / sizeof *steps)].n_tokens, n_queries;
+        uint32_t flags = steps[step % (sizeof steps / sizeof *steps)].flags;
         bkv_tensor k, v, q;
         n = n < n_tokens - seen ? n : n_tokens - seen;
         n_queries = operation == PREFILL ? n : 1;
@@ -196,9 +197,9 @@ static void run_part(const part *p, uint64_t number, uint32_t backend, uint64_t 
                         0);
         for (ith = 0; ith < nth; ith++) {
             if (operation == PREFILL) {
-                require(bkv_prefill(&cache, k, v, q, out, n, 0, ith, nth), "bkv_prefill");
+                require(bkv_prefill(&cache, k, v, q, out, n, flags, ith, nth), "bkv_prefill");
             } else {
-                require(bkv_append(&cache, k, v, n, 0, ith, nth), "bkv_append");
+                require(bkv_append(&cache, k, v, n, flags, ith, nth), "bkv_append");
             }
         }
         for (ith = 0; ith < nth && operation == ATTEND; ith++) {
@@ -270,7 +271,7 @@ int main(int argc, char **argv) {
 
     for (i = 0; i < sizeof parts / sizeof *parts; i++) {
         static const char *const types[] = {"?", "f32", "f16", "bf16", "i8"};
-        static const char *const rules[] = {"?", "walk", "sample", "uniform", "window"};
+        static const char *const rules[] = {"?", "sample", "window"};
         const part *p = &parts[i];
         uint64_t outputs = 0, states = 0;
         run_part(p, i, backend, &outputs, &states);

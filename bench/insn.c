@@ -17,7 +17,7 @@ static const struct {
     {"append f16 d64", APPEND, 64, 1, BKV_F16, BKV_RULE_WINDOW},
     {"halve f32 d64", HALVE, 64, 1, BKV_F32, BKV_RULE_DEFAULT},
     {"halve f32 d128", HALVE, 128, 1, BKV_F32, BKV_RULE_DEFAULT},
-    {"halve f16 d64 walk", HALVE, 64, 1, BKV_F16, BKV_RULE_WALK},
+    {"halve f16 d64", HALVE, 64, 1, BKV_F16, BKV_RULE_DEFAULT},
     {"attend f16 d64 group 3", ATTEND, 64, 3, BKV_F16, BKV_RULE_DEFAULT},
     {"attend f32 d128 group 4", ATTEND, 128, 4, BKV_F32, BKV_RULE_DEFAULT},
     {"attend bf16 d128 group 1", ATTEND, 128, 1, BKV_BF16, BKV_RULE_DEFAULT},

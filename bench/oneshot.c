@@ -1,7 +1,9 @@
 /* oneshot.c - methods that compress a whole prompt once; see baselines.h. */
 #include "baselines.h"
 #include "oneshot.h"
+#include "pool.h"
 #include "slots.h"
+#include "theory.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -10,6 +12,7 @@
 /* What a method may look at, and room for its scores. */
 struct bl_prompt {
     const bl_method *method;
+    const bl_config *asked; /* before the defaults were filled in */
     bl_config cfg;
     const exact_input *in;
     size_t kv_head, begin, end, group;
@@ -216,6 +219,26 @@ size_t select_published(const bl_prompt *t, size_t keep, bl_token *out) {
 
 size_t select_published_both(const bl_prompt *t, size_t keep, bl_token *out) {
     return select_walk(t, keep, out, 1);
+}
+
+/* The prompt through a cache of pages, whose sinks are the tokens before `begin`. */
+size_t select_pages(const bl_prompt *t, size_t keep, bl_token *out) {
+    bl_config cfg = *t->asked;
+    size_t found = 0;
+    pool *p;
+    cfg.budget = (uint32_t)(keep + t->begin);
+    cfg.sinks = t->begin ? (uint32_t)t->begin : BL_NONE;
+    if (bl_resolve(t->method, &cfg) > keep + t->begin) return 0;
+    p = t->method->make(&cfg, t->kv_head);
+    for (size_t i = 0; p && i < t->end; i++) pool_append(p, key_at(t, i), value_at(t, i));
+    for (size_t i = 0; p && i < p->s->held; i++) {
+        if (p->s->position[i] < t->begin) continue;
+        out[found].position = p->s->position[i];
+        out[found].numerator = p->s->numerator[i];
+        out[found++].denominator = p->s->denominator[i];
+    }
+    pool_free(p);
+    return found;
 }
 
 /* ---- from attention rows --------------------------------------------------------------------- */
@@ -438,6 +461,7 @@ size_t bl_select(const bl_method *m, const bl_config *cfg, const exact_input *pr
     size_t found = 0;
     memset(&t, 0, sizeof t);
     t.method = m;
+    t.asked = cfg;
     t.cfg = *cfg;
     bl_resolve(m, &t.cfg);
     t.cfg.window = cfg->window == BL_NONE ? 0 : cfg->window;

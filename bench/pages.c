@@ -1,14 +1,21 @@
-/* pages.c - two halving rules on the pages of balancekv.h: where its default has to be better.
+/* pages.c - other halving rules on the pages of balancekv.h: what its own has to be better than.
 
    The tokens behind the sinks stand in pages of 64. When there is no free page, of the pages older
-   than the window the two neighbours of the lowest level, the oldest of those, become one: of each
-   pair of their 128 tokens, (2t, 2t+1), one survives and takes the weight of both.
+   than the window the two neighbours of the lowest level, the oldest of those, become one: 64 of
+   their 128 tokens stay. The kernel is K_ij = w_i w_j exp(<k~_i, k~_j> scale temp - m) (<v_i, v_j> +
+   0.025), k~ = k - mean, m = the largest exponent; u_0, u_1, .. are the random numbers of
+   balancekv.h (tests/golden/README.md).
 
-   pair: kernel halving. The survivor is the one that brings the signed sum of the block closer to
-   zero under K_ij = w_i w_j exp(<k~_i, k~_j> scale temp - m) (<v_i, v_j> + 0.025), k~ = k - mean,
-   m = the largest exponent: a survives b if f_a / w_a < f_b / w_b, f = the inner products of the
-   error so far with every weighted token.
-   stride: always the first, or always the second, one choice for a block. */
+   walk: the self-balancing walk (arXiv 2502.07861, algorithm 1 and its code). s_i = +1 if u_i <
+   1/2 - gamma sum_{j<i} s_j K_ij / D, else -1, D = the largest K_ii: 1/2 / gamma is the imbalance at
+   which the choice is no longer random. Once 64 tokens have one sign the rest get the other. Tokens
+   with s = +1 stay, their weights times (sum of all) / (sum of theirs), though none below 1.
+   uniform: 64 of 128 at random, the first half of a Fisher-Yates shuffle; weights as under walk.
+   pair: kernel halving (arXiv 2105.05842). Of each pair (2t, 2t+1) one survives and takes the weight
+   of both: the one that brings the signed sum of the block closer to zero under K, a if f_a / w_a <
+   f_b / w_b, f = the inner products of the error so far with every weighted token.
+   stride: always the first of a pair, or always the second, one choice for a block. */
+#include "oneshot.h"
 #include "pool.h"
 #include "theory.h"
 
@@ -25,7 +32,7 @@ uint32_t pages_resolve(bl_config *cfg, int default_window) {
     uint32_t window = (cfg->window + PAGE - 1) / PAGE;
     if (default_window) {
         window = cfg->budget / 3 / PAGE ? cfg->budget / 3 / PAGE : 1;
-        if (window > pages - 2) window = pages > 2 ? pages - 2 : 0;
+        if (window + 2 > pages) window = pages > 2 ? pages - 2 : 0;
     }
     cfg->window = window * PAGE;
     cfg->sinks = room > sinks ? sinks + (room - sinks) % PAGE : sinks;
@@ -66,31 +73,84 @@ static void make_gram(pool *p) {
         }
 }
 
-/* p->sign: 1 for the survivors. */
-static void choose_pairs(pool *p) {
+/* Rules: w holds the weights of the tokens of p->list, then those after the halving, 0 for what
+   goes. */
+typedef void rule(pool *p, double *w);
+
+/* w_i > 0 of those that stay: times what makes the sum that of before. */
+static void keep_sum(double *w, double all) {
+    double kept = 0;
+    for (size_t i = 0; i < BLOCK; i++) kept += w[i];
+    for (size_t i = 0; i < BLOCK; i++)
+        if (w[i] > 0) w[i] = fmax(w[i] * (all / kept), 1);
+}
+
+static void choose_walk(pool *p, double *w) {
+    double largest = 0, all = 0;
+    size_t kept = 0;
+    make_gram(p);
+    for (size_t i = 0; i < BLOCK; i++) {
+        all += w[i];
+        largest = fmax(largest, p->gram[i * (BLOCK + 1)]);
+    }
+    for (size_t i = 0; i < BLOCK; i++) {
+        double u = draw(p, p->draws, i) / 16777216.0, f = 0;
+        for (size_t j = 0; j < i; j++) f += p->sign[j] * p->gram[i * BLOCK + j];
+        p->sign[i] = u < 0.5 - (double)p->cfg.gamma * (f / largest) ? 1 : -1;
+        if (kept == PAGE) p->sign[i] = -1;
+        if (i - kept == PAGE) p->sign[i] = 1;
+        kept += p->sign[i] > 0;
+        if (p->sign[i] < 0) w[i] = 0;
+    }
+    keep_sum(w, all);
+}
+
+static void choose_uniform(pool *p, double *w) {
+    size_t order[BLOCK];
+    double all = 0;
+    for (size_t i = 0; i < BLOCK; i++) {
+        order[i] = i;
+        all += w[i];
+    }
+    for (size_t i = 0; i < PAGE; i++) {
+        size_t j = i + (size_t)((uint64_t)draw(p, p->draws, i) * (BLOCK - i) >> 24);
+        size_t chosen = order[j];
+        order[j] = order[i];
+        order[i] = chosen;
+    }
+    for (size_t i = PAGE; i < BLOCK; i++) w[order[i]] = 0;
+    keep_sum(w, all);
+}
+
+static void choose_pairs(pool *p, double *w) {
     double f[BLOCK] = {0};
     make_gram(p);
     for (size_t a = 0; a < BLOCK; a += 2) {
         size_t b = a + 1, kept, gone;
-        double w_a = (double)p->s->numerator[p->list[a]], w_b = (double)p->s->numerator[p->list[b]];
         double u = draw(p, p->draws, a / 2) / 16777216.0, share;
-        int first = f[a] / w_a < f[b] / w_b || (f[a] / w_a <= f[b] / w_b && u < w_a / (w_a + w_b));
+        int first =
+            f[a] / w[a] < f[b] / w[b] || (f[a] / w[a] <= f[b] / w[b] && u < w[a] / (w[a] + w[b]));
         kept = first ? a : b;
         gone = first ? b : a;
-        share = first ? w_b / w_a : w_a / w_b;
-        p->sign[kept] = 1;
-        p->sign[gone] = 0;
+        share = w[gone] / w[kept];
+        w[kept] += w[gone];
+        w[gone] = 0;
         for (size_t i = 0; i < BLOCK; i++)
             f[i] += share * p->gram[kept * BLOCK + i] - p->gram[gone * BLOCK + i];
     }
 }
 
-static void choose_stride(pool *p) {
-    for (size_t i = 0; i < BLOCK; i++) p->sign[i] = i % 2 == draw(p, p->draws, 0) >> 23;
+static void choose_stride(pool *p, double *w) {
+    size_t kept = draw(p, p->draws, 0) >> 23;
+    for (size_t i = 0; i < BLOCK; i += 2) {
+        w[i + kept] += w[i + !kept];
+        w[i + !kept] = 0;
+    }
 }
 
 /* Makes one page of two; the freed one becomes the newest. */
-static void halve(pool *p, void (*choose)(pool *p)) {
+static void halve(pool *p, rule *choose) {
+    double w[BLOCK];
     uint32_t best = 0;
     int lowest = 1 << 30, freed;
     size_t n;
@@ -105,18 +165,13 @@ static void halve(pool *p, void (*choose)(pool *p)) {
     for (size_t i = 0; i < p->s->held; i++)
         if (p->group[i] == freed) p->group[i] = p->page[best];
     n = pool_gather(p, p->page[best], 0);
-    choose(p);
+    for (size_t i = 0; i < n; i++) w[i] = (double)p->s->numerator[p->list[i]];
+    choose(p, w);
     p->draws++;
-    for (size_t i = 0; i < n; i++) {
-        float both = p->s->numerator[p->list[i]] + p->s->numerator[p->list[i ^ 1]];
-        if (p->sign[i])
-            p->s->denominator[p->list[i]] = both;
-        else
-            p->level[p->list[i]] = -1;
-    }
+    for (size_t i = 0; i < n; i++) p->s->numerator[p->list[i]] = (float)w[i];
     for (size_t i = p->s->held; i-- > 0;) {
-        p->s->numerator[i] = p->s->denominator[i];
-        if (p->level[i] < 0) pool_drop(p, i);
+        p->s->denominator[i] = p->s->numerator[i];
+        if (!(p->s->numerator[i] > 0)) pool_drop(p, i);
     }
     p->page_level[best] = lowest + 1;
     for (uint32_t i = best + 1; i + 1 < p->n_pages; i++) {
@@ -127,7 +182,7 @@ static void halve(pool *p, void (*choose)(pool *p)) {
     p->page_level[p->n_pages - 1] = 0;
 }
 
-static void append(pool *p, const float *k, const float *v, void (*choose)(pool *p)) {
+static void append(pool *p, const float *k, const float *v, rule *choose) {
     if (p->seen < p->cfg.sinks) {
         pool_put(p, k, v, p->seen);
         return;
@@ -145,12 +200,6 @@ static void append(pool *p, const float *k, const float *v, void (*choose)(pool 
     p->fill++;
 }
 
-static void pair_append(pool *p, const float *k, const float *v) { append(p, k, v, choose_pairs); }
-
-static void stride_append(pool *p, const float *k, const float *v) {
-    append(p, k, v, choose_stride);
-}
-
 static pool *pages_new(const bl_config *cfg, size_t kv_head,
                        void (*append_one)(pool *p, const float *k, const float *v)) {
     pool *p = pool_new(cfg, kv_head, BLOCK);
@@ -163,10 +212,14 @@ static pool *pages_new(const bl_config *cfg, size_t kv_head,
     return NULL;
 }
 
-pool *pair_new(const bl_config *cfg, size_t kv_head) {
-    return pages_new(cfg, kv_head, pair_append);
-}
-
-pool *stride_new(const bl_config *cfg, size_t kv_head) {
-    return pages_new(cfg, kv_head, stride_append);
-}
+#define METHOD(name, choose)                                                                       \
+    static void name##_append(pool *p, const float *k, const float *v) {                           \
+        append(p, k, v, choose);                                                                   \
+    }                                                                                              \
+    pool *name##_new(const bl_config *cfg, size_t kv_head) {                                       \
+        return pages_new(cfg, kv_head, name##_append);                                             \
+    }
+METHOD(walk, choose_walk)
+METHOD(uniform, choose_uniform)
+METHOD(pair, choose_pairs)
+METHOD(stride, choose_stride)

@@ -88,10 +88,6 @@ static const method methods[] = {
      STREAM | ONESHOT, 1},
     {"sample", "queries", "balancekv.h, balanced sampling by importance", BKV_RULE_SAMPLE,
      STREAM | ONESHOT, 1},
-    {"walk", "nothing", "balancekv.h, the self-balancing walk of arXiv 2502.07861", BKV_RULE_WALK,
-     STREAM | ONESHOT, 1},
-    {"uniform", "nothing", "balancekv.h, 64 of 128 at random", BKV_RULE_UNIFORM, STREAM | ONESHOT,
-     1},
     {"window", "nothing", "balancekv.h, sinks and a sliding window", BKV_RULE_WINDOW,
      STREAM | ONESHOT, 0},
 };
@@ -105,7 +101,7 @@ typedef struct field {
     const char *const *words; /* for a value by name: word i is the value i */
 } field;
 
-static const char *const rule_words[] = {"default", "walk", "sample", "uniform", "window", NULL};
+static const char *const rule_words[] = {"default", "sample", "window", NULL};
 static const char *const type_words[] = {"default", "f32", "f16", "bf16", "i8", NULL};
 static const char *const backend_words[] = {"auto", "scalar", "avx2", "avx512", "neon", NULL};
 
@@ -117,7 +113,6 @@ static const field header_fields[] = {
     {"rounds", offsetof(bkv_config, rounds), 0, NULL},
     {"kv_type", offsetof(bkv_config, kv_type), 0, type_words},
     {"backend", offsetof(bkv_config, backend), 0, backend_words},
-    {"gamma", offsetof(bkv_config, gamma), 1, NULL},
     {"temp", offsetof(bkv_config, temp), 1, NULL},
     {NULL, 0, 0, NULL},
 };
@@ -461,7 +456,7 @@ static void configure_baseline(run *x, const reference *r, int protocol) {
     const npy_trace *t = &r->t;
     const choice *c = x->choice;
     bl_config filled;
-    uint32_t least;
+    uint32_t least, outside = 0; /* the last tokens, where the first ones count */
     x->bl.layer = layer_of(r->name);
     x->bl.n_q_heads = (uint32_t)t->n_q_heads;
     x->bl.n_kv_heads = (uint32_t)t->n_kv_heads;
@@ -473,12 +468,16 @@ static void configure_baseline(run *x, const reference *r, int protocol) {
     for (size_t i = 0; i < c->n_settings; i++)
         set_field(&x->bl, find_field(c, c->settings[i].key), &c->settings[i]);
     filled = x->bl;
-    least = bl_resolve(c->baseline, &filled);
+    if (protocol == ONESHOT && c->baseline->make) {
+        filled.sinks = outside = ONESHOT_EDGE;
+        filled.budget -= outside;
+    }
+    least = bl_resolve(c->baseline, &filled) + outside;
     if (filled.layer >= filled.layers)
         fail("%s: layer %" PRIu32 " of %" PRIu32 "; set layers", c->name, filled.layer,
              filled.layers);
     if (filled.queries > ONESHOT_EDGE) fail("%s: at most %d queries", c->name, ONESHOT_EDGE);
-    if (protocol == STREAM && least > x->budget)
+    if ((protocol == STREAM || outside) && least > x->budget)
         fail("%s, budget %" PRIu32 ": the smallest that works here is %" PRIu32, c->name, x->budget,
              least);
 }

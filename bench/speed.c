@@ -562,7 +562,7 @@ static pool *make_halver(const bkv_config *cfg, const tokens *t) {
 
 static double halving_flops(unsigned d) { return 2.0 * (128 * 127 / 2) * 2.0 * d; }
 
-/* The walk's kernel below the diagonal, in double. */
+/* The kernel of the paper's walk, which the peers compute, below the diagonal, in double. */
 static double *exact_kernel(const tokens *t, size_t d) {
     double *w = (double *)allocate(128 * 128 * sizeof *w), mean[512] = {0};
     size_t i, j, x;
@@ -627,10 +627,6 @@ static void enter_reference(const row *r, unsigned d) {
 }
 
 static void case_halve(const char *name) {
-    static const struct {
-        const char *type;
-        uint32_t rule;
-    } kinds[] = {{"f32", BKV_RULE_DEFAULT}, {"f32 walk", BKV_RULE_WALK}};
     unsigned d;
     size_t i, b;
     for (i = 0; i < 128; i++) {
@@ -638,36 +634,34 @@ static void case_halve(const char *name) {
         fill_normal(&x, 1, 100 + i);
         bounds[i] = x / 8.0f;
     }
-    for (i = 0; i < 2; i++)
-        for (d = 64; d <= 128; d += 64) {
-            row r = {name, kinds[i].type, d, 1, 128, 1.0, halving_flops(d), 0.0, 1.0};
-            shape s = {1, 1, 0};
-            tokens t;
-            pool *p[8];
-            peer_task task = {"halve", "f32", 1, 1, 0, 128, 0, 1, NULL, NULL, NULL, bounds};
-            target want = {NULL, 0, 0, 0, walk_error};
-            double *kernel;
-            s.d = d;
-            if (!wanted(&r)) continue;
-            progress("%s", label(&r));
-            t = make_tokens(&s, RING, 1);
-            for (b = 0; b < n_backends; b++) {
-                bkv_config cfg = config(&s, "f32", 512, backends[b]);
-                cfg.rule = kinds[i].rule;
-                p[b] = make_halver(&cfg, &t);
-                enter(&r, OURS, bkv_backend_name(backends[b]), sample_halving, p[b]);
-            }
-            want.reference = kernel = exact_kernel(&t, d);
-            task.dim = d;
-            task.k = t.k;
-            task.v = t.v;
-            enter_peers(&r, &task, &want);
-            enter_reference(&r, d);
-            run_race();
-            for (b = 0; b < n_backends; b++) free_pool(p[b]);
-            free(kernel);
-            free_tokens(&t);
+    for (d = 64; d <= 128; d += 64) {
+        row r = {name, "f32", d, 1, 128, 1.0, halving_flops(d), 0.0, 1.0};
+        shape s = {1, 1, 0};
+        tokens t;
+        pool *p[8];
+        peer_task task = {"halve", "f32", 1, 1, 0, 128, 0, 1, NULL, NULL, NULL, bounds};
+        target want = {NULL, 0, 0, 0, walk_error};
+        double *kernel;
+        s.d = d;
+        if (!wanted(&r)) continue;
+        progress("%s", label(&r));
+        t = make_tokens(&s, RING, 1);
+        for (b = 0; b < n_backends; b++) {
+            bkv_config cfg = config(&s, "f32", 512, backends[b]);
+            p[b] = make_halver(&cfg, &t);
+            enter(&r, OURS, bkv_backend_name(backends[b]), sample_halving, p[b]);
         }
+        want.reference = kernel = exact_kernel(&t, d);
+        task.dim = d;
+        task.k = t.k;
+        task.v = t.v;
+        enter_peers(&r, &task, &want);
+        enter_reference(&r, d);
+        run_race();
+        for (b = 0; b < n_backends; b++) free_pool(p[b]);
+        free(kernel);
+        free_tokens(&t);
+    }
 }
 
 /* ---- attend ---- */

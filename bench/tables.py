@@ -81,7 +81,7 @@ def traces(path):
     cells = collections.defaultdict(list)
     for r in rows:
         cells[r["trace"], r["column"], r["method"]].append(r["rel_err"])
-    own = {"balancekv", "walk", "uniform", "window"}
+    own = {"balancekv", "sample", "walk", "window"}
     others = [m for m in dict.fromkeys(r["method"] for r in rows)
               if m.split(":")[0] not in own and not any(
                   r["held_max"] > r["budget"] or "future" in r["needs"]

@@ -6,6 +6,8 @@
 
 pool *algorithm1_new(const bl_config *cfg, size_t kv_head);
 pool *hybrid_new(const bl_config *cfg, size_t kv_head);
+pool *walk_new(const bl_config *cfg, size_t kv_head);
+pool *uniform_new(const bl_config *cfg, size_t kv_head);
 pool *pair_new(const bl_config *cfg, size_t kv_head);
 pool *stride_new(const bl_config *cfg, size_t kv_head);
 void pool_free(pool *p);

@@ -20,7 +20,7 @@ enum {
 };
 #define MAX_SECONDS 1.0 /* no further pass of a run that took longer: slow machines */
 
-static const char *const rule_names[] = {"default", "walk", "sample", "uniform", "window"};
+static const char *const rule_names[] = {"default", "sample", "window"};
 static const char *const type_names[] = {"default", "f32", "f16", "bf16", "i8"};
 static const char *backend_names[5];
 #define N_NAMES(list) (uint32_t)(sizeof(list) / sizeof((list)[0]))
@@ -30,7 +30,7 @@ static const char help[] =
     "Streams q.npy [n, n_q_heads, d], k.npy [n, n_kv_heads, d] and v.npy [n, n_kv_heads, dv]\n"
     "(f16 or f32) of TRACE_DIR (default: examples/trace) through caches of fixed size.\n"
     "  --budget B[,B...]  slots per KV head (default 512,1024,2048)\n"
-    "  --rule NAME        default (sample), walk, uniform or window\n"
+    "  --rule NAME        sample (default) or window\n"
     "  --type NAME        storage: f16 (default), f32, bf16 or i8\n"
     "  --seed S           of the halvings (default 1)\n"
     "  --backend NAME     auto (default), scalar, avx2, avx512 or neon\n"

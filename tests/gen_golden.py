@@ -9,8 +9,8 @@ with the C code.
 
 The inputs are not stored: both sides make them from a counter, as small integers over a power of
 two, so that f32, f16 and bf16 hold them exactly. The model works in double and the library in f32,
-hence a decision that hangs on rounding may fall either way. Every decision of `walk` and `sample`
-is therefore measured, and a case in which one comes closer to its threshold than MARGIN, relative
+hence a decision that hangs on rounding may fall either way. Every decision of `sample` is
+therefore measured, and a case in which one comes closer to its threshold than MARGIN, relative
 to the largest term of the comparison, is refused: it needs another data seed.
 """
 import math
@@ -23,8 +23,8 @@ import numpy as np
 OUTPUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "cases.h")
 MARGIN = 1e-5
 N_QUERIES = 2  # per checkpoint
-PAGE = 64
-WALK, SAMPLE, UNIFORM, WINDOW = "walk", "sample", "uniform", "window"
+PAGE, PINS = 64, 32
+SAMPLE, WINDOW = "sample", "window"
 KEY, QUERY, USE = 1, 2, 4
 LEARN = 0.01  # the share of a query in the running mean
 NONE = 0xFFFFFFFF
@@ -33,25 +33,24 @@ G = 0x9E3779B97F4A7C15  # the increment of splitmix64
 
 # One row per case; a 0 is the library's default, as in bkv_config. `data` is the seed of the
 # inputs, `seed` that of the halvings; `every`: after how many tokens the cache attends (0: only at
-# the checkpoints); `at` are the stream lengths at which it is examined.
+# the checkpoints); every `pin`-th token is pinned; `at` are the stream lengths at which it is examined.
 FIELDS = ("rule importance rounds n_q_heads n_kv_heads head_dim value_dim budget sinks window "
-          "gamma temp scale softcap seed data every at").split()
+          "temp scale softcap seed data every pin at").split()
 CASES = [dict(zip(FIELDS, row)) for row in [
-    (WALK,    0,     0,    2, 2, 8, 8, 400, 4, 64, 0.05, 0, 0, 0, 11, 1, 0, (384, 900)),
-    (WALK,    0,     0,    3, 1, 16, 24, 480, 20, 128, 0, 0, 0, 0, 12, 1, 0, (449, 1100)),
-    (WALK,    0,     0,    2, 1, 24, 16, 336, NONE, 64, 0.5, 0.5, 0.25, 0, 13, 1, 7, (320, 800)),
-    (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 0, 14, 1, 1, (340, 700)),
-    (SAMPLE,  0,     0,    3, 1, 16, 8, 350, 0, 0, 0, 0, 1, 20, 15, 1, 1, (400, 900)),
-    (SAMPLE,  QUERY, 0,    2, 1, 24, 24, 272, NONE, 100, 0, 0.5, 0.25, 0, G, 1, 3, (321, 700)),
-    (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4, NONE, 0, 0, 1, 5, 21, 1, 1, (209, 500)),
-    (SAMPLE,  KEY,   0,    1, 1, 16, 16, 208, 4, 64, 0, 0, 0, 0, 22, 2, 0, (273, 800)),
-    (SAMPLE,  NONE,  0,    2, 2, 8, 8, 208, 4, NONE, 0, 1, 0, 0, 23, 1, 0, (209, 270)),
-    (SAMPLE,  7,     1,    3, 1, 16, 24, 272, 4, 64, 0, 0, 1, 0, 24, 1, 1, (300, 700)),
-    (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4, 64, 0, 0, 1, 0, 25, 1, 1, (300, 900)),
-    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 0, 2, 0, 26, 2, 1, (400, 1500)),
-    (SAMPLE,  0,     0,    1, 1, 8, 8, 144, 4, NONE, 0, 0, 2, 0, 27, 1, 1, (200, 1300)),
-    (UNIFORM, 0,     0,    4, 2, 16, 16, 272, 4, 64, 0, 0, 0, 0, 17, 1, 0, (385, 800)),
-    (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 0, 5, 19, 1, 0, (337, 640)),
+    (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 14, 1, 1, 0, (340, 700)),
+    (SAMPLE,  0,     0,    3, 1, 16, 8, 350, 0, 0, 0, 1, 20, 15, 1, 1, 0, (400, 900)),
+    (SAMPLE,  3,     0,    3, 1, 16, 24, 480, 20, 128, 0, 0, 0, 12, 1, 2, 0, (449, 1100)),
+    (SAMPLE,  QUERY, 0,    2, 1, 24, 24, 272, NONE, 100, 0.5, 0.25, 0, G, 1, 3, 0, (321, 700)),
+    (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4, NONE, 0, 1, 5, 21, 1, 1, 0, (209, 500)),
+    (SAMPLE,  KEY,   0,    1, 1, 16, 16, 208, 4, 64, 0, 0, 0, 22, 2, 0, 0, (273, 800)),
+    (SAMPLE,  NONE,  0,    2, 2, 8, 8, 208, 4, NONE, 1, 0, 0, 23, 1, 0, 0, (209, 270)),
+    (SAMPLE,  7,     1,    3, 1, 16, 24, 272, 4, 64, 0, 1, 0, 24, 1, 1, 0, (300, 700)),
+    (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4, 64, 0, 1, 0, 25, 1, 1, 0, (300, 900)),
+    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 2, 0, 26, 2, 1, 0, (400, 1500)),
+    (SAMPLE,  0,     0,    1, 1, 8, 8, 144, 4, NONE, 0, 2, 0, 27, 1, 1, 0, (200, 1300)),
+    (SAMPLE,  0,     0,    2, 1, 16, 16, 400, 4, 64, 0, 1, 0, 28, 1, 1, 2, (450, 1200)),
+    (SAMPLE,  KEY,   0,    1, 1, 16, 8, 400, 4, 64, 0, 1, 0, 29, 1, 0, 5, (450, 1200)),
+    (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 5, 19, 1, 0, 0, (337, 640)),
 ]]
 
 
@@ -100,9 +99,9 @@ def scale_of(case):
     return case["scale"] or 1 / math.sqrt(case["head_dim"])
 
 
-def kernel(case, k, v, a, temp, c):
+def kernel(case, k, v, a, c):
     """K, and |K|: the same with every term of <v, v> taken as positive, for the margins."""
-    s = scale_of(case) * (case["temp"] or temp)
+    s = scale_of(case) * (case["temp"] or 0.1)
     k = k - k.mean(axis=0)
     e = np.outer(a, a) * np.exp(k @ k.T * s - (k * k).sum(axis=1).max() * s)
     return e * (v @ v.T + c), e * (np.abs(v) @ np.abs(v).T + c)
@@ -115,27 +114,6 @@ def decide(left, right, size, margins):
         raise TooClose("margin %.1e" % margin)
     margins.append(margin)
     return left < right
-
-
-def rescaled(stay, w):
-    stay = np.array(sorted(stay))
-    return stay, w[stay] * (w.sum() / w[stay].sum())
-
-
-def walk(case, block, u, margins):
-    gamma, w = case["gamma"] or 4.0, block.weights
-    K, size = kernel(case, block.k, block.v, w, 1.0, 0.025)
-    K, size = K / K.diagonal().max(), size / K.diagonal().max()
-    sign = np.zeros(2 * PAGE)
-    for i in range(2 * PAGE):
-        plus, minus = (sign == 1).sum(), (sign == -1).sum()
-        if PAGE in (plus, minus):
-            sign[i] = 1 if minus == PAGE else -1
-        else:
-            limit = 0.5 - gamma * (K[i, :i] @ sign[:i])
-            largest = max(1.0, gamma * size[i, :i].max(initial=0))
-            sign[i] = 1 if decide(u[i], limit, largest, margins) else -1
-    return rescaled(np.flatnonzero(sign == 1), w)
 
 
 def expected(case, block):
@@ -157,9 +135,9 @@ def importance_of(case, block, e):
     return sum(share * x / x.sum() for share, x in parts if x.sum() > 0)
 
 
-def chances(importance, margins):
-    """In proportion to the importance, 64 in all, none above 1."""
-    p = np.zeros(2 * PAGE)
+def chances(importance, pinned, margins):
+    """In proportion to the importance, 64 in all, none above 1; those of pinned tokens 1."""
+    p = np.where(pinned, 1.0, 0.0)
     while True:
         free = p < 1
         p[free] = importance[free] * (PAGE - (~free).sum()) / importance[free].sum()
@@ -222,11 +200,11 @@ def exchange(stay, p, K, size, rounds, margins):
 def sample(case, block, u, margins):
     w, by_query = block.weights, case["importance"] in (0, 2, 3, 6, 7)
     e = expected(case, block) if by_query else None
-    p = chances(importance_of(case, block, e), margins)
+    p = chances(importance_of(case, block, e), block.pinned, margins)
     stay = pivotal(p, u, margins)
     if case["rounds"] != NONE:
         v = block.v - block.v.mean(axis=0)
-        K, size = kernel(case, block.k, v, np.sqrt(w * e) if by_query else w, 0.1,
+        K, size = kernel(case, block.k, v, np.sqrt(w * e) if by_query else w,
                          (v * v).sum(axis=1).mean() / 32)
         stay = exchange(stay, p, K, size, case["rounds"] or 2, margins)
     stay = np.flatnonzero(stay)
@@ -234,19 +212,11 @@ def sample(case, block, u, margins):
     return stay, np.maximum(kept * min(1, block.seen / kept.sum()), 1)
 
 
-def uniform(case, block, u, margins):
-    p = list(range(2 * PAGE))
-    for i in range(PAGE):
-        j = i + ((int(u[i] * 2**24) * (2 * PAGE - i)) >> 24)
-        p[i], p[j] = p[j], p[i]
-    return rescaled(p[:PAGE], block.weights)
-
-
 def window(case, block, u, margins):
     return np.arange(PAGE, 2 * PAGE), block.weights[PAGE:]
 
 
-RULES = {f.__name__: f for f in (walk, sample, uniform, window)}
+RULES = {f.__name__: f for f in (sample, window)}
 
 
 # ---- the cache of one KV head ------------------------------------------------------------------
@@ -256,6 +226,8 @@ class Block:
     def __init__(self, head, tokens, weights):
         self.k, self.v = np.array(head.keys)[tokens], np.array(head.values)[tokens]
         self.use, self.weights = np.array(head.use)[tokens], weights
+        pinned = head.pinned(tokens, weights)
+        self.pinned = pinned & (np.cumsum(pinned) <= PINS)
         self.mean_queries, self.seen = head.mean_queries, len(head.keys)
 
 
@@ -291,9 +263,16 @@ class Head:
         self.values.append(value)
         self.use.append(0.0)
 
+    def pinned(self, tokens, weights):
+        """Those that were pinned and are still exact."""
+        pin = self.case["pin"]
+        return np.array([bool(pin) and t % pin == 0 and w == 1 for t, w in zip(tokens, weights)])
+
     def halve(self):
         levels = [level for level, _, _ in self.pages[:self.n_pages - self.n_exact]]
-        i = min(range(len(levels) - 1), key=lambda i: max(levels[i], levels[i + 1]))  # the first
+        pins = [self.pinned(*page[1:]).sum() for page in self.pages]
+        i = min(range(len(levels) - 1), key=lambda i: (  # the first of the least
+            pins[i] + pins[i + 1] > PINS, max(levels[i], levels[i + 1])))
         tokens = np.array(self.pages[i][1] + self.pages[i + 1][1])
         weights = np.array(self.pages[i][2] + self.pages[i + 1][2])
         rule = self.case["rule"]
@@ -324,7 +303,8 @@ class Head:
             begin = end - len(page)
             share = p[:, begin:end] / p[:, :end].sum(axis=1, keepdims=True)
             for token, x in zip(page, (share**2).sum(axis=0)):
-                self.use[token] += x
+                if not self.case["pin"] or token % self.case["pin"]:
+                    self.use[token] += x
             end = begin
         return (p @ v / p.sum(axis=1, keepdims=True)).ravel()
 
@@ -380,9 +360,9 @@ def render():
         rows.append("    {" + ", ".join(
             ["BKV_RULE_" + case["rule"].upper()]
             + ["BKV_NONE" if case[name] == NONE else "%du" % case[name] for name in FIELDS[1:10]]
-            + ["%sf" % float(case[name]) for name in FIELDS[10:14]])
-            + ",\n     0x%xu, %du, %du, {%s}},\n" % (
-                case["seed"], case["data"], case["every"],
+            + ["%sf" % float(case[name]) for name in FIELDS[10:13]])
+            + ",\n     0x%xu, %du, %du, %du, {%s}},\n" % (
+                case["seed"], case["data"], case["every"], case["pin"],
                 ", ".join("%du" % n for n in case["at"])))
     flat = [[x for r in runs for x in r[i]] for i in range(4)]
     return ("/* Made by gen_golden.py, read by test_golden.c; not to be edited. */\n"

@@ -184,7 +184,7 @@ static void exact_until_full(void) {
 
 static void weighted_after_halving(void) {
     static const size_t at[] = {272, 273, 400, 700, 1100};
-    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+    for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++)
         for (uint32_t seed = 0; seed < (test_quick() ? 1 : 3); seed++) {
             bkv_config cfg =
                 config(1 + seed, 32 + 13 * seed, 40, storage_types[(rule + seed) % 4], 272);
@@ -288,7 +288,7 @@ static void make_extreme(const stream *s, int kind) {
 /* Logits of size L are only known to about L * 2^-22, and so is the output. */
 static void extremes(void) {
     for (int kind = 0; kind < N_EXTREMES; kind++)
-        for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+        for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++)
             for (size_t t = 0; t < COUNT(storage_types); t++) {
                 bkv_config cfg = config(2, 24, 24, storage_types[t], 208);
                 cfg.rule = rule;

@@ -230,7 +230,7 @@ def check_good_traces(tally, program, folder):
                                 version=version)
         trace = write_trace(os.path.join(folder, "single%d" % version), **widened)
         tally.check(errors(trace) == default, "f32 of version %d gives the same" % version)
-    for rule in ("walk", "uniform", "window"):
+    for rule in ("sample", "window"):
         balancekv, _, window = errors(half, "--rule", rule)
         tally.check((balancekv == window) == (rule == "window"), "rule %s is used" % rule)
     full = {kind: errors(half, "--type", kind)[1][0] for kind in ("f32", "f16", "bf16", "i8")}

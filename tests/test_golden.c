@@ -11,9 +11,10 @@
 typedef struct golden_case {
     uint32_t rule, importance, rounds, n_q_heads, n_kv_heads, head_dim, value_dim;
     uint32_t budget, sinks, window;
-    float gamma, temp, scale, softcap;
+    float temp, scale, softcap;
     uint64_t seed, data; /* of the halvings; of the inputs */
     uint32_t every;      /* tokens from one attend to the next; 0: only at checkpoints */
+    uint32_t pin;        /* every so many tokens one is pinned; 0: none */
     uint32_t at[2];      /* checkpoints: tokens seen */
 } golden_case;
 
@@ -97,7 +98,6 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
     cfg.importance = g->importance;
     cfg.rounds = g->rounds;
     cfg.backend = backend;
-    cfg.gamma = g->gamma;
     cfg.temp = g->temp;
     cfg.scale = g->scale;
     cfg.softcap = g->softcap;
@@ -109,7 +109,8 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
         for (; seen < g->at[i]; seen++) {
             make_token(g, KEY, seen, g->n_kv_heads, g->head_dim, k);
             make_token(g, VALUE, seen, g->n_kv_heads, g->value_dim, v);
-            OK(bkv_append(&c, bkv_dense(k, BKV_F32), bkv_dense(v, BKV_F32), 1, 0, 0, 1));
+            OK(bkv_append(&c, bkv_dense(k, BKV_F32), bkv_dense(v, BKV_F32), 1,
+                          g->pin && seen % g->pin == 0 ? BKV_PIN : 0, 0, 1));
             if (g->every == 0 || seen % g->every) continue;
             make_token(g, QUERY, seen, g->n_q_heads, g->head_dim, q);
             OK(bkv_attend(&c, bkv_dense(q, BKV_F32), out, 0, 1));

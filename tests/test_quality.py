@@ -313,6 +313,13 @@ def select(t, method, head, begin, end, keep, seed):
         settings = dict(x.split("=") for x in method.split(":")[1:])
         return published(t, head, begin, end, keep, seed, method.startswith("published-both"),
                          int(settings.get("block", 128)), temp=float(settings.get("temp", 1)))
+    if method in ("walk", "uniform:window=none"):  # what lies before is sinks
+        window = 0 if ":" in method else 64  # all but two of the pages
+        pages = Pages(method.split(":")[0], keep + begin, begin, window, seed, head, 1.0)
+        for at in range(end):
+            pages.append(t, at)
+        kept, w = pages.tokens()
+        return kept[begin:], w[begin:], w[begin:]
     window, score = 0, None
     if method == "streamingllm":
         window, score = keep, np.zeros(end)
@@ -346,14 +353,11 @@ def select(t, method, head, begin, end, keep, seed):
     return kept, np.ones(len(kept)), np.ones(len(kept))
 
 
-def check_oneshot(tally, program, folder, t, layer):
-    n, seed, share = len(t["k"]), 3, 4
+def check_oneshot(tally, program, folder, t, layer, share, methods):
+    n, seed = len(t["k"]), 3
     begin, end, keep = EDGE, n - EDGE, (n - 2 * EDGE) // share
-    methods = ("streamingllm knorm keydiff h2o tova expected snapkv snapkv-ahead pyramidkv "
-               "kvcrush-random kvcrush-mean kvcrush-alternate uniform-once published "
-               "published-both published:block=100:temp=0.1").split()
     rows = program.rows("--trace", folder, "--protocol", "oneshot", "--budget", "1/%d" % share,
-                        "--seed", seed, "--method", ",".join(methods))
+                        "--seed", seed, "--method", methods)
     for row in rows:
         most = keep
         if row["method"] == "pyramidkv":  # a line from 1.95 to 0.05 of the mean over 30 layers
@@ -393,7 +397,7 @@ def page_draw(seed, head, halving, i):
 
 
 class Pages:
-    """One KV head under `pair` or `stride`."""
+    """One KV head under a rule of bench/pages.c."""
 
     def __init__(self, method, budget, sinks, window, seed, head, temp):
         self.method, self.seed, self.head, self.temp = method, seed, head, temp
@@ -413,22 +417,50 @@ class Pages:
         k = k - k.mean(0)
         e = k @ k.T * SCALE * self.temp
         kernel = np.exp(e - e.diagonal().max()) * (v @ v.T + 0.025) * np.outer(w, w)
+        chosen, w = getattr(self, self.method)(kernel, w)
+        self.halvings += 1
+        self.pages[i:i + 2] = [[levels[i] + 1, [kept[x] for x in chosen], list(w)]]
+
+    def number(self, i):
+        return page_draw(self.seed, self.head, self.halvings, i)
+
+    @staticmethod
+    def rescaled(chosen, w):
+        return chosen, np.maximum(w[chosen] * (w.sum() / w[chosen].sum()), 1)
+
+    def walk(self, kernel, w):
+        sign = np.zeros(128)
+        for i in range(128):
+            f = kernel[i] @ sign / kernel.diagonal().max()
+            sign[i] = 1 if self.number(i) / 2 ** 24 < 0.5 - 4 * f else -1
+            for x in (1, -1):
+                if (sign[:i] == x).sum() == 64:
+                    sign[i] = -x
+        return self.rescaled(np.flatnonzero(sign > 0), w)
+
+    def uniform(self, _, w):
+        order = list(range(128))
+        for i in range(64):
+            j = i + (self.number(i) * (128 - i) >> 24)
+            order[i], order[j] = order[j], order[i]
+        return self.rescaled(sorted(order[:64]), w)
+
+    def stride(self, _, w):
+        chosen = np.arange(self.number(0) >> 23, 128, 2)
+        return chosen, w[::2] + w[1::2]
+
+    def pair(self, kernel, w):
         f, chosen = np.zeros(128), []
         for a in range(0, 128, 2):
             b = a + 1
-            if self.method == "stride":
-                first = page_draw(self.seed, self.head, self.halvings, 0) >> 23 == 0
-            elif f[a] / w[a] == f[b] / w[b]:
-                u = page_draw(self.seed, self.head, self.halvings, a // 2) / 2 ** 24
-                first = u < w[a] / (w[a] + w[b])
+            if f[a] / w[a] == f[b] / w[b]:
+                first = self.number(a // 2) / 2 ** 24 < w[a] / (w[a] + w[b])
             else:
                 first = f[a] / w[a] < f[b] / w[b]
             stays, goes = (a, b) if first else (b, a)
             f += w[goes] / w[stays] * kernel[stays] - kernel[goes]
             chosen.append(stays)
-        self.halvings += 1
-        self.pages[i:i + 2] = [[levels[i] + 1, [kept[x] for x in chosen],
-                                [w[x] + w[x ^ 1] for x in chosen]]]
+        return chosen, w[::2] + w[1::2]
 
     def append(self, t, at):
         if at < self.sinks:
@@ -449,7 +481,8 @@ class Pages:
 def check_pages(tally, program, folder, t):
     n = len(t["k"])
     for method, budget, sinks, window, settings in (
-            ("pair", 300, 4, 64, ""), ("stride", 300, 4, 64, ""),
+            ("walk", 300, 4, 64, ""), ("uniform", 300, 4, 64, ""), ("pair", 300, 4, 64, ""),
+            ("stride", 300, 4, 64, ""), ("walk", 400, 30, 0, ":sinks=30:window=none:temp=0.1"),
             ("pair", 400, 30, 0, ":sinks=30:window=none:temp=0.1")):
         temp = 0.1 if "temp" in settings else 1.0
         row, = program.rows("--trace", folder, "--budget", budget, "--seed", 5, "--method",
@@ -695,7 +728,7 @@ def check_options(tally, program, folder, t):
     base = ("--trace", folder, "--budget", "256,320")
     weighted_ones = "balancekv,walk,uniform,window,pair,stride"
     own, same = program.rows("--trace", folder, "--budget", 256, "--method",
-                             "balancekv,walk:rule=sample")
+                             "balancekv,window:rule=sample")
     tally.check(own["rel_err"] == same["rel_err"], "the default is rule sample", str((own, same)))
     plain, = program.rows("--trace", folder, "--budget", 256, "--method", "balancekv:importance=none")
     tally.check(own["rel_err"] != plain["rel_err"], "importance is set", str((own, plain)))
@@ -766,7 +799,7 @@ def check_bad_input(tally, program, folder, work):
         "NaN": ("--trace", bad("nan", put_nan)),
         "multiple": ("--trace", bad("heads", drop_heads)),
         "must agree": ("--trace", bad("short", shorten)),
-        "none of: balancekv sample walk": (*ok, "--method", "magic"),
+        "none of: balancekv sample window": (*ok, "--method", "magic"),
         "no stream protocol": (*ok, "--method", "snapkv"),
         "the smallest that works here is": (*ok, "--budget", 64),
         "the smallest that works here is 70": (*ok, "--budget", 64, "--method",
@@ -780,8 +813,8 @@ def check_bad_input(tally, program, folder, work):
         "not KEY=VALUE": (*ok, "--method", "pair:window"),
         "there is no 'best'": (*ok, "--set", "rule=best"),
         "is not a number of": (*ok, "--seed", "one"),
-        "is not a number": (*ok, "--set", "gamma=strong"),
-        "gamma, temp": (*ok, "--set", "gamma=-1"),
+        "is not a number": (*ok, "--set", "temp=strong"),
+        "temp, scale": (*ok, "--set", "temp=-1"),
         "has 700 tokens, not 701": (*ok, "--tokens", 701),
         "No such file or directory; a": ("--trace", folder + "+" + os.path.join(work, "none")),
         "other heads": ("--trace", folder + "+" + bad("few", keep_heads)),
@@ -806,7 +839,12 @@ def main():
         check_streams(tally, program, folder, t)
         check_rounding(tally, program, os.path.join(work, "ties"), t)
         prompt = os.path.join(work, "prompt_layer09")
-        check_oneshot(tally, program, prompt, make_trace(prompt, 912, 2), 9)
+        t_prompt = make_trace(prompt, 912, 2)
+        check_oneshot(tally, program, prompt, t_prompt, 9, 4,
+                      "streamingllm,knorm,keydiff,h2o,tova,expected,snapkv,snapkv-ahead,pyramidkv,"
+                      "kvcrush-random,kvcrush-mean,kvcrush-alternate,uniform-once,published,"
+                      "published-both,published:block=100:temp=0.1")
+        check_oneshot(tally, program, prompt, t_prompt, 9, 2, "walk,uniform:window=none")
         small = os.path.join(work, "small")
         t_small = make_trace(small, 1000, 3, 0.15)
         check_pages(tally, program, folder, t)

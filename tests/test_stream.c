@@ -215,7 +215,7 @@ static void ways_to_feed(void) {
     size_t n = test_quick() ? 560 : 1500;
     for (size_t t = 0; t < COUNT(test_types); t++) {
         stream s = stream_new(n, test_types[t]);
-        for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+        for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++)
             if (!test_quick() || t == rule % 3)
                 lockstep(config(rule, storage_types[(t + rule) % 4], 300), &s);
         for (size_t i = t; i < COUNT(importances) && !test_quick(); i += 3) {
@@ -301,7 +301,7 @@ static float check_head(const bkv_cache *c, const model *m, uint32_t head, unsig
     if (m->rule == BKV_RULE_WINDOW)
         for (uint32_t i = 0; i + m->sinks < n; i++)
             CHECK(kept[n - 1 - i].position == m->seen - 1 - i && kept[n - 1 - i].weight == 1);
-    else if (m->rule != BKV_RULE_SAMPLE || m->importance == BKV_NONE)
+    else if (m->importance == BKV_NONE)
         CHECKF(fabs(mass - (double)m->seen) <= 1e-5 * (double)m->seen, "mass %.9g", mass);
     memset(was, 0, (size_t)m->seen);
     for (uint32_t i = 0; i < n; i++) was[kept[i].position] = 1;
@@ -366,8 +366,9 @@ static void state_at_any_time(void) {
     for (size_t b = 0; b < COUNT(budgets); b++)
         for (size_t i = 0; i < COUNT(sinks); i++)
             for (size_t w = 0; w < COUNT(window); w++) {
-                bkv_config cfg = config(BKV_RULE_WALK + n % 4, BKV_F16, budgets[b]);
-                cfg.importance = importances[n / 4 % COUNT(importances)];
+                bkv_config cfg = config(BKV_RULE_SAMPLE, BKV_F16, budgets[b]);
+                if (n % 4 == 0) cfg.rule = BKV_RULE_WINDOW;
+                cfg.importance = importances[n % COUNT(importances)];
                 cfg.rounds = rounds[n++ / 4 % COUNT(rounds)];
                 cfg.sinks = sinks[i];
                 cfg.window = window[w];
@@ -378,7 +379,7 @@ static void state_at_any_time(void) {
 
 static void long_streams(void) {
     stream s = stream_new(test_quick() ? 1000 : 3000, BKV_BF16);
-    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+    for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++)
         stream_against_model(config(rule, BKV_F32, 208), &s);
     stream_free(&s);
 }
@@ -529,6 +530,52 @@ static void certain_tokens_stay(void) {
     stream_free(&s);
 }
 
+/* Of the tokens first .. end - 1 those that are held as they were, and pinned. */
+static unsigned count_pinned(const bkv_cache *c, uint32_t head, size_t first, size_t end) {
+    unsigned n = 0;
+    for (uint32_t i = 0; i < cache_stats(c).tokens_held; i++) {
+        bkv_token_info info = cache_token(c, head, i);
+        CHECK(info.pinned <= 1 && (!info.pinned || (info.weight == 1 && info.use == 0)));
+        n += info.pinned && info.position >= first && info.position < end;
+    }
+    return n;
+}
+
+/* n pinned tokens from `first` on: with the budgets that have room for all, all hold to the end; with
+   the others the oldest 32 do, and what lost its pin is as any other. */
+static void pinned_tokens_stay(void) {
+    enum { FIRST = 270, N_TOKENS = 2000 };
+    static const struct {
+        uint32_t budget, n, at_least;
+    } cases[] = {{208, 32, 32}, {208, 33, 32}, {300, 64, 32}, {1024, 200, 200}, {400, 900, 32}};
+    stream s = stream_new(N_TOKENS, BKV_F32);
+    float *out = new_floats(900 * ROW);
+    for (size_t i = 0; i < COUNT(cases); i++)
+        for (size_t r = 0; r < COUNT(rounds); r++) {
+            size_t n = cases[i].n, end = FIRST + n;
+            bkv_config cfg = config(BKV_RULE_SAMPLE, BKV_F16, cases[i].budget);
+            cfg.rounds = rounds[r];
+            cfg.window = BKV_NONE;
+            bkv_cache c = cache_new(&cfg);
+            append(&c, &s, 0, FIRST);
+            OK(bkv_prefill(&c, tensor_from(&s.k, FIRST), tensor_from(&s.v, FIRST),
+                           tensor_from(&s.q, FIRST), out, n, BKV_PIN, 0, 1));
+            for (size_t t = end; t < N_TOKENS; t++) {
+                append(&c, &s, t, 1);
+                if (t % 9 == 0) OK(bkv_attend(&c, tensor_from(&s.q, t), out, 0, 1));
+            }
+            for (uint32_t h = 0; h < N_KV; h++) {
+                CHECK(count_pinned(&c, h, FIRST, FIRST + 32) == 32);
+                CHECKF(count_pinned(&c, h, FIRST, end) >= cases[i].at_least, "budget %u: %u of %zu",
+                       cases[i].budget, count_pinned(&c, h, FIRST, end), n);
+                CHECK(count_pinned(&c, h, FIRST, end) == count_pinned(&c, h, 0, N_TOKENS));
+            }
+            cache_free(&c);
+        }
+    free(out);
+    stream_free(&s);
+}
+
 /* Importance by keys needs no query: a key that points away from the others is nearly certain. */
 static void odd_keys_stay(void) {
     enum { ODD = 50, N_TOKENS = 145, SEEDS = 200 };
@@ -585,7 +632,7 @@ static void rounds_of_balancing_help(void) {
 
 static void reset_is_init(void) {
     stream s = stream_new(700, BKV_F32);
-    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++) {
+    for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++) {
         bkv_config cfg = config(rule, BKV_F16, 300);
         bkv_cache used = cache_new(&cfg), fresh = cache_new(&cfg);
         append(&used, &s, 0, 700);
@@ -605,7 +652,7 @@ static void reset_is_init(void) {
 /* A copy of the state is a branch: what one does is nothing to the other. */
 static void branches(void) {
     stream s = stream_new(1000, BKV_F32), other = stream_new(1000, BKV_F32);
-    bkv_config cfg = config(BKV_RULE_WALK, BKV_F16, 300);
+    bkv_config cfg = config(BKV_RULE_SAMPLE, BKV_F16, 300);
     bkv_cache trunk = cache_new(&cfg), twin = cache_new(&cfg), straight = cache_new(&cfg);
     append(&straight, &s, 0, 1000);
     append(&trunk, &s, 0, 500);
@@ -638,7 +685,7 @@ static void seeds(void) {
             tensor_set(&s.k, t, 1, i, tensor_get(&s.k, t, 0, i));
             if (i < VALUE_DIM) tensor_set(&s.v, t, 1, i, tensor_get(&s.v, t, 0, i));
         }
-    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++) {
+    for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++) {
         bkv_config cfg = config(rule, BKV_F16, 300);
         bkv_cache a = cache_new(&cfg), b = cache_new(&cfg);
         cfg.seed++;
@@ -661,7 +708,7 @@ static void positions_do_not_matter(void) {
     static const uint64_t shifts[] = {1, 1000003, 0xFFFFFFFFu - 1200, 0x123456789ABCDEFu};
     enum { SPLIT = 500, N = 1000 };
     stream s = stream_new(N, BKV_F32);
-    for (uint32_t rule = BKV_RULE_WALK; rule <= BKV_RULE_WINDOW; rule++)
+    for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++)
         for (size_t i = 0; i < COUNT(shifts); i++) {
             bkv_config cfg = config(rule, BKV_F16, 300);
             bkv_cache a = cache_new(&cfg), b = cache_new(&cfg);
@@ -693,7 +740,8 @@ static void positions_do_not_matter(void) {
 static void two_caches(void) {
     enum { N = 600 };
     bkv_config narrow = config(BKV_RULE_SAMPLE, BKV_BF16, 300), wide = narrow;
-    wide.head_dim = 96, wide.value_dim = 33, wide.kv_type = BKV_I8, wide.rule = BKV_RULE_WALK;
+    wide.head_dim = 96, wide.value_dim = 33, wide.kv_type = BKV_I8,
+    wide.importance = BKV_IMPORTANCE_KEY;
     stream s = stream_new(N, BKV_F32),
            w = {N, tensor_random(N, N_KV, 96, BKV_F16), tensor_random(N, N_KV, 33, BKV_F16),
                 tensor_random(1, N_KV * GROUP, 96, BKV_F16)};
@@ -720,6 +768,6 @@ static void two_caches(void) {
 int main(int argc, char **argv) {
     TEST_MAIN(T(ways_to_feed), T(state_at_any_time), T(long_streams),
               T(any_importance_of_any_input), T(weights_on_average), T(certain_tokens_stay),
-              T(odd_keys_stay), T(rounds_of_balancing_help), T(reset_is_init), T(branches),
-              T(seeds), T(positions_do_not_matter), T(two_caches));
+              T(pinned_tokens_stay), T(odd_keys_stay), T(rounds_of_balancing_help),
+              T(reset_is_init), T(branches), T(seeds), T(positions_do_not_matter), T(two_caches));
 }

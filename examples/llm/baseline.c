@@ -53,7 +53,6 @@ baseline *baseline_new(const char *method, const llm_shape *shape, const bkv_con
     b->cfg.budget = c->budget;
     b->cfg.sinks = c->sinks;
     b->cfg.window = c->window;
-    b->cfg.gamma = c->gamma;
     b->cfg.temp = c->temp;
     b->cfg.scale = c->scale;
     b->cfg.layer = layer;

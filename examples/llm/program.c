@@ -22,14 +22,14 @@ static const char usage[] =
     "  check     largest difference of the logits from llama.cpp's own, on --text FILE\n"
     "  dump      q, k, v of --layers L,L.. of --text FILE as .npy, in OUT_layerNN/ of --out OUT\n"
     "options\n"
-    "  --method NAME   balancekv (default), sample, walk, uniform, window: what balancekv.h\n"
-    "                  does; full: ggml's flash attention over a growing f16 cache; keydiff and\n"
-    "                  the other streaming methods of build/bench/quality --list, to compare\n"
+    "  --method NAME   balancekv (default), sample, window: what balancekv.h does; full: ggml's\n"
+    "                  flash attention over a growing f16 cache; walk, keydiff and the other\n"
+    "                  streaming methods of build/bench/quality --list, to compare\n"
     "  --budget B      tokens kept per KV head; 0 (default): all of them\n"
     "  --share X       instead of --budget: the most that fit X times the bytes of a full f16 "
     "cache\n"
-    "  --set KEY=VALUE a field of bkv_config: kv_type=f16, window=256, sinks=16, gamma=1 ..;\n"
-    "                  also behind the method: --method walk:gamma=1:window=256\n"
+    "  --set KEY=VALUE a field of bkv_config: kv_type=f16, window=256, sinks=16, temp=1 ..;\n"
+    "                  also behind the method: --method walk:temp=0.1:window=256\n"
     "  --ctx N         tokens of a sequence (default: what the model was trained on)\n"
     "  --seed S        of the halvings, the pass keys, the sampling (default 1)\n"
     "  --threads T     (default: the processors)   --chunk C  tokens of a step (default 512)\n"
@@ -85,9 +85,10 @@ typedef struct word {
     uint32_t value;
 } word;
 
-static const word methods[] = {{"balancekv", BKV_RULE_DEFAULT}, {"sample", BKV_RULE_SAMPLE},
-                               {"walk", BKV_RULE_WALK},         {"uniform", BKV_RULE_UNIFORM},
-                               {"window", BKV_RULE_WINDOW},     {NULL, 0}};
+static const word methods[] = {{"balancekv", BKV_RULE_DEFAULT},
+                               {"sample", BKV_RULE_SAMPLE},
+                               {"window", BKV_RULE_WINDOW},
+                               {NULL, 0}};
 static const word kv_types[] = {{"f32", BKV_F32}, {"f16", BKV_F16}, {"bf16", BKV_BF16},
                                  {"i8", BKV_I8},   {NULL, 0}};
 static const word weight_types[] = {
@@ -107,7 +108,6 @@ static const struct {
     {"backend", offsetof(bkv_config, backend), NULL, 0},
     {"importance", offsetof(bkv_config, importance), NULL, 0},
     {"rounds", offsetof(bkv_config, rounds), NULL, 0},
-    {"gamma", offsetof(bkv_config, gamma), NULL, 1},
     {"temp", offsetof(bkv_config, temp), NULL, 1},
     {"scale", offsetof(bkv_config, scale), NULL, 1},
     {"softcap", offsetof(bkv_config, softcap), NULL, 1},
