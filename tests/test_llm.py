@@ -94,11 +94,20 @@ def check_ppl(tally, program, model):
     two = measure(tally, program, "ppl", model, "--ctx", ctx, "--windows", 2, "--budget", 256,
                   "--threads", 2)[0]
     tally.check(two.get("ppl") == seen["balancekv"], "threads change nothing", str(two))
-    share = measure(tally, program, "ppl", model, "--ctx", ctx, "--windows", 1, "--share", 0.5)[0]
-    tally.check(0.45 < share.get("bytes_kv", 0) / share["bytes_kv_full"] <= 0.5, "--share",
-                str(share))
+    slots = {}
+    for kind in ("f32", "f16", "i8"):
+        for method in ("balancekv", "window", "keydiff"):
+            share = measure(tally, program, "ppl", model, "--ctx", ctx, "--windows", 1, "--share",
+                            "1/2", "--set", "kv_type=" + kind, "--method", method)[0]
+            slots[kind, method] = share.get("budget", 0)
+            tally.check(share.get("kv_type") == kind and
+                        0.45 < share["bytes_kv"] / share["bytes_kv_full"] <= 0.5,
+                        "--share of %s in %s" % (method, kind), str(share))
+    tally.check(all(1.2 * slots["f32", x] < slots["f16", x] < slots["i8", x] / 1.2
+                    for x in ("balancekv", "window", "keydiff")),
+                "smaller types give more slots", str(slots))
     plain = run(program, "ppl", "--model", model, "--text", TEXT, "--ctx", 64, "--windows", 1)
-    tally.check(re.fullmatch(r"balancekv, budget 0, ctx 64, caches .* ppl [\d.]+, .*\n",
+    tally.check(re.fullmatch(r"balancekv in f16, budget 0, ctx 64, caches .* ppl [\d.]+, .*\n",
                              plain.stdout.decode()), "ppl as text", plain.stdout.decode())
     endless = run(program, "ppl", "--model", model, "--text", TEXT, "--ctx", 512, "--endless",
                   "--budget", 256, "--windows", 20)
@@ -274,6 +283,8 @@ def bad_options(folder):
     yield ppl + ["--ctx", "64", "--budget", "-5"], "--budget: '-5' is not"
     yield ppl + ["--ctx", "64", "--share", "0.01"], "--share 0.01 of 64 tokens is too small"
     yield ppl + ["--share", "0.5", "--budget", "512"], "give one of them"
+    yield ppl + ["--share", "1/0"], "--share: '0' is not"
+    yield ppl + ["--share", "3/2"], "--share: 3/2 is not"
     yield ppl + ["--method", "best"], "--method: 'best' is none of balancekv, sample, window"
     yield ppl + ["--set", "temp"], "is not KEY=VALUE"
     yield ppl + ["--set", "tmp=1"], "--set: 'tmp=1' is none of"
