@@ -89,8 +89,8 @@ static const word methods[] = {{"balancekv", BKV_RULE_DEFAULT},
                                {"sample", BKV_RULE_SAMPLE},
                                {"window", BKV_RULE_WINDOW},
                                {NULL, 0}};
-static const word kv_types[] = {{"f32", BKV_F32}, {"f16", BKV_F16}, {"bf16", BKV_BF16},
-                                 {"i8", BKV_I8},   {NULL, 0}};
+static const word kv_types[] = {
+    {"f32", BKV_F32}, {"f16", BKV_F16}, {"bf16", BKV_BF16}, {"i8", BKV_I8}, {NULL, 0}};
 static const word weight_types[] = {
     {"f16", GGML_TYPE_F16}, {"bf16", GGML_TYPE_BF16}, {"f32", GGML_TYPE_F32}, {NULL, 0}};
 
@@ -436,8 +436,8 @@ void print_setting(const program *p, uint32_t n_ctx) {
         printf("{\"command\": \"%s\", \"method\": \"%s\", \"kv_type\": \"%s\", \"budget\": %u, "
                "\"ctx\": %u, \"seed\": %u, \"bytes_kv\": %zu, \"bytes_kv_full\": %zu, "
                "\"bytes_scratch\": %zu, ",
-               o->command, o->method, type->name, budget, (unsigned)n_ctx, (unsigned)o->seed,
-               bytes, full, llm_attention_scratch_bytes(p->attention));
+               o->command, o->method, type->name, budget, (unsigned)n_ctx, (unsigned)o->seed, bytes,
+               full, llm_attention_scratch_bytes(p->attention));
     else
         printf("%s in %s, budget %u, ctx %u, caches %.2f MB (full %.2f): ", o->method, type->name,
                budget, (unsigned)n_ctx, (double)bytes * 1e-6, (double)full * 1e-6);
