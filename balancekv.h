@@ -118,7 +118,11 @@
                               BKV_E_KV_TYPE.  Values: BALANCEKV_F32, _F16, _BF16, _I8.
                               Default: any.
    BALANCEKV_HEADER_NAME      Affects: the file's name if you rename it.  Default: "balancekv.h".
-   BALANCEKV_EMULATED         Affects: takes AVX-512 for present, as tests/simde provides it.
+   BALANCEKV_SIMDE            Affects: 1 makes the block of BALANCEKV_SIMD (NEON, which is then the
+                              default, or AVX512) from SIMDe's functions, for any CPU; simde/ must
+                              be on the include path.  Values: 0, 1.  Default: 0.
+   BALANCEKV_FMA              Affects: the bits, see §1. 0 rounds every product before it is added:
+                              faster where no fused multiply-add exists.  Values: 0, 1.  Default: 1.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
 
    No switch changes a public type, so files compiled with different switches can be linked.
@@ -245,6 +249,19 @@ typedef struct bkv_config {
     float softcap;       /* logit softcap as in Gemma 2, 1..100; 0: none */
     uint64_t seed;       /* of the halvings; give each layer its own */
 } bkv_config;
+
+/* bkv_size() as a constant expression, for static arrays: of what bkv_config_default() gives, with
+   this kv_type. Checks nothing, bkv_init() does. See examples/freestanding.c. */
+#define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
+    (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
+     BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
+                   (kv_type) == BALANCEKV_F32 ? 4 : (kv_type) == BALANCEKV_I8 ? 1 : 2) *           \
+         (n_kv_heads))
+#define BKV_SIZE_HEAD(group, dim, slots, elem)                                                     \
+    (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + BKV_SIZE_PAD(dim, 16) * 4 * (group) +          \
+     12 * (slots) + ((elem) == 1 ? 2 * BKV_SIZE_PAD((slots)*2, 64) : 0) + /* words, scales */      \
+     BKV_SIZE_PAD((slots) * (dim) * (elem), 64) + BKV_SIZE_PAD(dim, 16) * (slots) * (elem))
+#define BKV_SIZE_PAD(n, unit) (((size_t)(n) + (unit)-1) / (unit) * (unit))
 
 /* A tensor of the caller's: element (token t, head h, index i) is at
        (char *)data + t * token_stride + h * head_stride + i * elem_stride        (bytes).
@@ -448,7 +465,14 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
    §4 PLATFORM                                                                           >>platform
    The only section that names compilers and CPUs; the rest of the file asks BKVI_*.
    ---------------------------------------------------------------------------------------------- */
+#if __STDC_HOSTED__
 #include <string.h>
+#else /* no C library: the program brings mem*, and by these names the compiler knows them */
+#define BKVI_BARE 1
+#define memcpy __builtin_memcpy
+#define memset __builtin_memset
+#define memcmp __builtin_memcmp
+#endif
 
 #if !defined(__GNUC__) && !defined(__clang__)
 #error "balancekv.h: needs gcc, clang or a compiler that speaks their extensions"
@@ -475,11 +499,27 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #if (BALANCEKV_SIMD + 0) < BALANCEKV_SIMD_AUTO || (BALANCEKV_SIMD + 0) > BALANCEKV_SIMD_NEON
 #error "balancekv.h: BALANCEKV_SIMD must be BALANCEKV_SIMD_AUTO, _SCALAR, _AVX2, _AVX512 or _NEON"
 #endif
+#ifndef BALANCEKV_SIMDE
+#define BALANCEKV_SIMDE 0
+#endif
+#if (BALANCEKV_SIMDE - 0) != 0 && (BALANCEKV_SIMDE - 0) != 1
+#error "balancekv.h: BALANCEKV_SIMDE must be 0 or 1"
+#endif
+#if BALANCEKV_SIMDE && (BALANCEKV_SIMD == BALANCEKV_SIMD_SCALAR ||                                  \
+                        BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2)
+#error "balancekv.h: BALANCEKV_SIMDE goes with BALANCEKV_SIMD_AUTO, _NEON or _AVX512"
+#endif
+#ifndef BALANCEKV_FMA
+#define BALANCEKV_FMA 1
+#endif
+#if (BALANCEKV_FMA + 1) != 1 && (BALANCEKV_FMA + 1) != 2
+#error "balancekv.h: BALANCEKV_FMA must be 0 or 1"
+#endif
 #if (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2 || BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512) &&          \
-    !BKVI_ARCH_X86
+    !BKVI_ARCH_X86 && !BALANCEKV_SIMDE
 #error "balancekv.h: BALANCEKV_SIMD_AVX2 and _AVX512 need an x86 target"
 #endif
-#if BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !BKVI_ARCH_ARM64
+#if BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !BKVI_ARCH_ARM64 && !BALANCEKV_SIMDE
 #error "balancekv.h: BALANCEKV_SIMD_NEON needs an AArch64 target"
 #endif
 #ifndef BALANCEKV_DISPATCH
@@ -509,7 +549,13 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #endif
 
 /* The passes over §11 and §12 that this build makes. */
-#if BALANCEKV_DISPATCH
+#if BALANCEKV_SIMDE
+#define BKVI_HAVE_SCALAR BALANCEKV_DISPATCH
+#define BKVI_HAVE_AVX2 0
+#define BKVI_HAVE_AVX512 (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512)
+#define BKVI_HAVE_NEON !BKVI_HAVE_AVX512
+#define BKVI_ONLY (BKVI_HAVE_AVX512 ? BALANCEKV_SIMD_AVX512 : BALANCEKV_SIMD_NEON)
+#elif BALANCEKV_DISPATCH
 #define BKVI_HAVE_SCALAR 1
 #define BKVI_HAVE_AVX2 (BKVI_ARCH_X86 && BALANCEKV_SIMD != BALANCEKV_SIMD_SCALAR)
 #define BKVI_HAVE_AVX512 (BKVI_HAVE_AVX2 && BALANCEKV_SIMD != BALANCEKV_SIMD_AVX2)
@@ -531,12 +577,15 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_HAVE_AVX512 (BKVI_ONLY == BALANCEKV_SIMD_AVX512)
 #define BKVI_HAVE_NEON (BKVI_ONLY == BALANCEKV_SIMD_NEON)
 #endif
-#if BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
+#if BALANCEKV_SIMDE && BKVI_HAVE_NEON
+#include <simde/arm/neon.h>
+#elif BALANCEKV_SIMDE
+#include <simde/x86/avx512.h>
+#elif BKVI_HAVE_NEON
+#include <arm_neon.h>
+#elif BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
 #include <cpuid.h>
 #include <immintrin.h>
-#endif
-#if BKVI_HAVE_NEON
-#include <arm_neon.h>
 #endif
 
 /* BKVI_UNROLL: gcc -O2 keeps register tiles, small arrays, in registers only if every loop over
@@ -544,24 +593,53 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
    (20-25 % of f32 attend). */
 #if defined(__clang__)
 #define BKVI_CC_CLANG 1
-#define BKVI_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define BKVI_CC_CLANG 0
+#endif
+#if defined(__OPTIMIZE_SIZE__) /* one shape of register tile, not a dozen; no bit depends on it */
+#define BKVI_SMALL 1
+#else
+#define BKVI_SMALL 0
+#endif
+#if BKVI_SMALL && BKVI_HAVE_SCALAR && !BALANCEKV_DISPATCH
+#define BKVI_UNROLL
+#elif BKVI_CC_CLANG
+#define BKVI_UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define BKVI_UNROLL _Pragma("GCC unroll 32")
 #endif
 #define BKVI_INLINE inline __attribute__((always_inline, unused))
 #define BKVI_NOINLINE __attribute__((noinline))
-#if BKVI_ARCH_X86 && !defined(BALANCEKV_EMULATED)
+#if BKVI_ARCH_X86 && !BALANCEKV_SIMDE
 #define BKVI_PIN(x) __asm__("" : "+v"(x))
 #else
 #define BKVI_PIN(x) ((void)0)
 #endif
 
 /* One scalar instruction for a correctly rounded a * b + c, where the target always has it. */
-#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) || BKVI_ARCH_ARM64
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) ||                   \
+    BKVI_ARCH_ARM64 || defined(__riscv_flen) || defined(__powerpc64__) || defined(__s390x__)
 #define BKVI_HARDWARE_FMA 1
 #else
 #define BKVI_HARDWARE_FMA 0
+#endif
+/* SIMDe's vfmaq_f32 is that, too. */
+#if defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_POWER_ALTIVEC_P6_NATIVE) ||                     \
+    (defined(SIMDE_ARM_NEON_A32V7_NATIVE) && BKVI_ARCH_ARM64)
+#define BKVI_SIMDE_FMA BKVI_HAVE_NEON
+#else
+#define BKVI_SIMDE_FMA 0
+#endif
+/* BALANCEKV_FMA=0: x is rounded here. No compiler may fuse it with the addition that follows, as
+   gcc does in gnu modes and all do under -ffp-contract=fast, where the instruction exists. */
+#if BKVI_ARCH_X86 && !BALANCEKV_SIMDE
+#define BKVI_ROUND(x) __asm__("" : "+v"(x))
+#elif BKVI_ARCH_ARM64
+#define BKVI_ROUND(x) __asm__("" : "+w"(x))
+#elif BKVI_HARDWARE_FMA
+#define BKVI_ROUND(x) __asm__("" : "+m"(x))
+#else
+#define BKVI_ROUND(x) ((void)0)
 #endif
 
 enum {
@@ -570,7 +648,7 @@ enum {
     BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
-    BKVI_TILE_MAX = 4,       /* rows that share a register tile, at most */
+    BKVI_TILE_MAX = BKVI_SMALL ? 1 : 4, /* rows that share a register tile, at most */
     BKVI_DIM_MAX = 512,      /* elements of a key or value, at most */
     BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
     BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
@@ -662,7 +740,7 @@ static BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
     return (uint16_t)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
 }
 
-#if BKVI_HAVE_SCALAR
+#if BKVI_HAVE_SCALAR || BALANCEKV_SIMDE
 /* The square root to nearest (0 of a negative number), without libm: Newton in double from a guess
    by the exponent. No root of a float is so near the middle of two floats that it could matter. */
 static float bkvi_sqrt(float x) {
@@ -676,21 +754,18 @@ static float bkvi_sqrt(float x) {
 
 /* Correctly rounded a * b + c. Without the instruction: the product of two floats is exact in
    double; TwoSum gives the rounding error of the sum; rounding the sum to odd then makes the final
-   rounding to float correct (Boldo, Melquiond 2008). */
+   rounding to float correct (Boldo, Melquiond 2008). No branch: compilers may vectorise it. */
 static BKVI_INLINE float bkvi_fma(float a, float b, float c) {
 #if BKVI_HARDWARE_FMA
     return __builtin_fmaf(a, b, c);
 #else
     double p = (double)a * (double)b, sum = p + (double)c;
     double back = sum - p, error = (p - (sum - back)) + ((double)c - back);
-    if (error != 0.0) {
-        uint64_t u;
-        memcpy(&u, &sum, sizeof u);
-        if (!(u & 1)) {
-            u += (error > 0.0) == (sum > 0.0) ? 1u : (uint64_t)-1;
-            memcpy(&sum, &u, sizeof sum);
-        }
-    }
+    int64_t u, e; /* one step towards the error from an even inexact sum */
+    memcpy(&u, &sum, sizeof u);
+    memcpy(&e, &error, sizeof e);
+    u += (error != 0.0 ? ~u & 1 : 0) * ((u ^ e) >> 63 | 1);
+    memcpy(&sum, &u, sizeof sum);
     return (float)sum;
 #endif
 }
@@ -762,7 +837,7 @@ typedef struct bkvi_kernels {
 
 static bkvi_kernels bkvi_kernels_of(uint32_t backend); /* behind the passes, at the end of §12 */
 
-#if BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
+#if (BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512) && !BALANCEKV_SIMDE
 /* The instructions AND the operating system's saving of their registers. */
 static uint32_t bkvi_x86_backends(void) {
     uint32_t a, b, c, d, b7, os, high, found = 0;
@@ -786,8 +861,8 @@ BALANCEKV_API uint32_t bkv_backends(void) {
 #if BKVI_HAVE_NEON
     found |= 1u << BKV_BACKEND_NEON; /* part of every AArch64 */
 #endif
-#if defined(BALANCEKV_EMULATED) && BKVI_HAVE_AVX512
-    found |= 1u << BKV_BACKEND_AVX512; /* tests/simde: the instructions are functions */
+#if BKVI_HAVE_AVX512 && BALANCEKV_SIMDE
+    found |= 1u << BKV_BACKEND_AVX512;
 #elif BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
     found |= bkvi_x86_backends() & ((uint32_t)BKVI_HAVE_AVX2 << BKV_BACKEND_AVX2 |
                                     (uint32_t)BKVI_HAVE_AVX512 << BKV_BACKEND_AVX512);
@@ -833,33 +908,26 @@ static void bkvi_chances(const float *score, const unsigned char *pinned, float 
     } while (certain > before);
 }
 
+static float bkvi_least(float a, float b) { return a < b ? a : b; }
 /* Pivotal sampling (Deville, Tille 1998): of two undecided tokens one is decided at each step, the
-   other carries on with what their chances leave. */
+   other carries on with what their chances leave. Without branches, as each would be a coin. */
 static void bkvi_draw_tokens(const float *chance, uint64_t key, unsigned char *keep) {
-    uint32_t i, draws = 0, held = BKVI_BLOCK, kept = 0; /* held: an undecided token, or none */
-    float p = 0.0f;                                     /* its chance by now */
+    uint32_t i, draws = 0, held = 0, kept = 0; /* held: the undecided token, if p > 0 */
+    float p = 0.0f;                            /* its chance by now */
     for (i = 0; i < BKVI_BLOCK; i++) {
-        float sum = p + chance[i], u;
+        const float sum = p + chance[i], u = bkvi_uniform(key, draws);
+        uint32_t stays, first; /* one stays or one goes; the held token stays or carries on */
         keep[i] = chance[i] >= 1.0f;
         if (keep[i] || chance[i] <= 0.0f) continue;
-        if (held == BKVI_BLOCK) {
-            held = i, p = chance[i];
-            continue;
-        }
-        u = bkvi_uniform(key, draws++);
-        if (sum < 1.0f) { /* one goes */
-            if (u * sum >= p) held = i;
-            p = sum;
-        } else { /* one stays */
-            uint32_t stays = u * (2.0f - sum) < 1.0f - chance[i] ? held : i;
-            keep[stays] = 1;
-            if (stays == held) held = i;
-            p = sum - 1.0f;
-        }
-        if (p <= 0.0f) held = BKVI_BLOCK;
+        stays = sum >= 1.0f;
+        first = u * bkvi_least(sum, 2.0f - sum) < bkvi_least(p, 1.0f - chance[i]);
+        draws += p > 0.0f;
+        keep[first ? held : i] = (unsigned char)stays;
+        held = first == stays ? i : held;
+        p = sum - (float)stays;
     }
     for (i = 0; i < BKVI_BLOCK; i++) kept += keep[i];
-    if (held < BKVI_BLOCK) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
+    if (p > 0.0f) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
 }
 
 /* keep[i]: 1 for what is pinned, then for the 64 survivors; weight [128]: the weights, then those
@@ -890,8 +958,8 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
     bkvi_chances(block->score, keep, chance);
     bkvi_draw_tokens(chance, key, keep);
     if (c->cfg.rounds != BKV_NONE) kernels->exchange(block, chance, c->cfg.rounds, keep);
-    for (i = 0; i < BKVI_BLOCK; i++) {
-        weight[i] = keep[i] ? weight[i] / chance[i] : 0.0f;
+    for (i = 0; i < BKVI_BLOCK; i++) { /* those that go: 0, whatever their chance */
+        weight[i] = weight[i] * (float)keep[i] / (chance[i] + (float)!keep[i]);
         kept += (double)weight[i];
     }
     for (i = 0; i < BKVI_BLOCK && kept > seen; i++) /* or it grows without end */
@@ -2034,12 +2102,13 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
      load, store                       lanes from and to memory of any alignment
      load_f16, load_bf16, store_f16    the same, converted; to nearest even
      load_i8                           lanes from signed bytes
+     fused(x, y, z)                    x * y + z, rounded once; fma() is that, or BALANCEKV_FMA=0
      fma_at(c, i, first, x, y)         c[i] * x + y, i a constant; may read up to c[i | 3]; `first`
                                        of those that share x
      sqrt(a)                           to nearest
      max(a, b), pick_gt(a, b, x, y)    per lane a > b ? a : b, a > b ? x : y
-     any_gt(a, b)                      some lane a > b
-     pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, -126 <= n <= 127
+     any_gt(a, b), top(a)              some lane a > b; the largest lane
+     pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, n <= 127; 0 if n = -127
      zip(a, b)                         a0 b0 a1 b1 .. in a, the rest in b
    ---------------------------------------------------------------------------------------------- */
 #define bkvi_v(op) BKVI_FN(bkvi_v_##op)
@@ -2052,7 +2121,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 /* Code for these instructions only here, whatever the compiler flags are. */
 #if BKVI_PASS == BALANCEKV_SIMD_AVX2
 #define BKVI_TARGET "avx2,fma,f16c"
-#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && !defined(BALANCEKV_EMULATED)
+#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && !BALANCEKV_SIMDE
 #define BKVI_TARGET "avx512f,avx2,fma,f16c"
 #endif
 #define BKVI_PRAGMA(x) _Pragma(#x)
@@ -2068,12 +2137,19 @@ BKVI_PRAGMA_OF(GCC target(BKVI_TARGET))
 #endif
 
 #define BKVI_OP(name, arguments, result)                                                           \
-    BKVI_VFN bkvi_vec bkvi_v(name) arguments { return result; }
+    BKVI_VFN bkvi_vec bkvi_v(name) arguments { return (bkvi_vec)(result); }
 #define BKVI_STORE(name, statement)                                                                \
     BKVI_VFN void bkvi_v(name)(void *p, bkvi_vec x) { statement; }
 #define BKVI_2 (bkvi_vec a, bkvi_vec b)
 #define BKVI_3 (bkvi_vec x, bkvi_vec y, bkvi_vec z)
 #define BKVI_4 (bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y)
+#if BALANCEKV_SIMDE /* prefixed names: simde_vdupq_n_f32, simde_mm512_set1_ps */
+#define BKVI_I(name) simde_##name
+#define BKVI_M(name) simde##name
+#else
+#define BKVI_I(name) name
+#define BKVI_M(name) name
+#endif
 #if BKVI_PASS == BALANCEKV_SIMD_SCALAR
 #define BKVI_FN(name) name##_scalar
 typedef float bkvi_vec;
@@ -2085,7 +2161,7 @@ BKVI_OP(load_f16, (const void *p), bkvi_from_f16(bkvi_get16((const unsigned char
 BKVI_OP(load_bf16, (const void *p),
         bkvi_float((uint32_t)bkvi_get16((const unsigned char *)p) << 16))
 BKVI_OP(load_i8, (const void *p), (float)*(const int8_t *)p)
-BKVI_OP(fma, BKVI_3, bkvi_fma(x, y, z))
+BKVI_OP(fused, BKVI_3, bkvi_fma(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), bkvi_sqrt(x))
 BKVI_OP(max, BKVI_2, a > b ? a : b)
 BKVI_OP(pick_gt, BKVI_4, a > b ? x : y)
@@ -2106,7 +2182,7 @@ BKVI_OP(load_bf16, (const void *p),
             _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16)))
 BKVI_OP(load_i8, (const void *p),
         _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))))
-BKVI_OP(fma, BKVI_3, _mm256_fmadd_ps(x, y, z))
+BKVI_OP(fused, BKVI_3, _mm256_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm256_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, _mm256_max_ps(a, b))
 BKVI_OP(pick_gt, BKVI_4, _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ)))
@@ -2124,63 +2200,130 @@ BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
 
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_FN(name) name##_avx512
-typedef __m512 bkvi_vec;
-BKVI_OP(set, (float x), _mm512_set1_ps(x))
-BKVI_OP(load, (const void *p), _mm512_loadu_ps(p))
+typedef BKVI_M(__m512) bkvi_vec;
+BKVI_OP(set, (float x), BKVI_M(_mm512_set1_ps)(x))
+BKVI_OP(load, (const void *p), BKVI_M(_mm512_loadu_ps)(p))
+#if !BALANCEKV_SIMDE
 BKVI_OP(load_f16, (const void *p), _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)))
 BKVI_OP(load_bf16, (const void *p),
         _mm512_castsi512_ps(
             _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16)))
 BKVI_OP(load_i8, (const void *p),
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))))
-BKVI_OP(fma, BKVI_3, _mm512_fmadd_ps(x, y, z))
-BKVI_OP(sqrt, (bkvi_vec x), _mm512_sqrt_ps(x))
-BKVI_OP(max, BKVI_2, _mm512_max_ps(a, b))
-BKVI_OP(pick_gt, BKVI_4, _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x))
-BKVI_OP(pow2, (bkvi_vec r),
-        _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(r), 23),
-                                             _mm512_set1_epi32(0x3F800000))))
-BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
-BKVI_STORE(store, _mm512_storeu_ps(p, x))
 BKVI_STORE(store_f16,
            _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtps_ph((__mmask16)0xFFFF, x, 0)))
+BKVI_OP(fused, BKVI_3, _mm512_fmadd_ps(x, y, z))
+BKVI_OP(sqrt, (bkvi_vec x), _mm512_sqrt_ps(x))
+#endif
+BKVI_OP(max, BKVI_2, BKVI_M(_mm512_max_ps)(a, b))
+BKVI_OP(pick_gt, BKVI_4,
+        BKVI_M(_mm512_mask_blend_ps)(BKVI_M(_mm512_cmp_ps_mask)(a, b, 30 /* > */), y, x))
+BKVI_OP(pow2, (bkvi_vec r),
+        BKVI_M(_mm512_castsi512_ps)(BKVI_M(_mm512_add_epi32)(
+            BKVI_M(_mm512_slli_epi32)(BKVI_M(_mm512_castps_si512)(r), 23),
+            BKVI_M(_mm512_set1_epi32)(0x3F800000))))
+BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return BKVI_M(_mm512_cmp_ps_mask)(a, b, 30) != 0; }
+BKVI_STORE(store, BKVI_M(_mm512_storeu_ps)(p, x))
 BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    bkvi_vec x = _mm512_permutex2var_ps(*a, low, *b);
-    *b = _mm512_permutex2var_ps(*a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), *b);
+    const BKVI_M(__m512i) low = BKVI_M(_mm512_setr_epi32)(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
+                                                          6, 22, 7, 23),
+                          eight = BKVI_M(_mm512_set1_epi32)(8);
+    bkvi_vec x = BKVI_M(_mm512_permutex2var_ps)(*a, low, *b);
+    *b = BKVI_M(_mm512_permutex2var_ps)(*a, BKVI_M(_mm512_add_epi32)(low, eight), *b);
     *a = x;
 }
 
 #else /* NEON. Loads and stores by bytes: the only ones that ask for no alignment in C. */
 #define BKVI_FN(name) name##_neon
-typedef float32x4_t bkvi_vec;
-BKVI_OP(set, (float x), vdupq_n_f32(x))
-BKVI_OP(load, (const void *p), vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)p)))
+typedef float bkvi_vec __attribute__((vector_size(16)));
+#define BKVI_F(x) ((BKVI_I(float32x4_t))(x)) /* SIMDe's may be integers (WASM) */
+BKVI_OP(set, (float x), BKVI_I(vdupq_n_f32)(x))
+BKVI_OP(load, (const void *p), BKVI_I(vreinterpretq_f32_u8)(BKVI_I(vld1q_u8)((const uint8_t *)p)))
+#if !BALANCEKV_SIMDE
 BKVI_OP(load_f16, (const void *p), vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)p))))
 BKVI_OP(load_bf16, (const void *p),
         vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)p)), 16)))
 BKVI_OP(load_i8, (const void *p),
         vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(
             vreinterpret_s8_u32(vdup_n_u32(bkvi_get32((const unsigned char *)p))))))))
-BKVI_OP(fma, BKVI_3, vfmaq_f32(z, x, y))
-BKVI_OP(sqrt, (bkvi_vec x), vsqrtq_f32(x))
-BKVI_OP(max, BKVI_2, vmaxq_f32(a, b))
-BKVI_OP(pick_gt, BKVI_4, vbslq_f32(vcgtq_f32(a, b), x, y))
-BKVI_OP(pow2, (bkvi_vec r),
-        vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(r), 23),
-                                        vdupq_n_u32(0x3F800000u))))
-BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return vmaxvq_u32(vcgtq_f32(a, b)) != 0; }
-BKVI_STORE(store, vst1q_u8((uint8_t *)p, vreinterpretq_u8_f32(x)))
 BKVI_STORE(store_f16, vst1_u8((uint8_t *)p, vreinterpret_u8_f16(vcvt_f16_f32(x))))
+BKVI_OP(sqrt, (bkvi_vec x), vsqrtq_f32(x))
+#endif
+#if BKVI_SIMDE_FMA || !BALANCEKV_SIMDE
+BKVI_OP(fused, BKVI_3, BKVI_I(vfmaq_f32)(BKVI_F(z), BKVI_F(x), BKVI_F(y)))
+#endif
+BKVI_OP(max, BKVI_2, BKVI_I(vmaxq_f32)(BKVI_F(a), BKVI_F(b)))
+BKVI_OP(pick_gt, BKVI_4,
+        BKVI_I(vbslq_f32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b)), BKVI_F(x), BKVI_F(y)))
+BKVI_OP(pow2, (bkvi_vec r),
+        BKVI_I(vreinterpretq_f32_u32)(BKVI_I(vaddq_u32)(
+            BKVI_I(vshlq_n_u32)(BKVI_I(vreinterpretq_u32_f32)(BKVI_F(r)), 23),
+            BKVI_I(vdupq_n_u32)(0x3F800000u))))
+BKVI_VFN int bkvi_v(any_gt) BKVI_2 {
+    return BKVI_I(vmaxvq_u32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b))) != 0;
+}
+BKVI_STORE(store, BKVI_I(vst1q_u8)((uint8_t *)p, BKVI_I(vreinterpretq_u8_f32)(BKVI_F(x))))
 BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
-    bkvi_vec low = vzip1q_f32(*a, *b);
-    *b = vzip2q_f32(*a, *b);
+    bkvi_vec low = (bkvi_vec)BKVI_I(vzip1q_f32)(BKVI_F(*a), BKVI_F(*b));
+    *b = (bkvi_vec)BKVI_I(vzip2q_f32)(BKVI_F(*a), BKVI_F(*b));
     *a = low;
 }
+#undef BKVI_F
 #endif
 
+#if BALANCEKV_SIMDE && BKVI_PASS != BALANCEKV_SIMD_SCALAR
+/* What SIMDe 0.7 lacks, or rounds twice, on the compiler's own vectors. */
+typedef uint16_t bkvi_halves __attribute__((vector_size(sizeof(bkvi_vec) / 2)));
+typedef uint32_t bkvi_words __attribute__((vector_size(sizeof(bkvi_vec))));
+typedef int8_t bkvi_bytes __attribute__((vector_size(sizeof(bkvi_vec) / 4)));
+#define BKVI_EACH_LANE(statement)                                                                  \
+    for (uint32_t i = 0; i < BKVI_WIDTH; i++) statement
+BKVI_VFN bkvi_words bkvi_v(widen)(const void *p) {
+    bkvi_halves h;
+    memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, bkvi_words);
+}
+BKVI_OP(load_bf16, (const void *p), bkvi_v(widen)(p) << 16)
+BKVI_VFN bkvi_vec bkvi_v(load_i8)(const void *p) {
+    bkvi_bytes x;
+    memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, bkvi_vec);
+}
+BKVI_VFN bkvi_vec bkvi_v(load_f16)(const void *p) { /* times 2^112; Inf and NaN keep theirs */
+    bkvi_words all = bkvi_v(widen)(p) << 13, low = all & 0x0FFFE000u;
+    bkvi_vec x = (bkvi_vec)low * 5.192296858534827628530496329e33f;
+    return (bkvi_vec)((bkvi_words)x | ((bkvi_words)(x >= 65536.0f) & 0x7F800000u) |
+                      (all ^ low) << 3);
+}
+BKVI_VFN void bkvi_v(store_f16)(void *p, bkvi_vec x) {
+    bkvi_halves h;
+    BKVI_EACH_LANE(h[i] = bkvi_to_f16(x[i]);)
+    memcpy(p, &h, sizeof h);
+}
+BKVI_VFN bkvi_vec bkvi_v(sqrt)(bkvi_vec x) {
+    BKVI_EACH_LANE(x[i] = bkvi_sqrt(x[i]);)
+    return x;
+}
+#if !BKVI_SIMDE_FMA
+BKVI_VFN bkvi_vec bkvi_v(fused) BKVI_3 {
+    BKVI_EACH_LANE(z[i] = bkvi_fma(x[i], y[i], z[i]);)
+    return z;
+}
+#endif
+#undef BKVI_EACH_LANE
+#endif
+
+BKVI_VFN bkvi_vec bkvi_v(fma) BKVI_3 {
+#if BALANCEKV_FMA
+    return bkvi_v(fused)(x, y, z);
+#else
+    bkvi_vec product = x * y;
+    BKVI_ROUND(product);
+    return product + z;
+#endif
+}
 BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_vec x, bkvi_vec y) {
-#if BKVI_PASS == BALANCEKV_SIMD_NEON
+#if BKVI_PASS == BALANCEKV_SIMD_NEON && BALANCEKV_FMA && !BALANCEKV_SIMDE
     bkvi_vec four = bkvi_v(load)(c + i / 4 * 4);
     switch (i % 4) { /* a lane must be a constant, even to -O0 */
     case 0: return vfmaq_laneq_f32(y, x, four, 0);
@@ -2188,7 +2331,7 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
     case 2: return vfmaq_laneq_f32(y, x, four, 2);
     case 3: return vfmaq_laneq_f32(y, x, four, 3);
     }
-#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && !defined(BALANCEKV_EMULATED)
+#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && BALANCEKV_FMA && !BALANCEKV_SIMDE
     if (first) { /* Zen 4 broadcasts where it converts: 85 % of the FMA peak, with this 98 */
         __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(y) : "v"(x), "m"(c[i]));
         return y;
@@ -2198,8 +2341,20 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
     return bkvi_v(fma)(bkvi_v(set)(c[i]), x, y);
 }
 
+BKVI_VFN float bkvi_v(top)(bkvi_vec x) {
+    float lanes[16];
+    uint32_t n;
+    BKVI_UNROLL for (n = 1; n < BKVI_WIDTH; n *= 2) {
+        bkvi_vec y = x;
+        bkvi_v(zip)(&x, &y);
+        x = bkvi_v(max)(x, y);
+    }
+    bkvi_v(store)(lanes, x);
+    return lanes[0];
+}
+
 /* Register tiles are `rows` by at most BKVI_VECS(rows) sixteens. */
-#if BKVI_PASS == BALANCEKV_SIMD_SCALAR
+#if BKVI_PASS == BALANCEKV_SIMD_SCALAR || BKVI_SMALL
 #define BKVI_VECS(rows) 1
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_VECS(rows) 4
@@ -2212,6 +2367,9 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
    Written once over §11. `const int` parameters are constants at every call, so that the functions
    fold into one loop per case.
    ---------------------------------------------------------------------------------------------- */
+static const float bkvi_k(count)[16] = {0,  -1, -2,  -3,  -4,  -5,  -6,  -7,
+                                        -8, -9, -10, -11, -12, -13, -14, -15};
+
 /* A register of elements of a cache or tensor type. */
 BKVI_VFN bkvi_vec bkvi_v(get)(const int type, const void *p) {
     return type == BKV_F32   ? bkvi_v(load)(p)
@@ -2359,17 +2517,14 @@ BKVI_VFN void bkvi_k(exp2)(bkvi_vec *t) {
     bkvi_vec n[4], f[4], p[4];
     int i, k;
     BKVI_UNROLL for (k = 0; k < 4; k++) {
-        t[k] = bkvi_v(max)(t[k], bkvi_v(set)(-126.0f));
+        t[k] = bkvi_v(pick_gt)(t[k], bkvi_v(set)(-125.0f), t[k], bkvi_v(set)(-127.0f));
         n[k] = t[k] + magic;
         f[k] = t[k] - (n[k] - magic);
         p[k] = bkvi_v(set)(1.534581243e-4f);
     }
     BKVI_UNROLL for (i = 0; i < 6; i++) BKVI_UNROLL for (k = 0; k < 4; k++) p[k] =
         bkvi_v(fma)(p[k], f[k], bkvi_v(set)(c[i]));
-    BKVI_UNROLL for (k = 0; k < 4; k++) {
-        p[k] = p[k] * bkvi_v(pow2)(n[k]);
-        t[k] = bkvi_v(pick_gt)(t[k], bkvi_v(set)(-125.0f), p[k], bkvi_v(set)(0.0f));
-    }
+    BKVI_UNROLL for (k = 0; k < 4; k++) t[k] = p[k] * bkvi_v(pow2)(n[k]);
 }
 
 /* 2^x of n floats in place, n a multiple of 64. */
@@ -2454,6 +2609,33 @@ static BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned c
         }
 }
 
+/* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
+static float bkvi_k(over_lanes)(const float *lanes) {
+    float x[8];
+    uint32_t i, n;
+    for (i = 0; i < 8; i++) x[i] = lanes[i] + lanes[i + 8];
+    for (n = 4; n; n /= 2)
+        for (i = 0; i < n; i++) x[i] += x[i + n];
+    return x[0];
+}
+static float bkvi_k(total)(const float *x, uint32_t n) {
+    float lanes[16];
+    uint32_t lane, i;
+    for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
+        bkvi_vec all = bkvi_v(load)(x + lane);
+        for (i = BKVI_LANES; i < n; i += BKVI_LANES) all = all + bkvi_v(load)(x + i + lane);
+        bkvi_v(store)(lanes + lane, all);
+    }
+    return bkvi_k(over_lanes)(lanes);
+}
+static float bkvi_k(largest)(const float *x) {
+    bkvi_vec most = bkvi_v(load)(x);
+    uint32_t i;
+    for (i = BKVI_WIDTH; i < BKVI_BLOCK; i += BKVI_WIDTH)
+        most = bkvi_v(max)(most, bkvi_v(load)(x + i));
+    return bkvi_v(top)(most);
+}
+
 /* The scales of BKV_I8 of a register of tokens from i on; of the other types 1. */
 BKVI_VFN bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32_t i) {
     return type == BKV_I8 ? bkvi_v(load_bf16)(scale + 2 * (size_t)i) : bkvi_v(set)(1.0f);
@@ -2466,7 +2648,7 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
                                         uint32_t dim, size_t stride) {
     const int type = (int)BKVI_TYPE(c->cfg.kv_type), packed = values ? BKV_F32 : type;
     const size_t es = bkvi_type_bytes(BKVI_TYPE(c->cfg.kv_type)), size = values ? 4 : es;
-    float *sums = block->tile, *turned = sums + 256, *mean = sums + 512, largest = 0.0f;
+    float *sums = block->tile, *turned = sums + 256, *mean = sums + 512;
     uint32_t i, j, p, n, lane;
     memset(block->norm, 0, BKVI_BLOCK * sizeof(float));
     for (i = 0; i < dim; i += BKVI_LANES, mean += BKVI_LANES) {
@@ -2481,12 +2663,15 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
             if (values)
                 bkvi_k(turn)(to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim,
                              (uint32_t)type);
-            for (j = 0; j < n; j += BKVI_WIDTH)
-                bkvi_v(store)(sums + j,
-                              bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
-                                          bkvi_k(scales)(type, block->scale[values][p / 4],
-                                                         p % 4 * BKVI_LANES + j % BKVI_LANES),
-                                          bkvi_v(load)(sums + j)));
+        }
+        for (j = 0; j < n; j += BKVI_WIDTH) {
+            bkvi_vec sum = bkvi_v(set)(0.0f);
+            BKVI_UNROLL for (p = 0; p < 8; p++)
+                sum = bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
+                                  bkvi_k(scales)(type, block->scale[values][p / 4],
+                                                 p % 4 * BKVI_LANES + j % BKVI_LANES),
+                                  sum);
+            bkvi_v(store)(sums + j, sum);
         }
         bkvi_k(turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
         for (j = 128; j >= BKVI_LANES; j /= 2)
@@ -2509,34 +2694,7 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
                 bkvi_v(store)(norm, sum);
             }
     }
-    for (j = 0; j < BKVI_BLOCK; j++) largest = block->norm[j] > largest ? block->norm[j] : largest;
-    return largest;
-}
-
-/* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
-static float bkvi_k(over_lanes)(const float *lanes) {
-    float x[8];
-    uint32_t i, n;
-    for (i = 0; i < 8; i++) x[i] = lanes[i] + lanes[i + 8];
-    for (n = 4; n; n /= 2)
-        for (i = 0; i < n; i++) x[i] += x[i + n];
-    return x[0];
-}
-static float bkvi_k(total)(const float *x, uint32_t n) {
-    float lanes[16];
-    uint32_t lane, i;
-    for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
-        bkvi_vec all = bkvi_v(load)(x + lane);
-        for (i = BKVI_LANES; i < n; i += BKVI_LANES) all = all + bkvi_v(load)(x + i + lane);
-        bkvi_v(store)(lanes + lane, all);
-    }
-    return bkvi_k(over_lanes)(lanes);
-}
-static float bkvi_k(largest)(const float *x) {
-    float most = x[0];
-    uint32_t i;
-    for (i = 1; i < BKVI_BLOCK; i++) most = x[i] > most ? x[i] : most;
-    return most;
+    return bkvi_k(largest)(block->norm);
 }
 
 /* ---- importance (§1) ---- */
@@ -2710,56 +2868,61 @@ static void bkvi_k(gram)(const bkv_cache *c, const bkvi_block *block) {
 }
 
 /* ---- exchanges ---- */
-/* f += s * row i. */
-BKVI_VFN void bkvi_k(add_row)(float *f, const float *matrix, uint32_t i, float s) {
-    bkvi_vec sv = bkvi_v(set)(s);
-    uint32_t j;
-    matrix += (size_t)i * BKVI_BLOCK;
-    for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH)
-        bkvi_v(store)(f + j, bkvi_v(fma)(sv, bkvi_v(load)(matrix + j), bkvi_v(load)(f + j)));
-}
-
 /* Rounds of exchanges: each token that stays, unless for certain, makes way for that one whose
    coming makes the error sum_i (keep_i / chance_i - 1) phi_i shortest, if that is shorter. */
 static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                              unsigned char *keep) {
-    /* Products with the error; the step of a token that changes sides; what that adds by itself
-       (those that stay: never); what both changes would do. */
+    /* Products with the error, all negative; the step of a token that changes sides; what that
+       adds by itself, negative (from those that stay: too much). */
     float *f = block->tile, *step = f + BKVI_BLOCK, *own = step + BKVI_BLOCK;
-    float *gain = own + BKVI_BLOCK;
-    const float never = 3e38f;
-    uint32_t i, j, partner, moved = 1;
-    memset(f, 0, BKVI_BLOCK * sizeof *f);
+    float *error = own + BKVI_BLOCK;
+    const bkvi_vec zero = bkvi_v(set)(0.0f), one = bkvi_v(set)(1.0f), never = bkvi_v(set)(-3e38f);
+    bkvi_vec x, y;
+    uint32_t i, j, moved = 1;
     for (i = 0; i < BKVI_BLOCK; i++) {
-        const float inverse = chance[i] > 0.0f && chance[i] < 1.0f ? 1.0f / chance[i] : 0.0f;
-        step[i] = keep[i] ? -inverse : inverse;
-        own[i] = step[i] > 0.0f ? inverse * inverse * block->matrix[i * (BKVI_BLOCK + 1)] : never;
-        if (chance[i] < 1.0f)
-            bkvi_k(add_row)(f, block->matrix, i, keep[i] ? inverse - 1.0f : -1.0f);
+        step[i] = (float)keep[i];
+        own[i] = block->matrix[i * (BKVI_BLOCK + 1)];
     }
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH) { /* x: 1 / chance, or 0 if there is no choice */
+        const bkvi_vec p = bkvi_v(load)(chance + i), stays = bkvi_v(load)(step + i);
+        x = bkvi_v(pick_gt)(one, p, one / bkvi_v(pick_gt)(p, zero, p, one), zero);
+        y = bkvi_v(pick_gt)(x, zero, one - x, zero);
+        bkvi_v(store)(error + i, bkvi_v(pick_gt)(stays, zero, y, one));
+        y = bkvi_v(pick_gt)(x, zero, zero - x * x * bkvi_v(load)(own + i), never);
+        bkvi_v(store)(own + i, bkvi_v(pick_gt)(stays, zero, never, y));
+        bkvi_v(store)(step + i, bkvi_v(pick_gt)(stays, zero, zero - x, x));
+    }
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_VECS(1) * BKVI_LANES)
+        bkvi_k(tile_fma)(BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(block->matrix + i),
+                         BKVI_BLOCK, BKVI_LANES, BKVI_BLOCK, error, 0, 1, 1, f + i, BKVI_BLOCK,
+                         NULL);
     for (; rounds && moved; rounds--)
         for (i = 0, moved = 0; i < BKVI_BLOCK; i++) {
-            const float *row = block->matrix + (size_t)i * BKVI_BLOCK;
+            const float *row = block->matrix + (size_t)i * BKVI_BLOCK, *other;
             const float own_i = step[i] * step[i] * row[i];
-            const bkvi_vec step_i = bkvi_v(set)(step[i]);
-            bkvi_vec least,
-                limit = bkvi_v(fma)(step_i, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own_i));
+            const bkvi_vec away = bkvi_v(set)(-step[i]);
+            const bkvi_vec least = bkvi_v(fma)(away, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own_i));
+            bkvi_vec most = least, at = zero, here = bkvi_v(load)(bkvi_k(count));
             if (!(step[i] < 0.0f)) continue;
-            least = limit = bkvi_v(set)(0.0f) - limit;
-            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
-                bkvi_vec x = bkvi_v(fma)(step_i, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
+            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) { /* at: -(place of the most) */
+                x = bkvi_v(fma)(away, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
                 x = bkvi_v(fma)(bkvi_v(load)(step + j), x + x, bkvi_v(load)(own + j));
-                bkvi_v(store)(gain + j, x);
-                least = bkvi_v(pick_gt)(least, x, x, least);
+                at = bkvi_v(pick_gt)(x, most, here, at);
+                most = bkvi_v(max)(most, x);
+                here = here - bkvi_v(set)((float)BKVI_WIDTH);
             }
-            if (!bkvi_v(any_gt)(limit, least)) continue;
-            for (j = partner = 0; j < BKVI_BLOCK; j++)
-                partner = gain[j] < gain[partner] ? j : partner;
-            moved = 1, keep[i] = 0, keep[partner] = 1;
-            bkvi_k(add_row)(f, block->matrix, i, step[i]);
-            bkvi_k(add_row)(f, block->matrix, partner, step[partner]);
-            step[i] = -step[i], step[partner] = -step[partner];
-            own[i] = own_i, own[partner] = never;
+            if (!bkvi_v(any_gt)(most, least)) continue;
+            x = bkvi_v(set)(bkvi_v(top)(most));
+            j = (uint32_t)-bkvi_v(top)(bkvi_v(pick_gt)(x, most, never, at));
+            other = block->matrix + (size_t)j * BKVI_BLOCK;
+            y = bkvi_v(set)(-step[j]);
+            moved = 1, keep[i] = 0, keep[j] = 1;
+            step[i] = -step[i], step[j] = -step[j];
+            own[i] = -own_i, own[j] = -3e38f;
+            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
+                x = bkvi_v(fma)(away, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
+                bkvi_v(store)(f + j, bkvi_v(fma)(y, bkvi_v(load)(other + j), x));
+            }
         }
 }
 
@@ -2778,7 +2941,6 @@ BKVI_VFN void bkvi_k(times)(float *x, const unsigned char *scale) {
    rises, what was summed so far shrinks. */
 static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, int r,
                                          uint32_t v_dim_pad, float softcap) {
-    static const float lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
     const float limit = tile->limit ? tile->limit[r] : (float)span->slots;
     float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
@@ -2798,16 +2960,14 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
         }
     }
     for (i = 0; i < BKVI_PAGE && limit < (float)BKVI_PAGE; i += BKVI_WIDTH) {
-        x = bkvi_v(set)(limit - (float)(i - i % BKVI_LANES));
-        bkvi_v(store)(s + i, bkvi_v(pick_gt)(x, bkvi_v(load)(lane + i % BKVI_LANES),
+        x = bkvi_v(set)((float)(i - i % BKVI_LANES) - limit);
+        bkvi_v(store)(s + i, bkvi_v(pick_gt)(bkvi_v(load)(bkvi_k(count) + i % BKVI_LANES), x,
                                              bkvi_v(load)(s + i), bkvi_v(set)(BKVI_MASKED)));
     }
     for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) most = bkvi_v(max)(most, bkvi_v(load)(s + i));
     if (bkvi_v(any_gt)(most, bkvi_v(set)(tile->max[r]))) {
-        float *out = tile->out + (size_t)r * v_dim_pad, highest[16], max = tile->max[r];
+        float *out = tile->out + (size_t)r * v_dim_pad, max = bkvi_v(top)(most);
         bkvi_vec shrink[4];
-        bkvi_v(store)(highest, most);
-        for (i = 0; i < BKVI_WIDTH; i++) max = highest[i] > max ? highest[i] : max;
         for (i = 0; i < 4; i++) shrink[i] = bkvi_v(set)(tile->max[r] - max);
         bkvi_k(exp2)(shrink);
         tile->max[r] = max;
@@ -2873,13 +3033,16 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
 }
 
 /* One function per type and row count, so that each has the registers to itself. */
+#if BKVI_SMALL
+#define BKVI_EACH_ROWS(X, type) X(type, 1)
+#else
+#define BKVI_EACH_ROWS(X, type) X(type, 1) X(type, 2) X(type, 3) X(type, 4)
+#endif
 #ifdef BALANCEKV_KV_TYPE
-#define BKVI_EACH_TILE(X)                                                                          \
-    X(BALANCEKV_KV_TYPE, 1) X(BALANCEKV_KV_TYPE, 2) X(BALANCEKV_KV_TYPE, 3) X(BALANCEKV_KV_TYPE, 4)
+#define BKVI_EACH_TILE(X) BKVI_EACH_ROWS(X, BALANCEKV_KV_TYPE)
 #else
 #define BKVI_EACH_TILE(X)                                                                          \
-    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(2, 4)                                \
-    X(3, 1) X(3, 2) X(3, 3) X(3, 4) X(4, 1) X(4, 2) X(4, 3) X(4, 4)
+    BKVI_EACH_ROWS(X, 1) BKVI_EACH_ROWS(X, 2) BKVI_EACH_ROWS(X, 3) BKVI_EACH_ROWS(X, 4)
 #endif
 #define BKVI_X(type, rows)                                                                         \
     static BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                \
@@ -3036,12 +3199,15 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
 #undef BKVI_VFN
 #undef BKVI_OP
 #undef BKVI_STORE
+#undef BKVI_I
+#undef BKVI_M
 #undef BKVI_2
 #undef BKVI_3
 #undef BKVI_4
 #undef BKVI_WIDTH
 #undef BKVI_FN
 #undef BKVI_EACH_TILE
+#undef BKVI_EACH_ROWS
 #undef BKVI_TILES
 #undef BKVI_VECS
 #endif /* BKVI_PASS */
@@ -3081,7 +3247,16 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_NOINLINE
 #undef BKVI_UNROLL
 #undef BKVI_PIN
+#undef BKVI_ROUND
+#undef BKVI_SMALL
+#undef BKVI_SIMDE_FMA
 #undef BKVI_HARDWARE_FMA
+#ifdef BKVI_BARE
+#undef memcpy
+#undef memset
+#undef memcmp
+#undef BKVI_BARE
+#endif
 #endif
 
 /* ------------------------------------------------------------------------------------------------
