@@ -171,6 +171,29 @@ if have meson && have ninja; then
         leave_out 'clang' 'no clang'
     fi
 
+    bare=
+    if have arm-none-eabi-gcc && have qemu-system-arm; then
+        bare=cortex-m7
+    else
+        leave_out 'freestanding, Cortex-M7' 'no arm-none-eabi-gcc or no qemu-system-arm'
+    fi
+    if have aarch64-linux-gnu-gcc && have qemu-aarch64; then
+        bare="$bare aarch64"
+    else
+        leave_out 'freestanding, AArch64' 'no aarch64-linux-gnu-gcc or no qemu-aarch64'
+    fi
+    [ "$(uname -sm)" != 'Linux x86_64' ] || bare="$bare x86-64"
+    # shellcheck disable=SC2086 # names are meant to split
+    [ -z "$bare" ] || step "freestanding" sh examples/freestanding.sh $bare
+
+    if ! have chromium && ! have chromium-browser && ! have google-chrome; then
+        leave_out 'the web page' 'no Chromium'
+    elif ! sh examples/web/build.sh >"$logs/web_build.log" 2>&1; then
+        leave_out 'the web page' "not built: $(tail -n 1 "$logs/web_build.log")"
+    else
+        step 'the web page, in Chromium' python3 tests/test_web.py
+    fi
+
     # From here on it is about the instructions and the memory, not about every size.
     export BKV_QUICK=1
     step 'address, undefined sanitizers' meson_run build/sanitize "$native" \
@@ -178,14 +201,6 @@ if have meson && have ninja; then
 
     case $machine in
     x86_64 | amd64)
-        if ! echo '#include <simde/x86/avx512.h>' | $CC -E - >/dev/null 2>&1; then
-            leave_out 'AVX-512 block through SIMDe' 'no libsimde-dev'
-        elif ! cpu_has avx2 fma f16c; then
-            leave_out 'AVX-512 block through SIMDe' 'this CPU lacks AVX2, FMA or F16C'
-        else
-            step 'AVX-512 block through SIMDe' meson_run build/simde scalar,avx512 \
-                '-Dsimde=true -Dexamples=disabled' '--suite core'
-        fi
         if ! have aarch64-linux-gnu-gcc || ! have qemu-aarch64; then
             leave_out 'AArch64 under qemu' 'no aarch64-linux-gnu-gcc or no qemu-aarch64'
         else
@@ -194,13 +209,17 @@ if have meson && have ninja; then
                 step "AArch64 under qemu, $backend" meson_run build/aarch64-$backend $backend \
                     "--cross-file tests/cross/aarch64.ini -Dexamples=disabled
                     -Dc_args=-DBALANCEKV_SIMD=BALANCEKV_SIMD_$simd" \
-                    "hash-$backend kernels golden convert"
+                    "hash-$backend nofma-hash-$backend kernels golden convert"
             done
         fi
+        quick='x86-64-simde x86-64-simde-512 i686 armhf-vfpv4 wasm32-simd'
+        [ "${CI:-}" != true ] || quick='' # all of them
+        # shellcheck disable=SC2086
+        step 'other CPUs, tests/matrix.sh' sh tests/matrix.sh $quick
         ;;
     esac
 else
-    leave_out 'clang, sanitizers, SIMDe, AArch64, a language model' "no Meson: $no_tools"
+    leave_out 'clang, sanitizers, AArch64, other CPUs, a language model' "no Meson: $no_tools"
     step 'hash' plain_hashes
     export BKV_EXPECT="$native"
     for source in tests/test_*.c; do
