@@ -256,6 +256,19 @@ typedef struct bkv_config {
     uint64_t seed;       /* of the halvings; give each layer its own */
 } bkv_config;
 
+/* bkv_size() as a constant expression, for static arrays: of what bkv_config_default() gives, with
+   this kv_type. Checks nothing, bkv_init() does. See examples/freestanding.c. */
+#define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
+    (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
+     BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
+                   (kv_type) == BALANCEKV_F32 ? 4 : (kv_type) == BALANCEKV_I8 ? 1 : 2) *           \
+         (n_kv_heads))
+#define BKV_SIZE_HEAD(group, dim, slots, elem)                                                     \
+    (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + BKV_SIZE_PAD(dim, 16) * 4 * (group) +          \
+     12 * (slots) + ((elem) == 1 ? 2 * BKV_SIZE_PAD((slots)*2, 64) : 0) + /* words, scales */      \
+     BKV_SIZE_PAD((slots) * (dim) * (elem), 64) + BKV_SIZE_PAD(dim, 16) * (slots) * (elem))
+#define BKV_SIZE_PAD(n, unit) (((size_t)(n) + (unit)-1) / (unit) * (unit))
+
 /* A tensor of the caller's: element (token t, head h, index i) is at
        (char *)data + t * token_stride + h * head_stride + i * elem_stride        (bytes).
    Strides of 0 mean dense [n_tokens][n_heads][dim]. Any alignment. Read-only to the library. */
@@ -458,7 +471,14 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
    §4 PLATFORM                                                                           >>platform
    The only section that names compilers and CPUs; the rest of the file asks BKVI_*.
    ---------------------------------------------------------------------------------------------- */
+#if __STDC_HOSTED__
 #include <string.h>
+#else /* no C library: the program brings mem*, and by these names the compiler knows them */
+#define BKVI_BARE 1
+#define memcpy __builtin_memcpy
+#define memset __builtin_memset
+#define memcmp __builtin_memcmp
+#endif
 
 #if !defined(__GNUC__) && !defined(__clang__)
 #error "balancekv.h: needs gcc, clang or a compiler that speaks their extensions"
@@ -897,33 +917,26 @@ static void bkvi_chances(const float *score, const unsigned char *pinned, float 
     } while (certain > before);
 }
 
+static float bkvi_least(float a, float b) { return a < b ? a : b; }
 /* Pivotal sampling (Deville, Tille 1998): of two undecided tokens one is decided at each step, the
-   other carries on with what their chances leave. */
+   other carries on with what their chances leave. Without branches, as each would be a coin. */
 static void bkvi_draw_tokens(const float *chance, uint64_t key, unsigned char *keep) {
-    uint32_t i, draws = 0, held = BKVI_BLOCK, kept = 0; /* held: an undecided token, or none */
-    float p = 0.0f;                                     /* its chance by now */
+    uint32_t i, draws = 0, held = 0, kept = 0; /* held: the undecided token, if p > 0 */
+    float p = 0.0f;                            /* its chance by now */
     for (i = 0; i < BKVI_BLOCK; i++) {
-        float sum = p + chance[i], u;
+        const float sum = p + chance[i], u = bkvi_uniform(key, draws);
+        uint32_t stays, first; /* one stays or one goes; the held token stays or carries on */
         keep[i] = chance[i] >= 1.0f;
         if (keep[i] || chance[i] <= 0.0f) continue;
-        if (held == BKVI_BLOCK) {
-            held = i, p = chance[i];
-            continue;
-        }
-        u = bkvi_uniform(key, draws++);
-        if (sum < 1.0f) { /* one goes */
-            if (u * sum >= p) held = i;
-            p = sum;
-        } else { /* one stays */
-            uint32_t stays = u * (2.0f - sum) < 1.0f - chance[i] ? held : i;
-            keep[stays] = 1;
-            if (stays == held) held = i;
-            p = sum - 1.0f;
-        }
-        if (p <= 0.0f) held = BKVI_BLOCK;
+        stays = sum >= 1.0f;
+        first = u * bkvi_least(sum, 2.0f - sum) < bkvi_least(p, 1.0f - chance[i]);
+        draws += p > 0.0f;
+        keep[first ? held : i] = (unsigned char)stays;
+        held = first == stays ? i : held;
+        p = sum - (float)stays;
     }
     for (i = 0; i < BKVI_BLOCK; i++) kept += keep[i];
-    if (held < BKVI_BLOCK) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
+    if (p > 0.0f) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
 }
 
 /* keep[i]: 1 for what is pinned, then for the 64 survivors; weight [128]: the weights, then those
@@ -954,8 +967,8 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
     bkvi_chances(block->score, keep, chance);
     bkvi_draw_tokens(chance, key, keep);
     if (c->cfg.rounds != BKV_NONE) kernels->exchange(block, chance, c->cfg.rounds, keep);
-    for (i = 0; i < BKVI_BLOCK; i++) {
-        weight[i] = keep[i] ? weight[i] / chance[i] : 0.0f;
+    for (i = 0; i < BKVI_BLOCK; i++) { /* those that go: 0, whatever their chance */
+        weight[i] = weight[i] * (float)keep[i] / (chance[i] + (float)!keep[i]);
         kept += (double)weight[i];
     }
     for (i = 0; i < BKVI_BLOCK && kept > seen; i++) /* or it grows without end */
@@ -2103,8 +2116,8 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
                                        of those that share x
      sqrt(a)                           to nearest
      max(a, b), pick_gt(a, b, x, y)    per lane a > b ? a : b, a > b ? x : y
-     any_gt(a, b)                      some lane a > b
-     pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, -126 <= n <= 127
+     any_gt(a, b), top(a)              some lane a > b; the largest lane
+     pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, n <= 127; 0 if n = -127
      zip(a, b)                         a0 b0 a1 b1 .. in a, the rest in b
    ---------------------------------------------------------------------------------------------- */
 #define bkvi_v(op) BKVI_FN(bkvi_v_##op)
@@ -2337,6 +2350,18 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
     return bkvi_v(fma)(bkvi_v(set)(c[i]), x, y);
 }
 
+BKVI_VFN float bkvi_v(top)(bkvi_vec x) {
+    float lanes[16];
+    uint32_t n;
+    BKVI_UNROLL for (n = 1; n < BKVI_WIDTH; n *= 2) {
+        bkvi_vec y = x;
+        bkvi_v(zip)(&x, &y);
+        x = bkvi_v(max)(x, y);
+    }
+    bkvi_v(store)(lanes, x);
+    return lanes[0];
+}
+
 /* Register tiles are `rows` by at most BKVI_VECS(rows) sixteens. */
 #if BKVI_PASS == BALANCEKV_SIMD_SCALAR || BKVI_SMALL
 #define BKVI_VECS(rows) 1
@@ -2351,6 +2376,9 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
    Written once over §11. `const int` parameters are constants at every call, so that the functions
    fold into one loop per case.
    ---------------------------------------------------------------------------------------------- */
+static const float bkvi_k(count)[16] = {0,  -1, -2,  -3,  -4,  -5,  -6,  -7,
+                                        -8, -9, -10, -11, -12, -13, -14, -15};
+
 /* A register of elements of a cache or tensor type. */
 BKVI_VFN bkvi_vec bkvi_v(get)(const int type, const void *p) {
     return type == BKV_F32   ? bkvi_v(load)(p)
@@ -2498,17 +2526,14 @@ BKVI_VFN void bkvi_k(exp2)(bkvi_vec *t) {
     bkvi_vec n[4], f[4], p[4];
     int i, k;
     BKVI_UNROLL for (k = 0; k < 4; k++) {
-        t[k] = bkvi_v(max)(t[k], bkvi_v(set)(-126.0f));
+        t[k] = bkvi_v(pick_gt)(t[k], bkvi_v(set)(-125.0f), t[k], bkvi_v(set)(-127.0f));
         n[k] = t[k] + magic;
         f[k] = t[k] - (n[k] - magic);
         p[k] = bkvi_v(set)(1.534581243e-4f);
     }
     BKVI_UNROLL for (i = 0; i < 6; i++) BKVI_UNROLL for (k = 0; k < 4; k++) p[k] =
         bkvi_v(fma)(p[k], f[k], bkvi_v(set)(c[i]));
-    BKVI_UNROLL for (k = 0; k < 4; k++) {
-        p[k] = p[k] * bkvi_v(pow2)(n[k]);
-        t[k] = bkvi_v(pick_gt)(t[k], bkvi_v(set)(-125.0f), p[k], bkvi_v(set)(0.0f));
-    }
+    BKVI_UNROLL for (k = 0; k < 4; k++) t[k] = p[k] * bkvi_v(pow2)(n[k]);
 }
 
 /* 2^x of n floats in place, n a multiple of 64. */
@@ -2593,6 +2618,33 @@ static BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned c
         }
 }
 
+/* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
+static float bkvi_k(over_lanes)(const float *lanes) {
+    float x[8];
+    uint32_t i, n;
+    for (i = 0; i < 8; i++) x[i] = lanes[i] + lanes[i + 8];
+    for (n = 4; n; n /= 2)
+        for (i = 0; i < n; i++) x[i] += x[i + n];
+    return x[0];
+}
+static float bkvi_k(total)(const float *x, uint32_t n) {
+    float lanes[16];
+    uint32_t lane, i;
+    for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
+        bkvi_vec all = bkvi_v(load)(x + lane);
+        for (i = BKVI_LANES; i < n; i += BKVI_LANES) all = all + bkvi_v(load)(x + i + lane);
+        bkvi_v(store)(lanes + lane, all);
+    }
+    return bkvi_k(over_lanes)(lanes);
+}
+static float bkvi_k(largest)(const float *x) {
+    bkvi_vec most = bkvi_v(load)(x);
+    uint32_t i;
+    for (i = BKVI_WIDTH; i < BKVI_BLOCK; i += BKVI_WIDTH)
+        most = bkvi_v(max)(most, bkvi_v(load)(x + i));
+    return bkvi_v(top)(most);
+}
+
 /* The scales of BKV_I8 of a register of tokens from i on; of the other types 1. */
 BKVI_VFN bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32_t i) {
     return type == BKV_I8 ? bkvi_v(load_bf16)(scale + 2 * (size_t)i) : bkvi_v(set)(1.0f);
@@ -2605,7 +2657,7 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
                                         uint32_t dim, size_t stride) {
     const int type = (int)BKVI_TYPE(c->cfg.kv_type), packed = values ? BKV_F32 : type;
     const size_t es = bkvi_type_bytes(BKVI_TYPE(c->cfg.kv_type)), size = values ? 4 : es;
-    float *sums = block->tile, *turned = sums + 256, *mean = sums + 512, largest = 0.0f;
+    float *sums = block->tile, *turned = sums + 256, *mean = sums + 512;
     uint32_t i, j, p, n, lane;
     memset(block->norm, 0, BKVI_BLOCK * sizeof(float));
     for (i = 0; i < dim; i += BKVI_LANES, mean += BKVI_LANES) {
@@ -2620,12 +2672,15 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
             if (values)
                 bkvi_k(turn)(to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim,
                              (uint32_t)type);
-            for (j = 0; j < n; j += BKVI_WIDTH)
-                bkvi_v(store)(sums + j,
-                              bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
-                                          bkvi_k(scales)(type, block->scale[values][p / 4],
-                                                         p % 4 * BKVI_LANES + j % BKVI_LANES),
-                                          bkvi_v(load)(sums + j)));
+        }
+        for (j = 0; j < n; j += BKVI_WIDTH) {
+            bkvi_vec sum = bkvi_v(set)(0.0f);
+            BKVI_UNROLL for (p = 0; p < 8; p++)
+                sum = bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
+                                  bkvi_k(scales)(type, block->scale[values][p / 4],
+                                                 p % 4 * BKVI_LANES + j % BKVI_LANES),
+                                  sum);
+            bkvi_v(store)(sums + j, sum);
         }
         bkvi_k(turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
         for (j = 128; j >= BKVI_LANES; j /= 2)
@@ -2648,34 +2703,7 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
                 bkvi_v(store)(norm, sum);
             }
     }
-    for (j = 0; j < BKVI_BLOCK; j++) largest = block->norm[j] > largest ? block->norm[j] : largest;
-    return largest;
-}
-
-/* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
-static float bkvi_k(over_lanes)(const float *lanes) {
-    float x[8];
-    uint32_t i, n;
-    for (i = 0; i < 8; i++) x[i] = lanes[i] + lanes[i + 8];
-    for (n = 4; n; n /= 2)
-        for (i = 0; i < n; i++) x[i] += x[i + n];
-    return x[0];
-}
-static float bkvi_k(total)(const float *x, uint32_t n) {
-    float lanes[16];
-    uint32_t lane, i;
-    for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
-        bkvi_vec all = bkvi_v(load)(x + lane);
-        for (i = BKVI_LANES; i < n; i += BKVI_LANES) all = all + bkvi_v(load)(x + i + lane);
-        bkvi_v(store)(lanes + lane, all);
-    }
-    return bkvi_k(over_lanes)(lanes);
-}
-static float bkvi_k(largest)(const float *x) {
-    float most = x[0];
-    uint32_t i;
-    for (i = 1; i < BKVI_BLOCK; i++) most = x[i] > most ? x[i] : most;
-    return most;
+    return bkvi_k(largest)(block->norm);
 }
 
 /* ---- importance (§1) ---- */
@@ -2849,56 +2877,61 @@ static void bkvi_k(gram)(const bkv_cache *c, const bkvi_block *block) {
 }
 
 /* ---- exchanges ---- */
-/* f += s * row i. */
-BKVI_VFN void bkvi_k(add_row)(float *f, const float *matrix, uint32_t i, float s) {
-    bkvi_vec sv = bkvi_v(set)(s);
-    uint32_t j;
-    matrix += (size_t)i * BKVI_BLOCK;
-    for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH)
-        bkvi_v(store)(f + j, bkvi_v(fma)(sv, bkvi_v(load)(matrix + j), bkvi_v(load)(f + j)));
-}
-
 /* Rounds of exchanges: each token that stays, unless for certain, makes way for that one whose
    coming makes the error sum_i (keep_i / chance_i - 1) phi_i shortest, if that is shorter. */
 static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                              unsigned char *keep) {
-    /* Products with the error; the step of a token that changes sides; what that adds by itself
-       (those that stay: never); what both changes would do. */
+    /* Products with the error, all negative; the step of a token that changes sides; what that
+       adds by itself, negative (from those that stay: too much). */
     float *f = block->tile, *step = f + BKVI_BLOCK, *own = step + BKVI_BLOCK;
-    float *gain = own + BKVI_BLOCK;
-    const float never = 3e38f;
-    uint32_t i, j, partner, moved = 1;
-    memset(f, 0, BKVI_BLOCK * sizeof *f);
+    float *error = own + BKVI_BLOCK;
+    const bkvi_vec zero = bkvi_v(set)(0.0f), one = bkvi_v(set)(1.0f), never = bkvi_v(set)(-3e38f);
+    bkvi_vec x, y;
+    uint32_t i, j, moved = 1;
     for (i = 0; i < BKVI_BLOCK; i++) {
-        const float inverse = chance[i] > 0.0f && chance[i] < 1.0f ? 1.0f / chance[i] : 0.0f;
-        step[i] = keep[i] ? -inverse : inverse;
-        own[i] = step[i] > 0.0f ? inverse * inverse * block->matrix[i * (BKVI_BLOCK + 1)] : never;
-        if (chance[i] < 1.0f)
-            bkvi_k(add_row)(f, block->matrix, i, keep[i] ? inverse - 1.0f : -1.0f);
+        step[i] = (float)keep[i];
+        own[i] = block->matrix[i * (BKVI_BLOCK + 1)];
     }
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH) { /* x: 1 / chance, or 0 if there is no choice */
+        const bkvi_vec p = bkvi_v(load)(chance + i), stays = bkvi_v(load)(step + i);
+        x = bkvi_v(pick_gt)(one, p, one / bkvi_v(pick_gt)(p, zero, p, one), zero);
+        y = bkvi_v(pick_gt)(x, zero, one - x, zero);
+        bkvi_v(store)(error + i, bkvi_v(pick_gt)(stays, zero, y, one));
+        y = bkvi_v(pick_gt)(x, zero, zero - x * x * bkvi_v(load)(own + i), never);
+        bkvi_v(store)(own + i, bkvi_v(pick_gt)(stays, zero, never, y));
+        bkvi_v(store)(step + i, bkvi_v(pick_gt)(stays, zero, zero - x, x));
+    }
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_VECS(1) * BKVI_LANES)
+        bkvi_k(tile_fma)(BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(block->matrix + i),
+                         BKVI_BLOCK, BKVI_LANES, BKVI_BLOCK, error, 0, 1, 1, f + i, BKVI_BLOCK,
+                         NULL);
     for (; rounds && moved; rounds--)
         for (i = 0, moved = 0; i < BKVI_BLOCK; i++) {
-            const float *row = block->matrix + (size_t)i * BKVI_BLOCK;
+            const float *row = block->matrix + (size_t)i * BKVI_BLOCK, *other;
             const float own_i = step[i] * step[i] * row[i];
-            const bkvi_vec step_i = bkvi_v(set)(step[i]);
-            bkvi_vec least,
-                limit = bkvi_v(fma)(step_i, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own_i));
+            const bkvi_vec away = bkvi_v(set)(-step[i]);
+            const bkvi_vec least = bkvi_v(fma)(away, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own_i));
+            bkvi_vec most = least, at = zero, here = bkvi_v(load)(bkvi_k(count));
             if (!(step[i] < 0.0f)) continue;
-            least = limit = bkvi_v(set)(0.0f) - limit;
-            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
-                bkvi_vec x = bkvi_v(fma)(step_i, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
+            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) { /* at: -(place of the most) */
+                x = bkvi_v(fma)(away, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
                 x = bkvi_v(fma)(bkvi_v(load)(step + j), x + x, bkvi_v(load)(own + j));
-                bkvi_v(store)(gain + j, x);
-                least = bkvi_v(pick_gt)(least, x, x, least);
+                at = bkvi_v(pick_gt)(x, most, here, at);
+                most = bkvi_v(max)(most, x);
+                here = here - bkvi_v(set)((float)BKVI_WIDTH);
             }
-            if (!bkvi_v(any_gt)(limit, least)) continue;
-            for (j = partner = 0; j < BKVI_BLOCK; j++)
-                partner = gain[j] < gain[partner] ? j : partner;
-            moved = 1, keep[i] = 0, keep[partner] = 1;
-            bkvi_k(add_row)(f, block->matrix, i, step[i]);
-            bkvi_k(add_row)(f, block->matrix, partner, step[partner]);
-            step[i] = -step[i], step[partner] = -step[partner];
-            own[i] = own_i, own[partner] = never;
+            if (!bkvi_v(any_gt)(most, least)) continue;
+            x = bkvi_v(set)(bkvi_v(top)(most));
+            j = (uint32_t)-bkvi_v(top)(bkvi_v(pick_gt)(x, most, never, at));
+            other = block->matrix + (size_t)j * BKVI_BLOCK;
+            y = bkvi_v(set)(-step[j]);
+            moved = 1, keep[i] = 0, keep[j] = 1;
+            step[i] = -step[i], step[j] = -step[j];
+            own[i] = -own_i, own[j] = -3e38f;
+            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
+                x = bkvi_v(fma)(away, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
+                bkvi_v(store)(f + j, bkvi_v(fma)(y, bkvi_v(load)(other + j), x));
+            }
         }
 }
 
@@ -2917,7 +2950,6 @@ BKVI_VFN void bkvi_k(times)(float *x, const unsigned char *scale) {
    rises, what was summed so far shrinks. */
 static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, int r,
                                          uint32_t v_dim_pad, float softcap) {
-    static const float lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
     const float limit = tile->limit ? tile->limit[r] : (float)span->slots;
     float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
@@ -2937,16 +2969,14 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
         }
     }
     for (i = 0; i < BKVI_PAGE && limit < (float)BKVI_PAGE; i += BKVI_WIDTH) {
-        x = bkvi_v(set)(limit - (float)(i - i % BKVI_LANES));
-        bkvi_v(store)(s + i, bkvi_v(pick_gt)(x, bkvi_v(load)(lane + i % BKVI_LANES),
+        x = bkvi_v(set)((float)(i - i % BKVI_LANES) - limit);
+        bkvi_v(store)(s + i, bkvi_v(pick_gt)(bkvi_v(load)(bkvi_k(count) + i % BKVI_LANES), x,
                                              bkvi_v(load)(s + i), bkvi_v(set)(BKVI_MASKED)));
     }
     for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) most = bkvi_v(max)(most, bkvi_v(load)(s + i));
     if (bkvi_v(any_gt)(most, bkvi_v(set)(tile->max[r]))) {
-        float *out = tile->out + (size_t)r * v_dim_pad, highest[16], max = tile->max[r];
+        float *out = tile->out + (size_t)r * v_dim_pad, max = bkvi_v(top)(most);
         bkvi_vec shrink[4];
-        bkvi_v(store)(highest, most);
-        for (i = 0; i < BKVI_WIDTH; i++) max = highest[i] > max ? highest[i] : max;
         for (i = 0; i < 4; i++) shrink[i] = bkvi_v(set)(tile->max[r] - max);
         bkvi_k(exp2)(shrink);
         tile->max[r] = max;
@@ -3230,6 +3260,12 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_SMALL
 #undef BKVI_SIMDE_FMA
 #undef BKVI_HARDWARE_FMA
+#ifdef BKVI_BARE
+#undef memcpy
+#undef memset
+#undef memcmp
+#undef BKVI_BARE
+#endif
 #endif
 
 /* ------------------------------------------------------------------------------------------------
