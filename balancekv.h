@@ -100,6 +100,11 @@
    Arithmetic. Same input bytes + same config => same output bytes and same state bytes on every
      backend, compiler and optimisation level, for any nth and any chunking of the same tokens:
      16 float lanes, one correctly rounded fused multiply-add, one reduction tree, own 2^x (1 ulp).
+     Where the CPU has no such instruction (WASM, x86 without FMA, ARMv7 before VFPv4) it is made of
+     doubles, exactly. BALANCEKV_FMA=0 is a second class of bits, as equal everywhere: product and
+     sum round by themselves. States go from one class to the other, bits do not.
+     tests/MATRIX.md: CPUs, compilers and hashes of both. States lie in memory in the machine's
+     byte order, saved ones are little-endian. ARMv7's NEON flushes denormals: use the scalar code.
      Not under -ffast-math, nor on a thread that flushes denormals. While exact, |out - softmax in
      double| <= 2e-5 * max |v| for f32 storage and logits within +-30 (tests/test_attend.c).
    ---------------------------------------------------------------------------------------------- */
@@ -129,7 +134,8 @@
                               faster where no fused multiply-add exists.  Values: 0, 1.  Default: 1.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
 
-   No switch changes a public type, so files compiled with different switches can be linked.
+   No switch changes a public type, so files compiled with different switches can be linked; none
+   but BALANCEKV_FMA changes a bit of the results.
    ---------------------------------------------------------------------------------------------- */
 #ifndef BKVI_PASS /* the file includes itself for §11 and §12; everything else is read once */
 #ifndef BALANCEKV_H
@@ -489,7 +495,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #error "balancekv.h: -ffast-math breaks the arithmetic contract; see BALANCEKV_ALLOW_FAST_MATH"
 #endif
 #if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0
-#error "balancekv.h: floats have excess precision here; on 32-bit x86 use -msse2 -mfpmath=sse"
+#error "balancekv.h: excess precision; x86: -msse2 -mfpmath=sse, s390x: -fexcess-precision=fast"
 #endif
 #if defined(__x86_64__) || defined(__i386__)
 #define BKVI_ARCH_X86 1
@@ -516,6 +522,9 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #if BALANCEKV_SIMDE && (BALANCEKV_SIMD == BALANCEKV_SIMD_SCALAR ||                                 \
                         BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2)
 #error "balancekv.h: BALANCEKV_SIMDE goes with BALANCEKV_SIMD_AUTO, _NEON or _AVX512"
+#endif
+#if BALANCEKV_SIMDE && defined(__arm__) && defined(__ARM_NEON)
+#error "balancekv.h: ARMv7's NEON flushes denormals, which gives other bits; leave BALANCEKV_SIMDE"
 #endif
 #ifndef BALANCEKV_FMA
 #define BALANCEKV_FMA 1
