@@ -56,38 +56,21 @@
      Weights stand in the numerator AND in the denominator. With softcap c > 0 the logit is
      c * tanh(s_i / c). While nothing was halved all w_i are 1 and this is exact attention.
 
-   The stream. slots = budget rounded down to a multiple of 16. The sinks, rounded up to a multiple
-     of 16, come off first, the rest is whole pages, what that leaves over goes to the sinks. Tokens
-     fill the sinks, then the newest page, and never move until they are halved. When all pages are
-     full, ONE halving frees one: of the pages older than the window (the newest ceil(window / 64))
-     that pair of neighbours with the smallest larger level, among equals the oldest; the merged
-     page has that level + 1 (rule `window`: the same). So an append costs at most one halving per
-     KV head, and at least the newest `window` tokens (up to 63 more) are exact at any time.
-
-   The rules. A block is the 128 tokens of two pages in order, with weights w; 64 stay. The exact
-     statement, to the last tie, is tests/golden/README.md; what was measured, bench/QUALITY.md.
-     - BKV_RULE_SAMPLE   balanced sampling with unequal chances (ours). A token's importance is made
-         of shares of w, of its use and of what the queries' means expect, the latter two times
-         |v - mean v|. It stays with a chance p in proportion to that; certain tokens (p = 1) keep
-         their weight, the others weigh w / p (a page at most the tokens seen). The draw
-         (pivotal sampling) is then balanced: in `rounds` rounds tokens that stay change places with
-         such that go, whenever this shortens the error sum_i (w'_i - w_i) phi_i, as measured by
-             K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
-         the paper's kernel, with keys and values relative to the block's means.
-     - BKV_RULE_WINDOW   the newer 64, weights unchanged: sinks + sliding window (StreamingLLM), for
-         comparison. The only rule that loses mass.
-     Random numbers come from a counter over (seed, head, number of the halving) and nothing else.
-   Pins. A token appended with BKV_PIN is certain to stay, as it is, in every halving; of more than
-     32 in a block the oldest 32, which thus hold for ever, and such blocks are halved last. A pin
-     that finds no place, or rule `window`, leaves an ordinary token.
-   Learning. bkv_attend() and bkv_prefill() tell the cache what matters: of each query head a
-     running mean, += 0.01 (q - mean); of each token of the two newest pages the use, += p^2 per
-     query head, p its share of attention (in the older of the two, of the attention up to there).
-     A cache that never attends still works; give it BKV_IMPORTANCE_KEY.
-   Error. Whenever the newest page is full, attention estimates for one query head how far its
-     output is from exact attention, |out - exact| / |exact|, from what halvings left to chance:
+   The method, at length in docs/method.md, to the last tie in tests/golden/README.md.
+     Stream: tokens fill the sinks, then page after page, and never move until they are halved. When
+     no page is free, ONE halving frees one: two neighbours older than the window, the least halved,
+     the oldest. So an append costs at most one halving per KV head, and at least the newest
+     `window` tokens are exact at any time.
+     BKV_RULE_SAMPLE: 64 of the 128 tokens stay, with chances p in proportion to importance (shares
+     of weight, of use and of what the queries' means expect), and weigh w / p from then on. The
+     draw is then balanced: tokens change places while that shortens its error under
+         K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
+     the kernel of the paper. BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
+     Learning: attention moves a running mean of each query head, += 0.01 (q - mean), and the use of
+     the tokens of the two newest pages, += p^2, p their share. Without: BKV_IMPORTANCE_KEY.
+     Pins: tokens of a call with BKV_PIN stay as they are in every halving, 32 of a block at most.
+     Error: bkv_error() is a running mean of |out - exact| / |exact|, estimated once a page as
          sqrt(sum_i p_i^2 (1 - 1 / w_i) |v_i - out|^2) / |out|,     p_i the share of attention.
-     bkv_error() is a running mean. 0 before the first halving, and always under rule `window`.
 
    Memory. bkv_size() bytes, state and n_threads * scratch. The state holds no pointer: it may be
      copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
