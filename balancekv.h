@@ -579,6 +579,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #endif
 #if BALANCEKV_SIMDE && BKVI_HAVE_NEON
 #include <simde/arm/neon.h>
+#include <simde/x86/f16c.h>
 #elif BALANCEKV_SIMDE
 #include <simde/x86/avx512.h>
 #elif BKVI_HAVE_NEON
@@ -648,7 +649,8 @@ enum {
     BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
-    BKVI_TILE_MAX = BKVI_SMALL ? 1 : 4, /* rows that share a register tile, at most */
+    BKVI_TILE_MAX = 4,       /* rows that share a register tile, at most: the size of scratch */
+    BKVI_TILE_ROWS = BKVI_SMALL ? 1 : BALANCEKV_SIMDE ? 2 : 4, /* the same, of this build */
     BKVI_DIM_MAX = 512,      /* elements of a key or value, at most */
     BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
     BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
@@ -2304,12 +2306,17 @@ BKVI_VFN bkvi_vec bkvi_v(load_i8)(const void *p) {
     memcpy(&x, p, sizeof x);
     return __builtin_convertvector(x, bkvi_vec);
 }
+#if BKVI_HAVE_NEON && defined(SIMDE_X86_F16C_NATIVE)
+BKVI_OP(load_f16, (const void *p),
+        simde_mm_cvtph_ps(simde_mm_loadl_epi64((const simde__m128i *)p)))
+#else
 BKVI_VFN bkvi_vec bkvi_v(load_f16)(const void *p) { /* times 2^112; Inf and NaN keep theirs */
     bkvi_words all = bkvi_v(widen)(p) << 13, low = all & 0x0FFFE000u;
     bkvi_vec x = (bkvi_vec)low * 5.192296858534827628530496329e33f;
     return (bkvi_vec)((bkvi_words)x | ((bkvi_words)(x >= 65536.0f) & 0x7F800000u) |
                       (all ^ low) << 3);
 }
+#endif
 BKVI_VFN void bkvi_v(store_f16)(void *p, bkvi_vec x) {
     bkvi_halves h;
     BKVI_EACH_LANE(h[i] = bkvi_to_f16(x[i]);)
@@ -2373,6 +2380,8 @@ BKVI_VFN float bkvi_v(top)(bkvi_vec x) {
 #define BKVI_VECS(rows) 1
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_VECS(rows) 4
+#elif BALANCEKV_SIMDE /* 16 registers of 4 lanes, on most of its CPUs */
+#define BKVI_VECS(rows) ((rows) == 1 ? 2 : 1)
 #else /* 16 registers of 8 lanes, or 32 of 4 */
 #define BKVI_VECS(rows) ((rows) == 1 ? 4 : (rows) < (BKVI_WIDTH == 8 ? 4 : 3) ? 2 : 1)
 #endif
@@ -2826,13 +2835,17 @@ static BKVI_NOINLINE void bkvi_k(entries)(const bkvi_block *block, int values, u
 }
 
 /* The 16 rows of panel i, in tiles of 5, 5 and 6: more than the 8 sums in flight that hide the
-   latency of an FMA on 16 registers. */
+   latency of an FMA on 16 registers; or, small or in 16 registers of 4 lanes, by twos. */
 BKVI_VFN void bkvi_k(rows)(const bkvi_block *block, const int vecs, uint32_t i, uint32_t first,
                            uint32_t dim, size_t stride) {
     const unsigned char *x = (const unsigned char *)(block->panels + first * stride);
     const float *c = block->panels + i * stride;
     uint32_t row;
-    for (row = 0; row < 10; row += 5)
+    for (row = 0; row < BKVI_LANES && (BKVI_SMALL || BALANCEKV_SIMDE); row += 2)
+        bkvi_k(tile_fma)(BKV_F32, 2, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
+                         block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
+    if (row) return;
+    for (; row < 10; row += 5)
         bkvi_k(tile_fma)(BKV_F32, 5, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
                          block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
     bkvi_k(tile_fma)(BKV_F32, 6, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
@@ -3176,8 +3189,8 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
     /* Row r: token r / group, query head r % group of this KV head. */
     for (begin = 0; begin < run->n * group; begin += BKVI_ROWS) {
         uint32_t n = bkvi_min(BKVI_ROWS, run->n * group - begin), tile_rows, size;
-        /* Tiles of equal size, at most BKVI_TILE_MAX rows; the queries of a tile side by side. */
-        size = (n + BKVI_TILE_MAX - 1) / BKVI_TILE_MAX;
+        /* Tiles of equal size, at most BKVI_TILE_ROWS rows; the queries of a tile side by side. */
+        size = (n + BKVI_TILE_ROWS - 1) / BKVI_TILE_ROWS;
         size = (n + size - 1) / size;
         for (r = 0; r < n; r++) {
             uint32_t token = (begin + r) / group, tile = r / size * size;
