@@ -186,10 +186,11 @@ extern "C" {
     X(BKV_E_TYPE, -14, "a tensor's type must be BKV_F32, BKV_F16 or BKV_BF16")                     \
     X(BKV_E_STRIDE, -15, "a tensor's strides are too small: its elements would overlap")           \
     X(BKV_E_COUNT, -16, "n_tokens must be at least 1")                                             \
-    X(BKV_E_FLAGS, -17, "flags must be 0 or BKV_PIN")                                                   \
+    X(BKV_E_FLAGS, -17, "unknown flag")                                                            \
     X(BKV_E_VALUE, -18, "K, V or q holds NaN, Inf or a number too large for the cache")            \
     X(BKV_E_EMPTY, -19, "the cache holds no token yet")                                            \
-    X(BKV_E_INDEX, -20, "head or token index out of range")
+    X(BKV_E_INDEX, -20, "head or token index out of range")                                        \
+    X(BKV_E_ROLLBACK, -21, "these tokens are not there, or already part of a halving")
 
 typedef enum bkv_result {
 #define BKV_X(name, value, text) name = value,
@@ -209,8 +210,11 @@ enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
    QUERY + USE, BKV_NONE that all tokens of a weight are alike. KEY alone needs no queries. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
 
-/* Flags of bkv_append() and bkv_prefill(): pin the call's tokens, see §1. */
-enum { BKV_PIN = 1 };
+/* Flags of bkv_append() and bkv_prefill(). PIN the call's tokens, see §1. DRAFT: tokens on trial
+   (speculative decoding). While the newest tokens are drafts, attention teaches the cache nothing,
+   so that bkv_truncate() leaves no trace of them; the next token without the flag accepts all that
+   are left. */
+enum { BKV_PIN = 1, BKV_DRAFT = 2 };
 
 /* Backends. All give the same bits. BKV_BACKEND_AUTO takes the fastest that this CPU has. */
 enum { BKV_BACKEND_AUTO = 0, BKV_BACKEND_SCALAR = 1, BKV_BACKEND_AVX2 = 2 };
@@ -247,8 +251,9 @@ typedef struct bkv_config {
 #define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
     (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
      BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
-                   (kv_type) == BALANCEKV_F32 ? 4 : (kv_type) == BALANCEKV_I8 ? 1 : 2) *           \
+                   BKV_SIZE_ELEM(kv_type)) *                                                       \
          (n_kv_heads))
+#define BKV_SIZE_ELEM(type) ((type) == BALANCEKV_F32 ? 4 : (type) == BALANCEKV_I8 ? 1 : 2)
 #define BKV_SIZE_HEAD(group, dim, slots, elem)                                                     \
     (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + BKV_SIZE_PAD(dim, 16) * 4 * (group) +          \
      12 * (slots) + ((elem) == 1 ? 2 * BKV_SIZE_PAD((slots)*2, 64) : 0) + /* words, scales */      \
@@ -296,6 +301,8 @@ typedef struct bkv_stats_info {
     uint32_t sinks;       /* slots of the sinks after rounding */
     uint32_t window;      /* exact newest tokens after rounding */
     uint32_t n_pages;     /* pages per KV head */
+    uint32_t room;        /* tokens that fit before the next halving: drafts of up to that many can
+                             always be taken back by bkv_truncate() */
     uint32_t backend;     /* BKV_BACKEND_* in use */
     uint32_t rule;        /* BKV_RULE_* in use */
     uint32_t max_level;   /* highest level of any page */
@@ -334,11 +341,47 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_attach(bkv_cache *c, void *mem, size_t
 /* Empties the cache, as if just made. Returns BKV_E_NULL. Cost: writes the state once. */
 BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
 
+/* Takes back all but the first n_tokens tokens. What is left is, bit for bit, the state before
+   them, but for what attention to tokens that were no drafts has taught. Tokens from before the
+   last halving cannot be taken back: stats.room says how many more are safe. Returns BKV_E_NULL,
+   _ROLLBACK. Cost: proportional to the tokens taken back. */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens);
+
+/* Lowers the budget in place: the oldest pages are halved by the rule in use until the tokens fit,
+   then the state moves together; stats.bytes, fewer now, are still needed. The window shrinks only
+   if it must. Returns BKV_E_NULL, _BUDGET. Cost: the halvings, and moves the state once. */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_shrink(bkv_cache *c, uint32_t budget);
+
+/* The largest budget whose bkv_size() is at most `bytes`, all else as in cfg (whose budget is not
+   read; window = 0 grows with it); 0: none. */
+BALANCEKV_API uint32_t bkv_budget_for_bytes(const bkv_config *cfg, size_t bytes);
+
+/* Writes stats.state_bytes bytes, the same on every machine: config, counters, tokens, checksum.
+   Returns BKV_E_NULL, _MEMORY (out_bytes too small). */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_save(const bkv_cache *c, void *out, size_t out_bytes);
+
+/* Makes a cache in mem[mem_bytes] of what bkv_save() wrote, by any machine and for any backend;
+   the stream goes on bit for bit. n_threads, backend: as in bkv_config. bkv_load_size() says how
+   large mem must be; 0: these bytes are no state. Bytes from anywhere are safe: everything is
+   checked. Returns BKV_E_NULL, _STATE, _VERSION, _MEMORY, _THREADS, and _BACKEND, _HEAD_DIM,
+   _KV_TYPE if this build or CPU lacks what the state asks for; c is then unchanged, mem undefined.
+   */
+BALANCEKV_API size_t bkv_load_size(const void *saved, size_t saved_bytes, uint32_t n_threads);
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_load(bkv_cache *c, const void *saved, size_t saved_bytes,
+                                               void *mem, size_t mem_bytes, uint32_t n_threads,
+                                               uint32_t backend);
+
+/* BKV_OK if every invariant of the state holds: header, counters, page tables, positions, weights
+   (one flipped bit in any of these is found), no NaN or Inf in what was learnt, keys and values.
+   BKV_E_STATE otherwise. For debug builds. Cost: reads the state once. */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_validate(const bkv_cache *c);
+
 /* A dense tensor [n_tokens][n_heads][dim]. */
 BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type);
 
 /* Appends n_tokens tokens to all KV heads. k: [n_tokens][n_kv_heads][head_dim], v: the same with
-   value_dim. flags: 0 or BKV_PIN. Appending one by one, in chunks, or by bkv_prefill() gives the same state.
+   value_dim. flags: BKV_PIN, BKV_DRAFT. Appending one by one, in chunks, or by bkv_prefill() gives
+   the same state.
    Returns BKV_E_NULL, _COUNT, _FLAGS, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE.
    Cost: a pass over the inputs per share, and at most one halving per KV head and 64 tokens. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v,
@@ -373,6 +416,30 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_token(const bkv_cache *c, uint32_t hea
 /* What the cache holds. Returns BKV_E_NULL. Cost: one pass over weights and page tables. */
 BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info);
 
+/* The tokens of a KV head as rows for another attention kernel, ggml_flash_attn_ext for one: slot i
+   is row i; mask[i] = log(weight), -inf for rows without a token, is added to the scaled logits. */
+typedef struct bkv_rows {
+    void *k, *v, *mask;         /* [n_rows][head_dim], [n_rows][value_dim], [n_rows]; NULL: not */
+    size_t k_stride, v_stride;  /* bytes between rows, 0: dense */
+    uint32_t type, mask_type;   /* BKV_F32, BKV_F16, BKV_BF16; mask: the first two */
+    uint32_t n_rows;            /* at least stats.slots */
+    uint32_t first, n;          /* out: the range of rows that this call wrote */
+    uint64_t seen, halvings;    /* of the last call on this buffer, so that only what has changed
+                                   since is written; zeros write all, as after bkv_truncate() */
+} bkv_rows;
+/* Returns BKV_E_NULL, _INDEX (head), _TYPE, _STRIDE, _COUNT (n_rows), _VALUE (a number is too large
+   for f16). Uses the scratch of the first thread. Cost: the rows that changed, all after a halving.
+   */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows);
+
+/* Chooses from the caller's own n_tokens keys and values what a cache of this config would hold at
+   the end: per KV head *n_kept tokens with index[head * budget + i] and weight[..], in order. mem:
+   bkv_size(cfg) bytes of working memory. No queries are seen: set cfg.importance to
+   BKV_IMPORTANCE_KEY. Returns the errors of bkv_init() and bkv_append(). */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_select(const bkv_config *cfg, void *mem, size_t mem_bytes,
+                                                 bkv_tensor k, bkv_tensor v, size_t n_tokens,
+                                                 uint32_t *index, float *weight, uint32_t *n_kept);
+
 /* English text of a result, never NULL. */
 BALANCEKV_API const char *bkv_result_string(bkv_result r);
 /* "0.1.0" of the compiled implementation. */
@@ -401,6 +468,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_BARE 1
 #define memcpy __builtin_memcpy
 #define memset __builtin_memset
+#define memmove __builtin_memmove
 #define memcmp __builtin_memcmp
 #endif
 
@@ -528,7 +596,8 @@ enum {
     BKVI_DIM_MAX = 512,      /* elements of a key or value, at most */
     BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
     BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
-    BKVI_COUNTER_BYTES = 28, /* of bkvi_head in the state */
+    BKVI_COUNTER_BYTES = 32, /* of bkvi_head in the state, but for the sum */
+    BKVI_SUM_AT = 240,       /* in the header: checksum of a saved state */
     BKVI_MAGIC = 0x4B564B42, /* "BKVK" */
     BKVI_STATE_VERSION = 1
 };
@@ -676,6 +745,7 @@ static BKVI_INLINE uint16_t bkvi_to_f16(float x) {
 typedef struct bkvi_head {
     uint64_t seen, halvings;    /* tokens appended; halvings done */
     uint32_t sinks, used, fill; /* tokens in the sinks; pages in use; tokens in the newest page */
+    uint32_t drafts, sum;       /* newest tokens on trial; of all weights, positions and levels */
 } bkvi_head;
 
 /* Two pages that are being halved (§7), and where the work on them goes. */
@@ -704,6 +774,8 @@ typedef struct bkvi_kernels {
     int (*scan)(const unsigned char *p, uint32_t type, size_t stride, uint32_t n, float limit);
     void (*put)(unsigned char *dst, size_t step, unsigned char *scale, uint32_t kv_type,
                 const unsigned char *src, uint32_t type, size_t stride, uint32_t n, float *work);
+    void (*fetch)(float *x, const unsigned char *src, uint32_t type, size_t stride, uint32_t n,
+                  const unsigned char *scale);
     void (*gram)(const bkv_cache *c, const bkvi_block *block);
     void (*exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                      unsigned char *keep);
@@ -765,7 +837,7 @@ static size_t bkvi_halving_floats(uint32_t dim, uint32_t v_dim_pad) {
     return (size_t)BKVI_BLOCK * (9 + BKVI_BLOCK + bkvi_max(dim, v_dim_pad) + 1) + 16 * BKVI_PAGE;
 }
 
-/* The chance of every token to stay: in proportion to its score, 64 in all. What is pinned, or would
+/* The chance of every token to stay: in proportion to its score, 64 in all. What is pinned or would
    exceed 1, is 1, and the rest shares what is left. */
 static void bkvi_chances(const float *score, const unsigned char *pinned, float *chance) {
     uint32_t i, certain = 0, before;
@@ -783,33 +855,26 @@ static void bkvi_chances(const float *score, const unsigned char *pinned, float 
     } while (certain > before);
 }
 
+static float bkvi_least(float a, float b) { return a < b ? a : b; }
 /* Pivotal sampling (Deville, Tille 1998): of two undecided tokens one is decided at each step, the
-   other carries on with what their chances leave. */
+   other carries on with what their chances leave. Without branches, as each would be a coin. */
 static void bkvi_draw_tokens(const float *chance, uint64_t key, unsigned char *keep) {
-    uint32_t i, draws = 0, held = BKVI_BLOCK, kept = 0; /* held: an undecided token, or none */
-    float p = 0.0f;                                     /* its chance by now */
+    uint32_t i, draws = 0, held = 0, kept = 0; /* held: the undecided token, if p > 0 */
+    float p = 0.0f;                            /* its chance by now */
     for (i = 0; i < BKVI_BLOCK; i++) {
-        float sum = p + chance[i], u;
+        const float sum = p + chance[i], u = bkvi_uniform(key, draws);
+        uint32_t stays, first; /* one stays or one goes; the held token stays or carries on */
         keep[i] = chance[i] >= 1.0f;
         if (keep[i] || chance[i] <= 0.0f) continue;
-        if (held == BKVI_BLOCK) {
-            held = i, p = chance[i];
-            continue;
-        }
-        u = bkvi_uniform(key, draws++);
-        if (sum < 1.0f) { /* one goes */
-            if (u * sum >= p) held = i;
-            p = sum;
-        } else { /* one stays */
-            uint32_t stays = u * (2.0f - sum) < 1.0f - chance[i] ? held : i;
-            keep[stays] = 1;
-            if (stays == held) held = i;
-            p = sum - 1.0f;
-        }
-        if (p <= 0.0f) held = BKVI_BLOCK;
+        stays = sum >= 1.0f;
+        first = u * bkvi_least(sum, 2.0f - sum) < bkvi_least(p, 1.0f - chance[i]);
+        draws += p > 0.0f;
+        keep[first ? held : i] = (unsigned char)stays;
+        held = first == stays ? i : held;
+        p = sum - (float)stays;
     }
     for (i = 0; i < BKVI_BLOCK; i++) kept += keep[i];
-    if (held < BKVI_BLOCK) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
+    if (p > 0.0f) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
 }
 
 /* keep[i]: 1 for what is pinned, then for the 64 survivors; weight [128]: the weights, then those
@@ -840,8 +905,8 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
     bkvi_chances(block->score, keep, chance);
     bkvi_draw_tokens(chance, key, keep);
     if (c->cfg.rounds != BKV_NONE) kernels->exchange(block, chance, c->cfg.rounds, keep);
-    for (i = 0; i < BKVI_BLOCK; i++) {
-        weight[i] = keep[i] ? weight[i] / chance[i] : 0.0f;
+    for (i = 0; i < BKVI_BLOCK; i++) { /* those that go: 0, whatever their chance */
+        weight[i] = weight[i] * (float)keep[i] / (chance[i] + (float)!keep[i]);
         kept += (double)weight[i];
     }
     for (i = 0; i < BKVI_BLOCK && kept > seen; i++) /* or it grows without end */
@@ -851,21 +916,24 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
 /* ------------------------------------------------------------------------------------------------
    §8 STREAM                                                                               >>stream
    State: a header of 64 words (magic, version, config), then one region per KV head:
-       16 words    tokens seen, halvings (both low, high), sinks, pages in use, newest page's fill
+       16 words    tokens seen, halvings (both low, high), sinks, pages in use, newest page's fill,
+                   drafts, sum (mod 2^32) of the words of weights, positions and levels
        page table  [n_pages] (place, level), oldest first; page p has slots sink_slots + 64 p ..
        per slot    f32 weight (0: empty), f32 observed use, u32 position
        queries     f32, the running mean of each query head, [group][head_dim padded to 16]
        per slot    BKV_I8: a scale of the key, then one of the value, as bf16
        keys        panels of 16 slots, each [head_dim][16]: <q, k> needs no sum across lanes
        values      rows [v_dim_pad]
-   Every part starts at a multiple of 64 bytes. Then, not part of the state, scratch per thread.
+   Every part starts at a multiple of 64 bytes; slots without a token are all zero. Then, not part
+   of the state, scratch per thread.
    ---------------------------------------------------------------------------------------------- */
 static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
     return c->mem + BKVI_HEADER_BYTES + (size_t)head * c->head_bytes;
 }
 static bkvi_head bkvi_head_get(const unsigned char *mem) {
-    bkvi_head h = {bkvi_get64(mem), bkvi_get64(mem + 8), bkvi_get32(mem + 16), bkvi_get32(mem + 20),
-                   bkvi_get32(mem + 24)};
+    bkvi_head h = {bkvi_get64(mem),      bkvi_get64(mem + 8),  bkvi_get32(mem + 16),
+                   bkvi_get32(mem + 20), bkvi_get32(mem + 24), bkvi_get32(mem + 28),
+                   bkvi_get32(mem + 32)};
     return h;
 }
 static void bkvi_head_put(unsigned char *mem, const bkvi_head *h) {
@@ -874,6 +942,8 @@ static void bkvi_head_put(unsigned char *mem, const bkvi_head *h) {
     bkvi_put32(mem + 16, h->sinks);
     bkvi_put32(mem + 20, h->used);
     bkvi_put32(mem + 24, h->fill);
+    bkvi_put32(mem + 28, h->drafts);
+    bkvi_put32(mem + 32, h->sum);
 }
 
 /* Tokens the head holds. */
@@ -936,6 +1006,52 @@ static void bkvi_move_slot(const bkv_cache *c, unsigned char *mem, uint32_t to, 
     }
 }
 
+/* The slot of the i-th kept token, oldest first. */
+static uint32_t bkvi_slot_of(const bkv_cache *c, const bkvi_head *h, const unsigned char *mem,
+                             uint32_t i) {
+    if (i < h->sinks) return i;
+    i -= h->sinks;
+    return bkvi_page_slot(c, mem + c->off_pages, i / BKVI_PAGE) + i % BKVI_PAGE;
+}
+
+/* Tokens that fit before the next halving. */
+static uint32_t bkvi_room(const bkv_cache *c) {
+    bkvi_head h = bkvi_head_get(bkvi_head_mem(c, 0));
+    return c->slots - bkvi_held(&h);
+}
+
+/* The words of n slots that h->sum covers. */
+static uint32_t bkvi_sum(const bkv_cache *c, unsigned char *mem, uint32_t slot, uint32_t n) {
+    uint32_t sum = 0;
+    for (; n; n--, slot++)
+        sum += bkvi_get32(bkvi_word(mem, c->off_weight, slot)) +
+               bkvi_get32(bkvi_word(mem, c->off_position, slot));
+    return sum;
+}
+
+/* n slots lose their tokens. */
+static void bkvi_clear(const bkv_cache *c, unsigned char *mem, uint32_t slot, uint32_t n) {
+    const size_t panel = (size_t)c->cfg.head_dim * BKVI_LANES * c->elem_bytes;
+    static const unsigned char zero[4] = {0, 0, 0, 0};
+    memset(bkvi_word(mem, c->off_weight, slot), 0, 4 * (size_t)n);
+    memset(bkvi_word(mem, c->off_use, slot), 0, 4 * (size_t)n);
+    memset(bkvi_word(mem, c->off_position, slot), 0, 4 * (size_t)n);
+    if (c->cfg.kv_type == BKV_I8) {
+        memset(bkvi_scale(mem, c->off_k_scale, slot), 0, 2 * (size_t)n);
+        memset(bkvi_scale(mem, c->off_v_scale, slot), 0, 2 * (size_t)n);
+    }
+    memset(bkvi_value_row(c, mem, slot), 0, n * (size_t)c->v_dim_pad * c->elem_bytes);
+    while (n) {
+        uint32_t whole = slot % BKVI_LANES == 0 && n >= BKVI_LANES, step = whole ? BKVI_LANES : 1;
+        if (whole)
+            memset(bkvi_key_page(c, mem, slot), 0, panel);
+        else
+            bkvi_copy(bkvi_key_column(c, mem, slot), BKVI_LANES * c->elem_bytes, zero, 0,
+                      c->cfg.head_dim, c->elem_bytes);
+        slot += step, n -= step;
+    }
+}
+
 /* A pin is in force while its token is exact. */
 static uint32_t bkvi_pinned(const bkv_cache *c, unsigned char *mem, uint32_t slot) {
     return bkvi_getf(bkvi_word(mem, c->off_use, slot)) >= BKVI_PINNED &&
@@ -950,7 +1066,8 @@ static uint32_t bkvi_pick_pair(const bkv_cache *c, unsigned char *mem) {
     for (i = 0; i + 1 < c->n_pages - c->window_pages; i++) {
         uint32_t level = bkvi_max(bkvi_level(pages, i), bkvi_level(pages, i + 1)), pins = 0;
         for (j = 0; j < BKVI_BLOCK && level < best_level; j++)
-            pins += bkvi_pinned(c, mem, bkvi_page_slot(c, pages, i + j / BKVI_PAGE) + j % BKVI_PAGE);
+            pins += bkvi_pinned(c, mem,
+                                bkvi_page_slot(c, pages, i + j / BKVI_PAGE) + j % BKVI_PAGE);
         level += pins > BKVI_PINS ? 1u << 31 : 0;
         if (level < best_level) best = i, best_level = level;
     }
@@ -974,6 +1091,7 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
         block.scale[1][i] = bkvi_scale(mem, c->off_v_scale, slot[i]);
         memcpy(weight + i * BKVI_PAGE, bkvi_word(mem, c->off_weight, slot[i]), 4 * BKVI_PAGE);
         memcpy(block.use + i * BKVI_PAGE, bkvi_word(mem, c->off_use, slot[i]), 4 * BKVI_PAGE);
+        h->sum -= bkvi_sum(c, mem, slot[i], BKVI_PAGE) + bkvi_level(pages, pair + i);
     }
     for (i = 0; i < BKVI_BLOCK; i++) {
         keep[i] = n < BKVI_PINS && bkvi_pinned(c, mem, slot[i / BKVI_PAGE] + i % BKVI_PAGE);
@@ -988,12 +1106,12 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
         if (keep[i])
             bkvi_move_slot(c, mem, slot[0] + n++, slot[i / BKVI_PAGE] + i % BKVI_PAGE,
                            weight[i] > 1.0f ? weight[i] : 1.0f);
-    memset(bkvi_word(mem, c->off_weight, slot[1]), 0, 4 * BKVI_PAGE);
-    memset(bkvi_word(mem, c->off_use, slot[1]), 0, 4 * BKVI_PAGE);
+    bkvi_clear(c, mem, slot[1], BKVI_PAGE);
     freed = bkvi_place(pages, pair + 1);
-    level = bkvi_max(bkvi_level(pages, pair), bkvi_level(pages, pair + 1));
-    bkvi_set_page(pages, pair, bkvi_place(pages, pair),
-                  level + (c->cfg.rule == BKV_RULE_WINDOW ? 0 : 1));
+    level = bkvi_max(bkvi_level(pages, pair), bkvi_level(pages, pair + 1)) +
+            (c->cfg.rule == BKV_RULE_WINDOW ? 0 : 1);
+    h->sum += bkvi_sum(c, mem, slot[0], BKVI_PAGE) + level;
+    bkvi_set_page(pages, pair, bkvi_place(pages, pair), level);
     for (i = pair + 1; i + 1 < c->n_pages; i++)
         bkvi_set_page(pages, i, bkvi_place(pages, i + 1), bkvi_level(pages, i + 1));
     bkvi_set_page(pages, c->n_pages - 1, freed, 0);
@@ -1044,6 +1162,7 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
         bkvi_putf(bkvi_word(mem, c->off_use, slot), flags & BKV_PIN ? BKVI_PINNED : 0.0f);
         bkvi_put32(bkvi_word(mem, c->off_position, slot), (uint32_t)(h->seen + t));
     }
+    h->sum += bkvi_sum(c, mem, slot - n, n);
     h->seen += n;
     if (h->sinks < c->sink_slots)
         h->sinks += n;
@@ -1211,14 +1330,14 @@ static float *bkvi_scratch(const bkv_cache *c, uint32_t ith) {
 /* The header: magic, version, then the words of the config, from which bkvi_plan() comes to the
    same layout. The backend is left out, as it makes no difference to the bytes. */
 typedef char bkvi_config_is_words[offsetof(bkv_config, seed) == BKVI_CONFIG_BYTES ? 1 : -1];
-static void bkvi_header_put(const bkv_cache *c) {
+static void bkvi_header_put(const bkv_cache *c, unsigned char *to) {
     bkv_config cfg = c->cfg;
     cfg.backend = BKV_BACKEND_AUTO;
-    memset(c->mem, 0, BKVI_HEADER_BYTES);
-    bkvi_put32(c->mem, BKVI_MAGIC);
-    bkvi_put32(c->mem + 4, BKVI_STATE_VERSION);
-    memcpy(c->mem + 8, &cfg, BKVI_CONFIG_BYTES);
-    bkvi_put64(c->mem + 8 + BKVI_CONFIG_BYTES, cfg.seed);
+    memset(to, 0, BKVI_HEADER_BYTES);
+    bkvi_put32(to, BKVI_MAGIC);
+    bkvi_put32(to + 4, BKVI_STATE_VERSION);
+    memcpy(to + 8, &cfg, BKVI_CONFIG_BYTES);
+    bkvi_put64(to + 8 + BKVI_CONFIG_BYTES, cfg.seed);
 }
 
 static bkv_result bkvi_header_get(const unsigned char *mem, bkv_config *cfg) {
@@ -1234,7 +1353,8 @@ static bkv_result bkvi_header_get(const unsigned char *mem, bkv_config *cfg) {
     return cfg->backend == BKV_BACKEND_AUTO ? BKV_OK : BKV_E_STATE;
 }
 
-/* What attend and append rely on: counters within bounds, the table a permutation of the pages. */
+/* What attend and append rely on: counters within bounds and the same in every head, the table a
+   permutation of the pages. */
 static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
     const unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
     bkvi_head h = bkvi_head_get(mem);
@@ -1254,7 +1374,16 @@ static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
             taken[bit / 8] = (unsigned char)(taken[bit / 8] | 1u << bit % 8);
         }
     }
-    return 1;
+    return !memcmp(mem, bkvi_head_mem(c, 0), BKVI_COUNTER_BYTES);
+}
+
+/* A config from a state; the state may ask for what this build or CPU has not. */
+static bkv_result bkvi_plan_state(const bkv_config *cfg, bkv_cache *made) {
+    bkv_result r = bkvi_plan(cfg, made);
+    return r == BKV_OK || r == BKV_E_BACKEND || r == BKV_E_HEAD_DIM || r == BKV_E_KV_TYPE ||
+                   r == BKV_E_THREADS
+               ? r
+               : BKV_E_STATE;
 }
 
 BALANCEKV_API bkv_config bkv_config_default(uint32_t n_q_heads, uint32_t n_kv_heads,
@@ -1305,16 +1434,11 @@ BALANCEKV_API bkv_result bkv_attach(bkv_cache *c, void *mem, size_t mem_bytes, u
     r = bkvi_header_get((const unsigned char *)mem, &cfg);
     if (r != BKV_OK) return r;
     cfg.backend = backend;
-    r = bkvi_plan(&cfg, &made);
-    if (r == BKV_E_BACKEND || r == BKV_E_HEAD_DIM || r == BKV_E_KV_TYPE)
-        return r; /* a sound state may ask for what this build or CPU has not */
-    if (r != BKV_OK) return BKV_E_STATE;
+    if ((r = bkvi_plan_state(&cfg, &made)) != BKV_OK) return r;
     if (mem_bytes < made.bytes) return BKV_E_MEMORY;
     made.mem = (unsigned char *)mem;
     for (head = 0; head < made.cfg.n_kv_heads; head++)
-        if (!bkvi_head_sound(&made, head) ||
-            memcmp(bkvi_head_mem(&made, head), bkvi_head_mem(&made, 0), BKVI_COUNTER_BYTES))
-            return BKV_E_STATE; /* all heads have seen the same tokens */
+        if (!bkvi_head_sound(&made, head)) return BKV_E_STATE;
     *c = made;
     return BKV_OK;
 }
@@ -1322,7 +1446,7 @@ BALANCEKV_API bkv_result bkv_attach(bkv_cache *c, void *mem, size_t mem_bytes, u
 BALANCEKV_API bkv_result bkv_reset(bkv_cache *c) {
     if (!c || !c->mem) return BKV_E_NULL;
     memset(c->mem, 0, c->state_bytes);
-    bkvi_header_put(c);
+    bkvi_header_put(c, c->mem);
     return BKV_OK;
 }
 
@@ -1405,7 +1529,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor
     bkv_result r;
     if (!c || !c->mem || !k.data || !v.data || (q && (!q->data || !out))) return BKV_E_NULL;
     if (!n_tokens) return BKV_E_COUNT;
-    if (flags & ~(uint32_t)BKV_PIN) return BKV_E_FLAGS;
+    if (flags & ~(uint32_t)(BKV_PIN | BKV_DRAFT)) return BKV_E_FLAGS;
     kernels = bkvi_kernels_of(c->cfg.backend);
     in[0].t = &k, in[0].heads = c->cfg.n_kv_heads, in[0].dim = c->cfg.head_dim;
     in[1].t = &v, in[1].heads = c->cfg.n_kv_heads, in[1].dim = c->cfg.value_dim;
@@ -1421,6 +1545,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor
             uint32_t slot, n = bkvi_reserve(c, &kernels, head, &h, scratch, &slot);
             n = n_tokens - done < n ? (uint32_t)(n_tokens - done) : n;
             bkvi_put_run(c, &kernels, head, &h, slot, &k, &v, done, n, flags, scratch);
+            h.drafts = flags & BKV_DRAFT ? bkvi_min(h.drafts, 1u << 30) + n : 0;
             if (q) {
                 bkvi_queries run = {q, done, head, n, out, NULL, NULL, scratch};
                 kernels.attend(c, &h, &run);
@@ -1468,23 +1593,367 @@ BALANCEKV_API bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bkv_tensor v, b
     return bkvi_feed(c, k, v, &q, out, n_tokens, flags, ith, nth);
 }
 
+/* Takes back the newest tokens of a head, one at a time. */
+static void bkvi_take_back(const bkv_cache *c, uint32_t head, uint32_t n) {
+    unsigned char *mem = bkvi_head_mem(c, head);
+    bkvi_head h = bkvi_head_get(mem);
+    h.drafts = h.drafts > n ? h.drafts - n : 0;
+    h.seen -= n;
+    for (; n; n--) {
+        uint32_t slot = bkvi_slot_of(c, &h, mem, bkvi_held(&h) - 1);
+        h.sum -= bkvi_sum(c, mem, slot, 1);
+        bkvi_clear(c, mem, slot, 1);
+        if (!h.used)
+            h.sinks--;
+        else if (--h.fill == 0) {
+            bkvi_set_page(mem + c->off_pages, --h.used, 0, 0);
+            h.fill = h.used ? BKVI_PAGE : 0;
+        }
+    }
+    bkvi_head_put(mem, &h);
+}
+BALANCEKV_API bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens) {
+    bkvi_head h;
+    uint32_t head;
+    if (!c || !c->mem) return BKV_E_NULL;
+    h = bkvi_head_get(bkvi_head_mem(c, 0));
+    if (n_tokens > h.seen || (h.halvings && h.seen - n_tokens >= h.fill)) return BKV_E_ROLLBACK;
+    for (head = 0; head < c->cfg.n_kv_heads; head++)
+        bkvi_take_back(c, head, (uint32_t)(h.seen - n_tokens));
+    return BKV_OK;
+}
+
+/* The pages of a head into places that there still are; then its parts to where the new layout has
+   them, at or below where they were. */
+static void bkvi_move_head(const bkv_cache *c, const bkv_cache *to, uint32_t head) {
+    unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
+    unsigned char *taken = (unsigned char *)bkvi_scratch(c, 0); /* a bit for each of <= 2^18 */
+    bkvi_head h = bkvi_head_get(mem);
+    const size_t from_at[] = {0, c->off_pages, c->off_weight, c->off_use, c->off_position,
+                              c->off_queries, c->off_k_scale, c->off_v_scale, c->off_k, c->off_v,
+                              c->head_bytes};
+    const size_t to_at[] = {0, to->off_pages, to->off_weight, to->off_use, to->off_position,
+                            to->off_queries, to->off_k_scale, to->off_v_scale, to->off_k,
+                            to->off_v, to->head_bytes};
+    uint32_t i, next = 0;
+    memset(taken, 0, c->n_pages / 8 + 1);
+    for (i = 0; i < h.used; i++) {
+        uint32_t place = bkvi_place(pages, i);
+        taken[place / 8] = (unsigned char)(taken[place / 8] | 1u << place % 8);
+    }
+    for (i = 0; i < h.used; i++) {
+        uint32_t j, slot = bkvi_page_slot(c, pages, i), place;
+        if (bkvi_place(pages, i) < to->n_pages) continue;
+        while (taken[next / 8] >> next % 8 & 1) next++;
+        place = next++;
+        for (j = 0; j < BKVI_PAGE; j++)
+            bkvi_move_slot(c, mem, c->sink_slots + place * BKVI_PAGE + j, slot + j,
+                           bkvi_getf(bkvi_word(mem, c->off_weight, slot + j)));
+        bkvi_clear(c, mem, slot, BKVI_PAGE);
+        bkvi_set_page(pages, i, place, bkvi_level(pages, i));
+    }
+    for (i = 0; i < sizeof to_at / sizeof *to_at - 1; i++)
+        memmove(bkvi_head_mem(to, head) + to_at[i], mem + from_at[i], to_at[i + 1] - to_at[i]);
+}
+BALANCEKV_API bkv_result bkv_shrink(bkv_cache *c, uint32_t budget) {
+    bkv_cache made, full;
+    bkv_config cfg;
+    bkvi_kernels kernels;
+    uint32_t head, pages;
+    if (!c || !c->mem) return BKV_E_NULL;
+    if (budget > c->cfg.budget || budget < c->sink_slots) return BKV_E_BUDGET;
+    pages = bkvi_min((budget - c->sink_slots) / BKVI_PAGE, c->n_pages);
+    cfg = c->cfg;
+    cfg.budget = c->sink_slots + pages * BKVI_PAGE;
+    if (pages < 2) return BKV_E_BUDGET;
+    pages = bkvi_min(c->window_pages, pages - 2);
+    cfg.window = pages ? pages * BKVI_PAGE : BKV_NONE;
+    if (bkvi_plan(&cfg, &made) != BKV_OK) return BKV_E_BUDGET;
+    made.mem = c->mem;
+    kernels = bkvi_kernels_of(c->cfg.backend);
+    for (head = 0; head < c->cfg.n_kv_heads; head++) {
+        unsigned char *mem = bkvi_head_mem(c, head);
+        bkvi_head h = bkvi_head_get(mem);
+        full = *c; /* as a cache whose pages are all in use, one of them partly */
+        full.window_pages = made.window_pages + 1;
+        while (h.used > made.n_pages) {
+            full.n_pages = h.used--;
+            bkvi_halve(&full, &kernels, head, &h, bkvi_scratch(c, 0));
+            bkvi_set_page(mem + c->off_pages, h.used, 0, 0);
+        }
+        bkvi_head_put(mem, &h);
+        bkvi_move_head(c, &made, head);
+    }
+    *c = made;
+    bkvi_header_put(c, c->mem);
+    return BKV_OK;
+}
+
+BALANCEKV_API uint32_t bkv_budget_for_bytes(const bkv_config *cfg, size_t bytes) {
+    bkv_cache c;
+    bkv_config tried;
+    uint32_t best = 0, step;
+    if (!cfg) return 0;
+    tried = *cfg;
+    for (step = 1u << 24; step >= BKVI_LANES; step /= 2) { /* too small a budget is no reason */
+        bkv_result r;
+        if (best + step > 1u << 24) continue;
+        tried.budget = best + step;
+        r = bkvi_plan(&tried, &c);
+        if (r == BKV_E_BUDGET || (r == BKV_OK && c.bytes <= bytes)) best += step;
+    }
+    tried.budget = best;
+    return bkvi_plan(&tried, &c) == BKV_OK && c.bytes <= bytes ? best : 0;
+}
+
+/* ---- saved states: the bytes of the state in little-endian order, and a checksum ---- */
+static void bkvi_swap(unsigned char *p, size_t bytes, size_t unit) {
+    const uint16_t one = 1;
+    size_t i, j;
+    if (*(const unsigned char *)&one == 1) return;
+    for (i = 0; i < bytes; i += unit)
+        for (j = 0; j < unit / 2; j++) {
+            unsigned char byte = p[i + j];
+            p[i + j] = p[i + unit - 1 - j];
+            p[i + unit - 1 - j] = byte;
+        }
+}
+static void bkvi_swap_heads(const bkv_cache *c, unsigned char *p) {
+    uint32_t head;
+    for (head = 0, p += BKVI_HEADER_BYTES; head < c->cfg.n_kv_heads; head++, p += c->head_bytes) {
+        bkvi_swap(p, c->off_k_scale, 4);
+        bkvi_swap(p + c->off_k_scale, c->off_k - c->off_k_scale, 2);
+        bkvi_swap(p + c->off_k, c->head_bytes - c->off_k, c->elem_bytes);
+    }
+}
+static uint64_t bkvi_checksum(uint64_t sum, const unsigned char *p, size_t bytes) {
+    for (; bytes; bytes -= 8, p += 8) {
+        uint64_t x = 0;
+        int i;
+        for (i = 8; i-- > 0;) x = x << 8 | p[i];
+        sum = bkvi_mix(sum ^ x) + BKVI_GOLDEN;
+    }
+    return sum;
+}
+static void bkvi_put_sum(unsigned char *header, uint64_t sum) {
+    uint32_t i;
+    for (i = 0; i < 8; i++) header[BKVI_SUM_AT + i] = (unsigned char)(sum >> 8 * i);
+}
+
+BALANCEKV_API bkv_result bkv_save(const bkv_cache *c, void *out, size_t out_bytes) {
+    unsigned char *p = (unsigned char *)out;
+    if (!c || !c->mem || !out) return BKV_E_NULL;
+    if (out_bytes < c->state_bytes) return BKV_E_MEMORY;
+    memcpy(p, c->mem, c->state_bytes);
+    bkvi_swap(p, BKVI_HEADER_BYTES, 4);
+    bkvi_swap_heads(c, p);
+    bkvi_put_sum(p, bkvi_checksum(0, p, c->state_bytes));
+    return BKV_OK;
+}
+
+/* Checks the bytes of a saved state as such and plans its cache. */
+static bkv_result bkvi_check_saved(const unsigned char *saved, size_t bytes, uint32_t n_threads,
+                                   uint32_t backend, bkv_cache *made) {
+    unsigned char header[BKVI_HEADER_BYTES], sum[8];
+    bkv_config cfg;
+    uint64_t check;
+    bkv_result r;
+    if (bytes < sizeof header) return BKV_E_STATE;
+    memcpy(header, saved, sizeof header);
+    memcpy(sum, header + BKVI_SUM_AT, sizeof sum);
+    bkvi_put_sum(header, 0);
+    check = bkvi_checksum(0, header, sizeof header);
+    bkvi_swap(header, sizeof header, 4);
+    if ((r = bkvi_header_get(header, &cfg)) != BKV_OK) return r;
+    cfg.n_threads = n_threads;
+    cfg.backend = backend;
+    if ((r = bkvi_plan_state(&cfg, made)) != BKV_OK) return r;
+    if (bytes < made->state_bytes) return BKV_E_STATE;
+    bkvi_put_sum(header, bkvi_checksum(check, saved + BKVI_HEADER_BYTES,
+                                       made->state_bytes - BKVI_HEADER_BYTES));
+    return memcmp(header + BKVI_SUM_AT, sum, sizeof sum) ? BKV_E_STATE : BKV_OK;
+}
+BALANCEKV_API size_t bkv_load_size(const void *saved, size_t saved_bytes, uint32_t n_threads) {
+    bkv_cache made;
+    return saved && bkvi_check_saved((const unsigned char *)saved, saved_bytes, n_threads,
+                                     BKV_BACKEND_AUTO, &made) == BKV_OK
+               ? made.bytes
+               : 0;
+}
+BALANCEKV_API bkv_result bkv_load(bkv_cache *c, const void *saved, size_t saved_bytes, void *mem,
+                                  size_t mem_bytes, uint32_t n_threads, uint32_t backend) {
+    bkv_cache made;
+    bkv_result r;
+    if (!c || !saved || !mem) return BKV_E_NULL;
+    r = bkvi_check_saved((const unsigned char *)saved, saved_bytes, n_threads, backend, &made);
+    if (r != BKV_OK) return r;
+    if (mem_bytes < made.bytes) return BKV_E_MEMORY;
+    made.mem = (unsigned char *)mem;
+    memcpy(mem, saved, made.state_bytes);
+    bkvi_swap_heads(&made, made.mem);
+    bkvi_header_put(&made, made.mem);
+    if ((r = bkv_validate(&made)) == BKV_OK) *c = made;
+    return r;
+}
+
+static int bkvi_head_valid(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head) {
+    unsigned char *mem = bkvi_head_mem(c, head);
+    const uint32_t type = c->cfg.kv_type, dim = c->cfg.head_dim;
+    const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE;
+    bkvi_head h = bkvi_head_get(mem);
+    uint32_t i, held = 0, sum = bkvi_sum(c, mem, 0, c->slots);
+    uint64_t next = 0;
+    for (i = 0; i < c->n_pages; i++) {
+        sum += bkvi_level(mem + c->off_pages, i);
+        if (i >= h.used && bkvi_place(mem + c->off_pages, i)) return 0;
+    }
+    if (sum != h.sum || h.drafts > h.seen) return 0;
+    for (i = 0; i < bkvi_held(&h); i++) { /* positions rise, but for those beyond 2^32 */
+        uint32_t slot = bkvi_slot_of(c, &h, mem, i);
+        uint64_t position = bkvi_get32(bkvi_word(mem, c->off_position, slot));
+        if (h.seen >> 32 == 0 && (position < next || position >= h.seen)) return 0;
+        next = position + 1;
+    }
+    for (i = 0; i < c->slots; i++) {
+        float w = bkvi_getf(bkvi_word(mem, c->off_weight, i));
+        float use = bkvi_getf(bkvi_word(mem, c->off_use, i));
+        if (!(w >= 1.0f && w <= 2.0f * (float)h.seen) &&
+            (bkvi_bits(w) || bkvi_bits(use) || bkvi_get32(bkvi_word(mem, c->off_position, i))))
+            return 0;
+        if (!(use >= 0.0f && use <= BKVI_PINNED)) return 0;
+        held += w > 0.0f;
+        if (!kernels->scan(bkvi_value_row(c, mem, i), type, c->elem_bytes, c->v_dim_pad, limit) ||
+            (i % BKVI_LANES == 0 && !kernels->scan(bkvi_key_page(c, mem, i), type, c->elem_bytes,
+                                                   dim * BKVI_LANES, limit)))
+            return 0;
+    }
+    return held == bkvi_held(&h) &&
+           kernels->scan(mem + c->off_queries, BKV_F32, 4,
+                         c->group * bkvi_round_up(dim, BKVI_LANES), BKVI_HUGE);
+}
+BALANCEKV_API bkv_result bkv_validate(const bkv_cache *c) {
+    unsigned char header[BKVI_HEADER_BYTES];
+    bkvi_kernels kernels;
+    uint32_t head;
+    if (!c || !c->mem) return BKV_E_NULL;
+    kernels = bkvi_kernels_of(c->cfg.backend);
+    bkvi_header_put(c, header);
+    if (memcmp(header, c->mem, sizeof header)) return BKV_E_STATE;
+    for (head = 0; head < c->cfg.n_kv_heads; head++)
+        if (!bkvi_head_sound(c, head) || !bkvi_head_valid(c, &kernels, head)) return BKV_E_STATE;
+    return BKV_OK;
+}
+
+/* The natural logarithm of x >= 1, within 1e-6: bit by bit, in integers. */
+static float bkvi_log(float x) {
+    uint32_t u = bkvi_bits(x), log2 = (u >> 23) - 127, i;
+    uint64_t m = (uint64_t)((u & 0x7FFFFFu) | 0x800000u) << 8;
+    for (i = 0; i < 24; i++) {
+        m = m * m >> 31;
+        log2 = log2 << 1 | (uint32_t)(m >> 32);
+        m >>= m >> 32;
+    }
+    return (float)((double)log2 * (0.69314718055994530942 / 16777216.0));
+}
+
+BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows) {
+    unsigned char *mem, *scratch, *out[3], *work;
+    size_t bytes, stride[3];
+    bkvi_kernels kernels;
+    bkvi_head h;
+    uint32_t row, dim[2], i;
+    if (!c || !c->mem || !rows) return BKV_E_NULL;
+    if (head >= c->cfg.n_kv_heads) return BKV_E_INDEX;
+    if (rows->type < BKV_F32 || rows->type > BKV_BF16 ||
+        (rows->mask && rows->mask_type != BKV_F32 && rows->mask_type != BKV_F16))
+        return BKV_E_TYPE;
+    if (rows->n_rows < c->slots) return BKV_E_COUNT;
+    bytes = bkvi_type_bytes(rows->type);
+    dim[0] = c->cfg.head_dim, dim[1] = c->cfg.value_dim;
+    stride[0] = rows->k_stride ? rows->k_stride : dim[0] * bytes;
+    stride[1] = rows->v_stride ? rows->v_stride : dim[1] * bytes;
+    stride[2] = bkvi_type_bytes(rows->mask_type);
+    if (stride[0] < dim[0] * bytes || stride[1] < dim[1] * bytes) return BKV_E_STRIDE;
+    out[0] = (unsigned char *)rows->k, out[1] = (unsigned char *)rows->v;
+    out[2] = (unsigned char *)rows->mask;
+    mem = bkvi_head_mem(c, head);
+    scratch = (unsigned char *)bkvi_scratch(c, 0); /* of each kind 2 * BKVI_DIM_MAX floats */
+    work = scratch + 8 * BKVI_DIM_MAX;
+    kernels = bkvi_kernels_of(c->cfg.backend);
+    h = bkvi_head_get(mem);
+    rows->first = 0, rows->n = rows->n_rows;
+    if (rows->seen && rows->seen <= h.seen && rows->halvings == h.halvings) {
+        rows->n = (uint32_t)(h.seen - rows->seen); /* in the newest page, or nothing was halved */
+        rows->first = rows->n ? bkvi_slot_of(c, &h, mem, bkvi_held(&h) - rows->n) : 0;
+    }
+    for (row = rows->first; row < rows->first + rows->n; row++) {
+        float w = row < c->slots ? bkvi_getf(bkvi_word(mem, c->off_weight, row)) : 0.0f;
+        for (i = 0; i < 2; i++) {
+            if (!out[i]) continue;
+            memset(scratch, 0, dim[i] * bytes);
+            if (w > 0.0f) {
+                kernels.fetch((float *)(void *)work,
+                              i ? bkvi_value_row(c, mem, row) : bkvi_key_column(c, mem, row),
+                              c->cfg.kv_type, (i ? 1 : BKVI_LANES) * c->elem_bytes,
+                              i ? c->v_dim_pad : dim[0],
+                              bkvi_scale(mem, i ? c->off_v_scale : c->off_k_scale, row));
+                if (!kernels.scan(work, BKV_F32, 4, dim[i],
+                                  rows->type == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE))
+                    return BKV_E_VALUE;
+                kernels.put(scratch, 1, NULL, rows->type, work, BKV_F32, 4, dim[i], NULL);
+            }
+            memcpy(out[i] + row * stride[i], scratch, dim[i] * bytes);
+        }
+        if (!out[2]) continue;
+        if (w > 0.0f) {
+            w = bkvi_log(w);
+            kernels.put(scratch, 1, NULL, rows->mask_type, (const unsigned char *)&w, BKV_F32, 4, 1,
+                        NULL);
+        } else if (rows->mask_type == BKV_F32) {
+            bkvi_put32(scratch, 0xFF800000u);
+        } else {
+            bkvi_put16(scratch, 0xFC00u);
+        }
+        memcpy(out[2] + row * stride[2], scratch, stride[2]);
+    }
+    rows->seen = h.seen, rows->halvings = h.halvings;
+    return BKV_OK;
+}
+
+BALANCEKV_API bkv_result bkv_select(const bkv_config *cfg, void *mem, size_t mem_bytes,
+                                    bkv_tensor k, bkv_tensor v, size_t n_tokens, uint32_t *index,
+                                    float *weight, uint32_t *n_kept) {
+    bkv_cache c;
+    bkv_token_info info;
+    bkv_result r;
+    uint32_t head, i;
+    if (!index || !weight || !n_kept) return BKV_E_NULL;
+    if ((r = bkv_init(&c, cfg, mem, mem_bytes)) != BKV_OK) return r;
+    if ((r = bkv_append(&c, k, v, n_tokens, 0, 0, 1)) != BKV_OK) return r;
+    for (head = 0; head < c.cfg.n_kv_heads; head++)
+        for (i = 0; bkv_token(&c, head, i, &info) == BKV_OK; i++) {
+            index[(size_t)head * cfg->budget + i] = (uint32_t)info.position;
+            weight[(size_t)head * cfg->budget + i] = info.weight;
+            *n_kept = i + 1;
+        }
+    return BKV_OK;
+}
+
 BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i,
                                    bkv_token_info *info) {
     unsigned char *mem;
     bkvi_head h;
-    uint32_t slot = i;
+    uint32_t slot;
     if (!c || !c->mem || !info) return BKV_E_NULL;
     if (head >= c->cfg.n_kv_heads) return BKV_E_INDEX;
     mem = bkvi_head_mem(c, head);
     h = bkvi_head_get(mem);
     if (i >= bkvi_held(&h)) return BKV_E_INDEX;
     memset(info, 0, sizeof *info);
+    slot = bkvi_slot_of(c, &h, mem, i);
     info->kind = BKV_KIND_SINK;
     if (i >= h.sinks) {
-        const unsigned char *pages = mem + c->off_pages;
-        uint32_t page = (i - h.sinks) / BKVI_PAGE;
-        slot = bkvi_page_slot(c, pages, page) + (i - h.sinks) % BKVI_PAGE;
-        info->level = bkvi_level(pages, page);
+        info->level = bkvi_level(mem + c->off_pages, (i - h.sinks) / BKVI_PAGE);
         info->kind =
             bkvi_held(&h) - i <= c->window_pages * BKVI_PAGE ? BKV_KIND_WINDOW : BKV_KIND_PAGE;
     }
@@ -1517,6 +1986,7 @@ BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info) {
     info->sinks = c->sink_slots;
     info->window = c->window_pages * BKVI_PAGE;
     info->n_pages = c->n_pages;
+    info->room = bkvi_room(c);
     info->backend = c->cfg.backend;
     info->rule = c->cfg.rule;
     info->bytes = c->bytes;
@@ -1583,8 +2053,8 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
                                        of those that share x
      sqrt(a)                           to nearest
      max(a, b), pick_gt(a, b, x, y)    per lane a > b ? a : b, a > b ? x : y
-     any_gt(a, b)                      some lane a > b
-     pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, -126 <= n <= 127
+     any_gt(a, b), top(a)              some lane a > b; the largest lane
+     pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, n <= 127; 0 if n = -127
      zip(a, b)                         a0 b0 a1 b1 .. in a, the rest in b
    ---------------------------------------------------------------------------------------------- */
 #define bkvi_v(op) BKVI_FN(bkvi_v_##op)
@@ -1743,6 +2213,18 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
     return bkvi_v(fma)(bkvi_v(set)(c[i]), x, y);
 }
 
+BKVI_VFN float bkvi_v(top)(bkvi_vec x) {
+    float lanes[16];
+    uint32_t n;
+    BKVI_UNROLL for (n = 1; n < BKVI_WIDTH; n *= 2) {
+        bkvi_vec y = x;
+        bkvi_v(zip)(&x, &y);
+        x = bkvi_v(max)(x, y);
+    }
+    bkvi_v(store)(lanes, x);
+    return lanes[0];
+}
+
 /* Register tiles are `rows` by at most BKVI_VECS(rows) sixteens. */
 #if BKVI_PASS == BALANCEKV_SIMD_SCALAR
 #define BKVI_VECS(rows) 1
@@ -1757,6 +2239,9 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
    Written once over §11. `const int` parameters are constants at every call, so that the functions
    fold into one loop per case.
    ---------------------------------------------------------------------------------------------- */
+static const float bkvi_k(count)[16] = {0,  -1, -2,  -3,  -4,  -5,  -6,  -7,
+                                        -8, -9, -10, -11, -12, -13, -14, -15};
+
 /* A register of elements of a cache or tensor type. */
 BKVI_VFN bkvi_vec bkvi_v(get)(const int type, const void *p) {
     return type == BKV_F32   ? bkvi_v(load)(p)
@@ -1884,6 +2369,16 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *scale, u
     }
 }
 
+/* A stored row as floats; of BKV_I8 scaled and rotated back. */
+static void bkvi_k(fetch)(float *x, const unsigned char *src, uint32_t type, size_t stride,
+                          uint32_t n, const unsigned char *scale) {
+    uint32_t i;
+    for (i = 0; i < n; i += BKVI_LANES) bkvi_k(row)(x + i, src, type, stride, i, n);
+    if (type != BKV_I8) return;
+    for (i = 0; i < n; i++) x[i] *= bkvi_float((uint32_t)bkvi_get16(scale) << 16);
+    bkvi_k(rotate)(x, n);
+}
+
 /* 2^t of four registers side by side, as one alone would wait for its own results: within 1 ulp;
    exactly 0 below 2^-125, so that no denormal arises. t <= 127. The polynomial is a minimax fit of
    degree 6 of ours. */
@@ -1894,17 +2389,14 @@ BKVI_VFN void bkvi_k(exp2)(bkvi_vec *t) {
     bkvi_vec n[4], f[4], p[4];
     int i, k;
     BKVI_UNROLL for (k = 0; k < 4; k++) {
-        t[k] = bkvi_v(max)(t[k], bkvi_v(set)(-126.0f));
+        t[k] = bkvi_v(pick_gt)(t[k], bkvi_v(set)(-125.0f), t[k], bkvi_v(set)(-127.0f));
         n[k] = t[k] + magic;
         f[k] = t[k] - (n[k] - magic);
         p[k] = bkvi_v(set)(1.534581243e-4f);
     }
     BKVI_UNROLL for (i = 0; i < 6; i++) BKVI_UNROLL for (k = 0; k < 4; k++) p[k] =
         bkvi_v(fma)(p[k], f[k], bkvi_v(set)(c[i]));
-    BKVI_UNROLL for (k = 0; k < 4; k++) {
-        p[k] = p[k] * bkvi_v(pow2)(n[k]);
-        t[k] = bkvi_v(pick_gt)(t[k], bkvi_v(set)(-125.0f), p[k], bkvi_v(set)(0.0f));
-    }
+    BKVI_UNROLL for (k = 0; k < 4; k++) t[k] = p[k] * bkvi_v(pow2)(n[k]);
 }
 
 /* 2^x of n floats in place, n a multiple of 64. */
@@ -1989,6 +2481,33 @@ static BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned c
         }
 }
 
+/* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
+static float bkvi_k(over_lanes)(const float *lanes) {
+    float x[8];
+    uint32_t i, n;
+    for (i = 0; i < 8; i++) x[i] = lanes[i] + lanes[i + 8];
+    for (n = 4; n; n /= 2)
+        for (i = 0; i < n; i++) x[i] += x[i + n];
+    return x[0];
+}
+static float bkvi_k(total)(const float *x, uint32_t n) {
+    float lanes[16];
+    uint32_t lane, i;
+    for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
+        bkvi_vec all = bkvi_v(load)(x + lane);
+        for (i = BKVI_LANES; i < n; i += BKVI_LANES) all = all + bkvi_v(load)(x + i + lane);
+        bkvi_v(store)(lanes + lane, all);
+    }
+    return bkvi_k(over_lanes)(lanes);
+}
+static float bkvi_k(largest)(const float *x) {
+    bkvi_vec most = bkvi_v(load)(x);
+    uint32_t i;
+    for (i = BKVI_WIDTH; i < BKVI_BLOCK; i += BKVI_WIDTH)
+        most = bkvi_v(max)(most, bkvi_v(load)(x + i));
+    return bkvi_v(top)(most);
+}
+
 /* The scales of BKV_I8 of a register of tokens from i on; of the other types 1. */
 BKVI_VFN bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32_t i) {
     return type == BKV_I8 ? bkvi_v(load_bf16)(scale + 2 * (size_t)i) : bkvi_v(set)(1.0f);
@@ -2001,7 +2520,7 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
                                         uint32_t dim, size_t stride) {
     const int type = (int)BKVI_TYPE(c->cfg.kv_type), packed = values ? BKV_F32 : type;
     const size_t es = bkvi_type_bytes(BKVI_TYPE(c->cfg.kv_type)), size = values ? 4 : es;
-    float *sums = block->tile, *turned = sums + 256, *mean = sums + 512, largest = 0.0f;
+    float *sums = block->tile, *turned = sums + 256, *mean = sums + 512;
     uint32_t i, j, p, n, lane;
     memset(block->norm, 0, BKVI_BLOCK * sizeof(float));
     for (i = 0; i < dim; i += BKVI_LANES, mean += BKVI_LANES) {
@@ -2016,12 +2535,15 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
             if (values)
                 bkvi_k(turn)(to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim,
                              (uint32_t)type);
-            for (j = 0; j < n; j += BKVI_WIDTH)
-                bkvi_v(store)(sums + j,
-                              bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
-                                          bkvi_k(scales)(type, block->scale[values][p / 4],
-                                                         p % 4 * BKVI_LANES + j % BKVI_LANES),
-                                          bkvi_v(load)(sums + j)));
+        }
+        for (j = 0; j < n; j += BKVI_WIDTH) {
+            bkvi_vec sum = bkvi_v(set)(0.0f);
+            BKVI_UNROLL for (p = 0; p < 8; p++)
+                sum = bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
+                                  bkvi_k(scales)(type, block->scale[values][p / 4],
+                                                 p % 4 * BKVI_LANES + j % BKVI_LANES),
+                                  sum);
+            bkvi_v(store)(sums + j, sum);
         }
         bkvi_k(turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
         for (j = 128; j >= BKVI_LANES; j /= 2)
@@ -2044,34 +2566,7 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
                 bkvi_v(store)(norm, sum);
             }
     }
-    for (j = 0; j < BKVI_BLOCK; j++) largest = block->norm[j] > largest ? block->norm[j] : largest;
-    return largest;
-}
-
-/* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
-static float bkvi_k(over_lanes)(const float *lanes) {
-    float x[8];
-    uint32_t i, n;
-    for (i = 0; i < 8; i++) x[i] = lanes[i] + lanes[i + 8];
-    for (n = 4; n; n /= 2)
-        for (i = 0; i < n; i++) x[i] += x[i + n];
-    return x[0];
-}
-static float bkvi_k(total)(const float *x, uint32_t n) {
-    float lanes[16];
-    uint32_t lane, i;
-    for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
-        bkvi_vec all = bkvi_v(load)(x + lane);
-        for (i = BKVI_LANES; i < n; i += BKVI_LANES) all = all + bkvi_v(load)(x + i + lane);
-        bkvi_v(store)(lanes + lane, all);
-    }
-    return bkvi_k(over_lanes)(lanes);
-}
-static float bkvi_k(largest)(const float *x) {
-    float most = x[0];
-    uint32_t i;
-    for (i = 1; i < BKVI_BLOCK; i++) most = x[i] > most ? x[i] : most;
-    return most;
+    return bkvi_k(largest)(block->norm);
 }
 
 /* ---- importance (§1) ---- */
@@ -2245,56 +2740,61 @@ static void bkvi_k(gram)(const bkv_cache *c, const bkvi_block *block) {
 }
 
 /* ---- exchanges ---- */
-/* f += s * row i. */
-BKVI_VFN void bkvi_k(add_row)(float *f, const float *matrix, uint32_t i, float s) {
-    bkvi_vec sv = bkvi_v(set)(s);
-    uint32_t j;
-    matrix += (size_t)i * BKVI_BLOCK;
-    for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH)
-        bkvi_v(store)(f + j, bkvi_v(fma)(sv, bkvi_v(load)(matrix + j), bkvi_v(load)(f + j)));
-}
-
 /* Rounds of exchanges: each token that stays, unless for certain, makes way for that one whose
    coming makes the error sum_i (keep_i / chance_i - 1) phi_i shortest, if that is shorter. */
 static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                              unsigned char *keep) {
-    /* Products with the error; the step of a token that changes sides; what that adds by itself
-       (those that stay: never); what both changes would do. */
+    /* Products with the error, all negative; the step of a token that changes sides; what that
+       adds by itself, negative (from those that stay: too much). */
     float *f = block->tile, *step = f + BKVI_BLOCK, *own = step + BKVI_BLOCK;
-    float *gain = own + BKVI_BLOCK;
-    const float never = 3e38f;
-    uint32_t i, j, partner, moved = 1;
-    memset(f, 0, BKVI_BLOCK * sizeof *f);
+    float *error = own + BKVI_BLOCK;
+    const bkvi_vec zero = bkvi_v(set)(0.0f), one = bkvi_v(set)(1.0f), never = bkvi_v(set)(-3e38f);
+    bkvi_vec x, y;
+    uint32_t i, j, moved = 1;
     for (i = 0; i < BKVI_BLOCK; i++) {
-        const float inverse = chance[i] > 0.0f && chance[i] < 1.0f ? 1.0f / chance[i] : 0.0f;
-        step[i] = keep[i] ? -inverse : inverse;
-        own[i] = step[i] > 0.0f ? inverse * inverse * block->matrix[i * (BKVI_BLOCK + 1)] : never;
-        if (chance[i] < 1.0f)
-            bkvi_k(add_row)(f, block->matrix, i, keep[i] ? inverse - 1.0f : -1.0f);
+        step[i] = (float)keep[i];
+        own[i] = block->matrix[i * (BKVI_BLOCK + 1)];
     }
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH) { /* x: 1 / chance, or 0 if there is no choice */
+        const bkvi_vec p = bkvi_v(load)(chance + i), stays = bkvi_v(load)(step + i);
+        x = bkvi_v(pick_gt)(one, p, one / bkvi_v(pick_gt)(p, zero, p, one), zero);
+        y = bkvi_v(pick_gt)(x, zero, one - x, zero);
+        bkvi_v(store)(error + i, bkvi_v(pick_gt)(stays, zero, y, one));
+        y = bkvi_v(pick_gt)(x, zero, zero - x * x * bkvi_v(load)(own + i), never);
+        bkvi_v(store)(own + i, bkvi_v(pick_gt)(stays, zero, never, y));
+        bkvi_v(store)(step + i, bkvi_v(pick_gt)(stays, zero, zero - x, x));
+    }
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_VECS(1) * BKVI_LANES)
+        bkvi_k(tile_fma)(BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(block->matrix + i),
+                         BKVI_BLOCK, BKVI_LANES, BKVI_BLOCK, error, 0, 1, 1, f + i, BKVI_BLOCK,
+                         NULL);
     for (; rounds && moved; rounds--)
         for (i = 0, moved = 0; i < BKVI_BLOCK; i++) {
-            const float *row = block->matrix + (size_t)i * BKVI_BLOCK;
+            const float *row = block->matrix + (size_t)i * BKVI_BLOCK, *other;
             const float own_i = step[i] * step[i] * row[i];
-            const bkvi_vec step_i = bkvi_v(set)(step[i]);
-            bkvi_vec least,
-                limit = bkvi_v(fma)(step_i, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own_i));
+            const bkvi_vec away = bkvi_v(set)(-step[i]);
+            const bkvi_vec least = bkvi_v(fma)(away, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own_i));
+            bkvi_vec most = least, at = zero, here = bkvi_v(load)(bkvi_k(count));
             if (!(step[i] < 0.0f)) continue;
-            least = limit = bkvi_v(set)(0.0f) - limit;
-            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
-                bkvi_vec x = bkvi_v(fma)(step_i, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
+            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) { /* at: -(place of the most) */
+                x = bkvi_v(fma)(away, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
                 x = bkvi_v(fma)(bkvi_v(load)(step + j), x + x, bkvi_v(load)(own + j));
-                bkvi_v(store)(gain + j, x);
-                least = bkvi_v(pick_gt)(least, x, x, least);
+                at = bkvi_v(pick_gt)(x, most, here, at);
+                most = bkvi_v(max)(most, x);
+                here = here - bkvi_v(set)((float)BKVI_WIDTH);
             }
-            if (!bkvi_v(any_gt)(limit, least)) continue;
-            for (j = partner = 0; j < BKVI_BLOCK; j++)
-                partner = gain[j] < gain[partner] ? j : partner;
-            moved = 1, keep[i] = 0, keep[partner] = 1;
-            bkvi_k(add_row)(f, block->matrix, i, step[i]);
-            bkvi_k(add_row)(f, block->matrix, partner, step[partner]);
-            step[i] = -step[i], step[partner] = -step[partner];
-            own[i] = own_i, own[partner] = never;
+            if (!bkvi_v(any_gt)(most, least)) continue;
+            x = bkvi_v(set)(bkvi_v(top)(most));
+            j = (uint32_t)-bkvi_v(top)(bkvi_v(pick_gt)(x, most, never, at));
+            other = block->matrix + (size_t)j * BKVI_BLOCK;
+            y = bkvi_v(set)(-step[j]);
+            moved = 1, keep[i] = 0, keep[j] = 1;
+            step[i] = -step[i], step[j] = -step[j];
+            own[i] = -own_i, own[j] = -3e38f;
+            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
+                x = bkvi_v(fma)(away, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
+                bkvi_v(store)(f + j, bkvi_v(fma)(y, bkvi_v(load)(other + j), x));
+            }
         }
 }
 
@@ -2313,7 +2813,6 @@ BKVI_VFN void bkvi_k(times)(float *x, const unsigned char *scale) {
    rises, what was summed so far shrinks. */
 static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, int r,
                                          uint32_t v_dim_pad, float softcap) {
-    static const float lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
     const float limit = tile->limit ? tile->limit[r] : (float)span->slots;
     float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
@@ -2333,16 +2832,14 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
         }
     }
     for (i = 0; i < BKVI_PAGE && limit < (float)BKVI_PAGE; i += BKVI_WIDTH) {
-        x = bkvi_v(set)(limit - (float)(i - i % BKVI_LANES));
-        bkvi_v(store)(s + i, bkvi_v(pick_gt)(x, bkvi_v(load)(lane + i % BKVI_LANES),
+        x = bkvi_v(set)((float)(i - i % BKVI_LANES) - limit);
+        bkvi_v(store)(s + i, bkvi_v(pick_gt)(bkvi_v(load)(bkvi_k(count) + i % BKVI_LANES), x,
                                              bkvi_v(load)(s + i), bkvi_v(set)(BKVI_MASKED)));
     }
     for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) most = bkvi_v(max)(most, bkvi_v(load)(s + i));
     if (bkvi_v(any_gt)(most, bkvi_v(set)(tile->max[r]))) {
-        float *out = tile->out + (size_t)r * v_dim_pad, highest[16], max = tile->max[r];
+        float *out = tile->out + (size_t)r * v_dim_pad, max = bkvi_v(top)(most);
         bkvi_vec shrink[4];
-        bkvi_v(store)(highest, most);
-        for (i = 0; i < BKVI_WIDTH; i++) max = highest[i] > max ? highest[i] : max;
         for (i = 0; i < 4; i++) shrink[i] = bkvi_v(set)(tile->max[r] - max);
         bkvi_k(exp2)(shrink);
         tile->max[r] = max;
@@ -2424,8 +2921,8 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
 
-/* One scaled query, its elements `width` floats apart; its running mean learns from it. With work
-   it is rotated. */
+/* One scaled query, its elements `width` floats apart; its running mean, if any, learns from it.
+   With work it is rotated. */
 static BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
                                              const unsigned char *row, const bkv_tensor *q,
                                              uint32_t dim, float scale, float *work) {
@@ -2436,11 +2933,15 @@ static BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned
         bkvi_k(rotated_row)(work, row, type, stride, dim, dim);
         row = (const unsigned char *)work, type = BKV_F32, stride = 4;
     }
-    for (i = 0; i < dim; i += BKVI_LANES, mean += 4 * BKVI_LANES) {
+    for (i = 0; i < dim; i += BKVI_LANES) {
         bkvi_k(row)(part, row, type, stride, i, dim);
         for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
-            bkvi_vec x = bkvi_v(load)(part + j), m = bkvi_v(load)(mean + 4 * j);
-            bkvi_v(store)(mean + 4 * j, bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m));
+            bkvi_vec x = bkvi_v(load)(part + j);
+            if (mean) {
+                bkvi_vec m = bkvi_v(load)(mean + 4 * (i + j));
+                bkvi_v(store)(mean + 4 * (i + j),
+                              bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m));
+            }
             bkvi_v(store)(part + j, x * bkvi_v(set)(scale));
         }
         for (j = 0; j < bkvi_min(BKVI_LANES, dim - i); j++, to += width) *to = part[j];
@@ -2476,8 +2977,9 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
             limit[r] = (float)(bkvi_last_fill(h) - run->n + 1 + token);
             max[r] = BKVI_LOWEST;
             to = q + (size_t)tile * dim + (r - tile);
-            bkvi_k(load_query)(to, width, queries + (begin + r) % group * mean_bytes, row, run->q,
-                               dim, scale, work);
+            bkvi_k(load_query)(to, width,
+                               h->drafts ? NULL : queries + (begin + r) % group * mean_bytes, row,
+                               run->q, dim, scale, work);
         }
         memset(out, 0, (size_t)n * v_dim_pad * sizeof *out);
         memset(lanes, 0, (size_t)n * BKVI_LANES * sizeof *lanes);
@@ -2488,7 +2990,7 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
             span.k = bkvi_key_page(c, mem, slot);
             span.v = bkvi_value_row(c, mem, slot);
             span.weight = bkvi_word(mem, c->off_weight, slot);
-            span.use = b + 2 < n_blocks ? NULL : bkvi_word(mem, c->off_use, slot);
+            span.use = b + 2 < n_blocks || h->drafts ? NULL : bkvi_word(mem, c->off_use, slot);
             span.k_scale = work ? bkvi_scale(mem, c->off_k_scale, slot) : NULL;
             span.v_scale = work ? bkvi_scale(mem, c->off_v_scale, slot) : NULL;
             span.next_k = NULL;
@@ -2544,6 +3046,7 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
     bkvi_kernels k;
     k.scan = bkvi_k(scan);
     k.put = bkvi_k(put);
+    k.fetch = bkvi_k(fetch);
     k.gram = bkvi_k(gram);
     k.exchange = bkvi_k(exchange);
     k.attend = bkvi_k(attend);
@@ -2578,7 +3081,7 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
 /* Once, behind all passes. */
 #if defined(BKVI_HARDWARE_FMA) && !defined(BKVI_NESTED)
 static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
-    bkvi_kernels k = {NULL, NULL, NULL, NULL, NULL};
+    bkvi_kernels k = {NULL, NULL, NULL, NULL, NULL, NULL};
 #if BKVI_HAVE_SCALAR
     if (backend == BKV_BACKEND_SCALAR) k = bkvi_kernels_scalar();
 #endif
@@ -2614,6 +3117,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #ifdef BKVI_BARE
 #undef memcpy
 #undef memset
+#undef memmove
 #undef memcmp
 #undef BKVI_BARE
 #endif

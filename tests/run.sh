@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs every test, from any folder:  sh tests/run.sh
-# Sets up Meson and NumPy in build/venv where they are missing; installs nothing anywhere else.
+# Sets up Meson, NumPy and Conan in build/venv where they are missing; installs nothing elsewhere.
 # Without them (no network) a plain compiler does what it can. Ends with what ran on which backend,
 # what was left out and why, and the line "N passed, N failed".
 # Environment: CC; BKV_EXPECT=scalar,avx2,.. names backends that the native runs must have besides
@@ -16,9 +16,13 @@ passed=0 failed=0 ran='' left_out=''
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
-leave_out() { # what, why
+mention() { # what, why: left out, and CI may leave it out, too
     left_out="$left_out  $1: $2
 "
+}
+
+leave_out() { # what, why
+    mention "$1" "$2"
     [ "${CI:-}" != true ] || failed=$((failed + 1))
 }
 
@@ -131,9 +135,10 @@ export CC
 
 numpy_there() { python3 -c 'import numpy' 2>/dev/null; }
 no_tools='not installed'
-if ! have meson || ! have ninja || ! numpy_there; then
-    echo 'setting up Meson and NumPy in build/venv ..'
-    { python3 -m venv build/venv && build/venv/bin/pip install -r tests/requirements.txt; } \
+if ! have meson || ! have ninja || ! have conan || ! numpy_there; then
+    echo 'setting up Meson, NumPy and Conan in build/venv ..'
+    { python3 -m venv --system-site-packages build/venv &&
+        build/venv/bin/pip install -r tests/requirements.txt; } \
         >"$logs/venv.log" 2>&1 || no_tools=$(tail -n 1 "$logs/venv.log")
     hash -r # dash would go on with the python3 it found before
 fi
@@ -142,6 +147,13 @@ if have meson && have ninja; then
     llm=${BKV_LLM:-${XDG_CACHE_HOME:-$HOME/.cache}/balancekv-llm}
     [ -f "$llm/built" ] || leave_out 'a language model' "no $llm; run examples/llm/setup.sh"
     [ -f "$llm/built" ] || llm=
+    for tool in cmake pkg-config conan; do
+        have "$tool" || leave_out "packaging by $tool" "no $tool"
+    done
+    have patch || leave_out 'the diff of examples/llama2c' 'no patch'
+    have vcpkg || mention 'packaging by vcpkg' 'no vcpkg; its port runs in plain CMake'
+    python3 tests/test_press.py --there >/dev/null ||
+        mention 'the press of examples/python' 'no torch; bench/peers.sh installs one'
     step "native, $CC" meson_run build "$native" "-Dllm=$llm" ''
     numpy_there || leave_out 'golden vectors against the model' "no NumPy: $no_tools"
     why=$(python3 bench/insn.py --why-not 2>&1) || why='bench/insn.py fails'
@@ -217,7 +229,8 @@ else
     for source in tests/test_*.c; do
         step "$(basename "$source" .c)" plain_run "$source"
     done
-    for script in tests/bad_config.py tests/check_*.py tests/test_examples.py; do
+    for script in tests/bad_config.py tests/check_*.py tests/test_examples.py \
+        tests/test_adapters.py tests/test_packaging.py; do
         if have python3; then
             step "$(basename "$script" .py)" python3 "$script"
         else
@@ -227,6 +240,7 @@ else
     ! have python3 || step 'speed' plain_speed
     if numpy_there; then
         step 'golden vectors against the model' python3 tests/gen_golden.py --check
+        step 'Python' python3 tests/test_python.py
     else
         leave_out 'golden vectors against the model' "no NumPy: $no_tools"
     fi
