@@ -118,7 +118,11 @@
                               BKV_E_KV_TYPE.  Values: BALANCEKV_F32, _F16, _BF16, _I8.
                               Default: any.
    BALANCEKV_HEADER_NAME      Affects: the file's name if you rename it.  Default: "balancekv.h".
-   BALANCEKV_EMULATED         Affects: takes AVX-512 for present, as tests/simde provides it.
+   BALANCEKV_SIMDE            Affects: 1 makes the block of BALANCEKV_SIMD (NEON, which is then the
+                              default, or AVX512) from SIMDe's functions, for any CPU; simde/ must
+                              be on the include path.  Values: 0, 1.  Default: 0.
+   BALANCEKV_FMA              Affects: the bits, see §1. 0 rounds every product before it is added:
+                              faster where no fused multiply-add exists.  Values: 0, 1.  Default: 1.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
 
    No switch changes a public type, so files compiled with different switches can be linked.
@@ -497,11 +501,27 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #if (BALANCEKV_SIMD + 0) < BALANCEKV_SIMD_AUTO || (BALANCEKV_SIMD + 0) > BALANCEKV_SIMD_NEON
 #error "balancekv.h: BALANCEKV_SIMD must be BALANCEKV_SIMD_AUTO, _SCALAR, _AVX2, _AVX512 or _NEON"
 #endif
+#ifndef BALANCEKV_SIMDE
+#define BALANCEKV_SIMDE 0
+#endif
+#if (BALANCEKV_SIMDE - 0) != 0 && (BALANCEKV_SIMDE - 0) != 1
+#error "balancekv.h: BALANCEKV_SIMDE must be 0 or 1"
+#endif
+#if BALANCEKV_SIMDE && (BALANCEKV_SIMD == BALANCEKV_SIMD_SCALAR ||                                  \
+                        BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2)
+#error "balancekv.h: BALANCEKV_SIMDE goes with BALANCEKV_SIMD_AUTO, _NEON or _AVX512"
+#endif
+#ifndef BALANCEKV_FMA
+#define BALANCEKV_FMA 1
+#endif
+#if (BALANCEKV_FMA + 1) != 1 && (BALANCEKV_FMA + 1) != 2
+#error "balancekv.h: BALANCEKV_FMA must be 0 or 1"
+#endif
 #if (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2 || BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512) &&          \
-    !BKVI_ARCH_X86
+    !BKVI_ARCH_X86 && !BALANCEKV_SIMDE
 #error "balancekv.h: BALANCEKV_SIMD_AVX2 and _AVX512 need an x86 target"
 #endif
-#if BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !BKVI_ARCH_ARM64
+#if BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !BKVI_ARCH_ARM64 && !BALANCEKV_SIMDE
 #error "balancekv.h: BALANCEKV_SIMD_NEON needs an AArch64 target"
 #endif
 #ifndef BALANCEKV_DISPATCH
@@ -531,7 +551,13 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #endif
 
 /* The passes over §11 and §12 that this build makes. */
-#if BALANCEKV_DISPATCH
+#if BALANCEKV_SIMDE
+#define BKVI_HAVE_SCALAR BALANCEKV_DISPATCH
+#define BKVI_HAVE_AVX2 0
+#define BKVI_HAVE_AVX512 (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512)
+#define BKVI_HAVE_NEON !BKVI_HAVE_AVX512
+#define BKVI_ONLY (BKVI_HAVE_AVX512 ? BALANCEKV_SIMD_AVX512 : BALANCEKV_SIMD_NEON)
+#elif BALANCEKV_DISPATCH
 #define BKVI_HAVE_SCALAR 1
 #define BKVI_HAVE_AVX2 (BKVI_ARCH_X86 && BALANCEKV_SIMD != BALANCEKV_SIMD_SCALAR)
 #define BKVI_HAVE_AVX512 (BKVI_HAVE_AVX2 && BALANCEKV_SIMD != BALANCEKV_SIMD_AVX2)
@@ -553,12 +579,15 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_HAVE_AVX512 (BKVI_ONLY == BALANCEKV_SIMD_AVX512)
 #define BKVI_HAVE_NEON (BKVI_ONLY == BALANCEKV_SIMD_NEON)
 #endif
-#if BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
+#if BALANCEKV_SIMDE && BKVI_HAVE_NEON
+#include <simde/arm/neon.h>
+#elif BALANCEKV_SIMDE
+#include <simde/x86/avx512.h>
+#elif BKVI_HAVE_NEON
+#include <arm_neon.h>
+#elif BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
 #include <cpuid.h>
 #include <immintrin.h>
-#endif
-#if BKVI_HAVE_NEON
-#include <arm_neon.h>
 #endif
 
 /* BKVI_UNROLL: gcc -O2 keeps register tiles, small arrays, in registers only if every loop over
@@ -566,24 +595,53 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
    (20-25 % of f32 attend). */
 #if defined(__clang__)
 #define BKVI_CC_CLANG 1
-#define BKVI_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define BKVI_CC_CLANG 0
+#endif
+#if defined(__OPTIMIZE_SIZE__) /* one shape of register tile, not a dozen; no bit depends on it */
+#define BKVI_SMALL 1
+#else
+#define BKVI_SMALL 0
+#endif
+#if BKVI_SMALL && BKVI_HAVE_SCALAR && !BALANCEKV_DISPATCH
+#define BKVI_UNROLL
+#elif BKVI_CC_CLANG
+#define BKVI_UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define BKVI_UNROLL _Pragma("GCC unroll 32")
 #endif
 #define BKVI_INLINE inline __attribute__((always_inline, unused))
 #define BKVI_NOINLINE __attribute__((noinline))
-#if BKVI_ARCH_X86 && !defined(BALANCEKV_EMULATED)
+#if BKVI_ARCH_X86 && !BALANCEKV_SIMDE
 #define BKVI_PIN(x) __asm__("" : "+v"(x))
 #else
 #define BKVI_PIN(x) ((void)0)
 #endif
 
 /* One scalar instruction for a correctly rounded a * b + c, where the target always has it. */
-#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) || BKVI_ARCH_ARM64
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) ||                   \
+    BKVI_ARCH_ARM64 || defined(__riscv_flen) || defined(__powerpc64__) || defined(__s390x__)
 #define BKVI_HARDWARE_FMA 1
 #else
 #define BKVI_HARDWARE_FMA 0
+#endif
+/* SIMDe's vfmaq_f32 is that, too. */
+#if defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_POWER_ALTIVEC_P6_NATIVE) ||                     \
+    (defined(SIMDE_ARM_NEON_A32V7_NATIVE) && BKVI_ARCH_ARM64)
+#define BKVI_SIMDE_FMA BKVI_HAVE_NEON
+#else
+#define BKVI_SIMDE_FMA 0
+#endif
+/* BALANCEKV_FMA=0: x is rounded here. No compiler may fuse it with the addition that follows, as
+   gcc does in gnu modes and all do under -ffp-contract=fast, where the instruction exists. */
+#if BKVI_ARCH_X86 && !BALANCEKV_SIMDE
+#define BKVI_ROUND(x) __asm__("" : "+v"(x))
+#elif BKVI_ARCH_ARM64
+#define BKVI_ROUND(x) __asm__("" : "+w"(x))
+#elif BKVI_HARDWARE_FMA
+#define BKVI_ROUND(x) __asm__("" : "+m"(x))
+#else
+#define BKVI_ROUND(x) ((void)0)
 #endif
 
 enum {
@@ -592,7 +650,7 @@ enum {
     BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
-    BKVI_TILE_MAX = 4,       /* rows that share a register tile, at most */
+    BKVI_TILE_MAX = BKVI_SMALL ? 1 : 4, /* rows that share a register tile, at most */
     BKVI_DIM_MAX = 512,      /* elements of a key or value, at most */
     BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
     BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
@@ -684,7 +742,7 @@ static BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
     return (uint16_t)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
 }
 
-#if BKVI_HAVE_SCALAR
+#if BKVI_HAVE_SCALAR || BALANCEKV_SIMDE
 /* The square root to nearest (0 of a negative number), without libm: Newton in double from a guess
    by the exponent. No root of a float is so near the middle of two floats that it could matter. */
 static float bkvi_sqrt(float x) {
@@ -698,21 +756,18 @@ static float bkvi_sqrt(float x) {
 
 /* Correctly rounded a * b + c. Without the instruction: the product of two floats is exact in
    double; TwoSum gives the rounding error of the sum; rounding the sum to odd then makes the final
-   rounding to float correct (Boldo, Melquiond 2008). */
+   rounding to float correct (Boldo, Melquiond 2008). No branch: compilers may vectorise it. */
 static BKVI_INLINE float bkvi_fma(float a, float b, float c) {
 #if BKVI_HARDWARE_FMA
     return __builtin_fmaf(a, b, c);
 #else
     double p = (double)a * (double)b, sum = p + (double)c;
     double back = sum - p, error = (p - (sum - back)) + ((double)c - back);
-    if (error != 0.0) {
-        uint64_t u;
-        memcpy(&u, &sum, sizeof u);
-        if (!(u & 1)) {
-            u += (error > 0.0) == (sum > 0.0) ? 1u : (uint64_t)-1;
-            memcpy(&sum, &u, sizeof sum);
-        }
-    }
+    int64_t u, e; /* one step towards the error from an even inexact sum */
+    memcpy(&u, &sum, sizeof u);
+    memcpy(&e, &error, sizeof e);
+    u += (error != 0.0 ? ~u & 1 : 0) * ((u ^ e) >> 63 | 1);
+    memcpy(&sum, &u, sizeof sum);
     return (float)sum;
 #endif
 }
@@ -784,7 +839,7 @@ typedef struct bkvi_kernels {
 
 static bkvi_kernels bkvi_kernels_of(uint32_t backend); /* behind the passes, at the end of §12 */
 
-#if BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
+#if (BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512) && !BALANCEKV_SIMDE
 /* The instructions AND the operating system's saving of their registers. */
 static uint32_t bkvi_x86_backends(void) {
     uint32_t a, b, c, d, b7, os, high, found = 0;
@@ -808,8 +863,8 @@ BALANCEKV_API uint32_t bkv_backends(void) {
 #if BKVI_HAVE_NEON
     found |= 1u << BKV_BACKEND_NEON; /* part of every AArch64 */
 #endif
-#if defined(BALANCEKV_EMULATED) && BKVI_HAVE_AVX512
-    found |= 1u << BKV_BACKEND_AVX512; /* tests/simde: the instructions are functions */
+#if BKVI_HAVE_AVX512 && BALANCEKV_SIMDE
+    found |= 1u << BKV_BACKEND_AVX512;
 #elif BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
     found |= bkvi_x86_backends() & ((uint32_t)BKVI_HAVE_AVX2 << BKV_BACKEND_AVX2 |
                                     (uint32_t)BKVI_HAVE_AVX512 << BKV_BACKEND_AVX512);
@@ -2049,6 +2104,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
      load, store                       lanes from and to memory of any alignment
      load_f16, load_bf16, store_f16    the same, converted; to nearest even
      load_i8                           lanes from signed bytes
+     fused(x, y, z)                    x * y + z, rounded once; fma() is that, or BALANCEKV_FMA=0
      fma_at(c, i, first, x, y)         c[i] * x + y, i a constant; may read up to c[i | 3]; `first`
                                        of those that share x
      sqrt(a)                           to nearest
@@ -2067,7 +2123,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 /* Code for these instructions only here, whatever the compiler flags are. */
 #if BKVI_PASS == BALANCEKV_SIMD_AVX2
 #define BKVI_TARGET "avx2,fma,f16c"
-#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && !defined(BALANCEKV_EMULATED)
+#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && !BALANCEKV_SIMDE
 #define BKVI_TARGET "avx512f,avx2,fma,f16c"
 #endif
 #define BKVI_PRAGMA(x) _Pragma(#x)
@@ -2083,12 +2139,19 @@ BKVI_PRAGMA_OF(GCC target(BKVI_TARGET))
 #endif
 
 #define BKVI_OP(name, arguments, result)                                                           \
-    BKVI_VFN bkvi_vec bkvi_v(name) arguments { return result; }
+    BKVI_VFN bkvi_vec bkvi_v(name) arguments { return (bkvi_vec)(result); }
 #define BKVI_STORE(name, statement)                                                                \
     BKVI_VFN void bkvi_v(name)(void *p, bkvi_vec x) { statement; }
 #define BKVI_2 (bkvi_vec a, bkvi_vec b)
 #define BKVI_3 (bkvi_vec x, bkvi_vec y, bkvi_vec z)
 #define BKVI_4 (bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y)
+#if BALANCEKV_SIMDE /* prefixed names: simde_vdupq_n_f32, simde_mm512_set1_ps */
+#define BKVI_I(name) simde_##name
+#define BKVI_M(name) simde##name
+#else
+#define BKVI_I(name) name
+#define BKVI_M(name) name
+#endif
 #if BKVI_PASS == BALANCEKV_SIMD_SCALAR
 #define BKVI_FN(name) name##_scalar
 typedef float bkvi_vec;
@@ -2100,7 +2163,7 @@ BKVI_OP(load_f16, (const void *p), bkvi_from_f16(bkvi_get16((const unsigned char
 BKVI_OP(load_bf16, (const void *p),
         bkvi_float((uint32_t)bkvi_get16((const unsigned char *)p) << 16))
 BKVI_OP(load_i8, (const void *p), (float)*(const int8_t *)p)
-BKVI_OP(fma, BKVI_3, bkvi_fma(x, y, z))
+BKVI_OP(fused, BKVI_3, bkvi_fma(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), bkvi_sqrt(x))
 BKVI_OP(max, BKVI_2, a > b ? a : b)
 BKVI_OP(pick_gt, BKVI_4, a > b ? x : y)
@@ -2121,7 +2184,7 @@ BKVI_OP(load_bf16, (const void *p),
             _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16)))
 BKVI_OP(load_i8, (const void *p),
         _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))))
-BKVI_OP(fma, BKVI_3, _mm256_fmadd_ps(x, y, z))
+BKVI_OP(fused, BKVI_3, _mm256_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm256_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, _mm256_max_ps(a, b))
 BKVI_OP(pick_gt, BKVI_4, _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ)))
@@ -2139,63 +2202,130 @@ BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
 
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_FN(name) name##_avx512
-typedef __m512 bkvi_vec;
-BKVI_OP(set, (float x), _mm512_set1_ps(x))
-BKVI_OP(load, (const void *p), _mm512_loadu_ps(p))
+typedef BKVI_M(__m512) bkvi_vec;
+BKVI_OP(set, (float x), BKVI_M(_mm512_set1_ps)(x))
+BKVI_OP(load, (const void *p), BKVI_M(_mm512_loadu_ps)(p))
+#if !BALANCEKV_SIMDE
 BKVI_OP(load_f16, (const void *p), _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)))
 BKVI_OP(load_bf16, (const void *p),
         _mm512_castsi512_ps(
             _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16)))
 BKVI_OP(load_i8, (const void *p),
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))))
-BKVI_OP(fma, BKVI_3, _mm512_fmadd_ps(x, y, z))
-BKVI_OP(sqrt, (bkvi_vec x), _mm512_sqrt_ps(x))
-BKVI_OP(max, BKVI_2, _mm512_max_ps(a, b))
-BKVI_OP(pick_gt, BKVI_4, _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x))
-BKVI_OP(pow2, (bkvi_vec r),
-        _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(r), 23),
-                                             _mm512_set1_epi32(0x3F800000))))
-BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
-BKVI_STORE(store, _mm512_storeu_ps(p, x))
 BKVI_STORE(store_f16,
            _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtps_ph((__mmask16)0xFFFF, x, 0)))
+BKVI_OP(fused, BKVI_3, _mm512_fmadd_ps(x, y, z))
+BKVI_OP(sqrt, (bkvi_vec x), _mm512_sqrt_ps(x))
+#endif
+BKVI_OP(max, BKVI_2, BKVI_M(_mm512_max_ps)(a, b))
+BKVI_OP(pick_gt, BKVI_4,
+        BKVI_M(_mm512_mask_blend_ps)(BKVI_M(_mm512_cmp_ps_mask)(a, b, 30 /* > */), y, x))
+BKVI_OP(pow2, (bkvi_vec r),
+        BKVI_M(_mm512_castsi512_ps)(BKVI_M(_mm512_add_epi32)(
+            BKVI_M(_mm512_slli_epi32)(BKVI_M(_mm512_castps_si512)(r), 23),
+            BKVI_M(_mm512_set1_epi32)(0x3F800000))))
+BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return BKVI_M(_mm512_cmp_ps_mask)(a, b, 30) != 0; }
+BKVI_STORE(store, BKVI_M(_mm512_storeu_ps)(p, x))
 BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    bkvi_vec x = _mm512_permutex2var_ps(*a, low, *b);
-    *b = _mm512_permutex2var_ps(*a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), *b);
+    const BKVI_M(__m512i) low = BKVI_M(_mm512_setr_epi32)(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
+                                                          6, 22, 7, 23),
+                          eight = BKVI_M(_mm512_set1_epi32)(8);
+    bkvi_vec x = BKVI_M(_mm512_permutex2var_ps)(*a, low, *b);
+    *b = BKVI_M(_mm512_permutex2var_ps)(*a, BKVI_M(_mm512_add_epi32)(low, eight), *b);
     *a = x;
 }
 
 #else /* NEON. Loads and stores by bytes: the only ones that ask for no alignment in C. */
 #define BKVI_FN(name) name##_neon
-typedef float32x4_t bkvi_vec;
-BKVI_OP(set, (float x), vdupq_n_f32(x))
-BKVI_OP(load, (const void *p), vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)p)))
+typedef float bkvi_vec __attribute__((vector_size(16)));
+#define BKVI_F(x) ((BKVI_I(float32x4_t))(x)) /* SIMDe's may be integers (WASM) */
+BKVI_OP(set, (float x), BKVI_I(vdupq_n_f32)(x))
+BKVI_OP(load, (const void *p), BKVI_I(vreinterpretq_f32_u8)(BKVI_I(vld1q_u8)((const uint8_t *)p)))
+#if !BALANCEKV_SIMDE
 BKVI_OP(load_f16, (const void *p), vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)p))))
 BKVI_OP(load_bf16, (const void *p),
         vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)p)), 16)))
 BKVI_OP(load_i8, (const void *p),
         vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(
             vreinterpret_s8_u32(vdup_n_u32(bkvi_get32((const unsigned char *)p))))))))
-BKVI_OP(fma, BKVI_3, vfmaq_f32(z, x, y))
-BKVI_OP(sqrt, (bkvi_vec x), vsqrtq_f32(x))
-BKVI_OP(max, BKVI_2, vmaxq_f32(a, b))
-BKVI_OP(pick_gt, BKVI_4, vbslq_f32(vcgtq_f32(a, b), x, y))
-BKVI_OP(pow2, (bkvi_vec r),
-        vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(r), 23),
-                                        vdupq_n_u32(0x3F800000u))))
-BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return vmaxvq_u32(vcgtq_f32(a, b)) != 0; }
-BKVI_STORE(store, vst1q_u8((uint8_t *)p, vreinterpretq_u8_f32(x)))
 BKVI_STORE(store_f16, vst1_u8((uint8_t *)p, vreinterpret_u8_f16(vcvt_f16_f32(x))))
+BKVI_OP(sqrt, (bkvi_vec x), vsqrtq_f32(x))
+#endif
+#if BKVI_SIMDE_FMA || !BALANCEKV_SIMDE
+BKVI_OP(fused, BKVI_3, BKVI_I(vfmaq_f32)(BKVI_F(z), BKVI_F(x), BKVI_F(y)))
+#endif
+BKVI_OP(max, BKVI_2, BKVI_I(vmaxq_f32)(BKVI_F(a), BKVI_F(b)))
+BKVI_OP(pick_gt, BKVI_4,
+        BKVI_I(vbslq_f32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b)), BKVI_F(x), BKVI_F(y)))
+BKVI_OP(pow2, (bkvi_vec r),
+        BKVI_I(vreinterpretq_f32_u32)(BKVI_I(vaddq_u32)(
+            BKVI_I(vshlq_n_u32)(BKVI_I(vreinterpretq_u32_f32)(BKVI_F(r)), 23),
+            BKVI_I(vdupq_n_u32)(0x3F800000u))))
+BKVI_VFN int bkvi_v(any_gt) BKVI_2 {
+    return BKVI_I(vmaxvq_u32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b))) != 0;
+}
+BKVI_STORE(store, BKVI_I(vst1q_u8)((uint8_t *)p, BKVI_I(vreinterpretq_u8_f32)(BKVI_F(x))))
 BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
-    bkvi_vec low = vzip1q_f32(*a, *b);
-    *b = vzip2q_f32(*a, *b);
+    bkvi_vec low = (bkvi_vec)BKVI_I(vzip1q_f32)(BKVI_F(*a), BKVI_F(*b));
+    *b = (bkvi_vec)BKVI_I(vzip2q_f32)(BKVI_F(*a), BKVI_F(*b));
     *a = low;
 }
+#undef BKVI_F
 #endif
 
+#if BALANCEKV_SIMDE && BKVI_PASS != BALANCEKV_SIMD_SCALAR
+/* What SIMDe 0.7 lacks, or rounds twice, on the compiler's own vectors. */
+typedef uint16_t bkvi_halves __attribute__((vector_size(sizeof(bkvi_vec) / 2)));
+typedef uint32_t bkvi_words __attribute__((vector_size(sizeof(bkvi_vec))));
+typedef int8_t bkvi_bytes __attribute__((vector_size(sizeof(bkvi_vec) / 4)));
+#define BKVI_EACH_LANE(statement)                                                                  \
+    for (uint32_t i = 0; i < BKVI_WIDTH; i++) statement
+BKVI_VFN bkvi_words bkvi_v(widen)(const void *p) {
+    bkvi_halves h;
+    memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, bkvi_words);
+}
+BKVI_OP(load_bf16, (const void *p), bkvi_v(widen)(p) << 16)
+BKVI_VFN bkvi_vec bkvi_v(load_i8)(const void *p) {
+    bkvi_bytes x;
+    memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, bkvi_vec);
+}
+BKVI_VFN bkvi_vec bkvi_v(load_f16)(const void *p) { /* times 2^112; Inf and NaN keep theirs */
+    bkvi_words all = bkvi_v(widen)(p) << 13, low = all & 0x0FFFE000u;
+    bkvi_vec x = (bkvi_vec)low * 5.192296858534827628530496329e33f;
+    return (bkvi_vec)((bkvi_words)x | ((bkvi_words)(x >= 65536.0f) & 0x7F800000u) |
+                      (all ^ low) << 3);
+}
+BKVI_VFN void bkvi_v(store_f16)(void *p, bkvi_vec x) {
+    bkvi_halves h;
+    BKVI_EACH_LANE(h[i] = bkvi_to_f16(x[i]);)
+    memcpy(p, &h, sizeof h);
+}
+BKVI_VFN bkvi_vec bkvi_v(sqrt)(bkvi_vec x) {
+    BKVI_EACH_LANE(x[i] = bkvi_sqrt(x[i]);)
+    return x;
+}
+#if !BKVI_SIMDE_FMA
+BKVI_VFN bkvi_vec bkvi_v(fused) BKVI_3 {
+    BKVI_EACH_LANE(z[i] = bkvi_fma(x[i], y[i], z[i]);)
+    return z;
+}
+#endif
+#undef BKVI_EACH_LANE
+#endif
+
+BKVI_VFN bkvi_vec bkvi_v(fma) BKVI_3 {
+#if BALANCEKV_FMA
+    return bkvi_v(fused)(x, y, z);
+#else
+    bkvi_vec product = x * y;
+    BKVI_ROUND(product);
+    return product + z;
+#endif
+}
 BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_vec x, bkvi_vec y) {
-#if BKVI_PASS == BALANCEKV_SIMD_NEON
+#if BKVI_PASS == BALANCEKV_SIMD_NEON && BALANCEKV_FMA && !BALANCEKV_SIMDE
     bkvi_vec four = bkvi_v(load)(c + i / 4 * 4);
     switch (i % 4) { /* a lane must be a constant, even to -O0 */
     case 0: return vfmaq_laneq_f32(y, x, four, 0);
@@ -2203,7 +2333,7 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
     case 2: return vfmaq_laneq_f32(y, x, four, 2);
     case 3: return vfmaq_laneq_f32(y, x, four, 3);
     }
-#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && !defined(BALANCEKV_EMULATED)
+#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && BALANCEKV_FMA && !BALANCEKV_SIMDE
     if (first) { /* Zen 4 broadcasts where it converts: 85 % of the FMA peak, with this 98 */
         __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(y) : "v"(x), "m"(c[i]));
         return y;
@@ -2226,7 +2356,7 @@ BKVI_VFN float bkvi_v(top)(bkvi_vec x) {
 }
 
 /* Register tiles are `rows` by at most BKVI_VECS(rows) sixteens. */
-#if BKVI_PASS == BALANCEKV_SIMD_SCALAR
+#if BKVI_PASS == BALANCEKV_SIMD_SCALAR || BKVI_SMALL
 #define BKVI_VECS(rows) 1
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_VECS(rows) 4
@@ -2905,13 +3035,16 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
 }
 
 /* One function per type and row count, so that each has the registers to itself. */
+#if BKVI_SMALL
+#define BKVI_EACH_ROWS(X, type) X(type, 1)
+#else
+#define BKVI_EACH_ROWS(X, type) X(type, 1) X(type, 2) X(type, 3) X(type, 4)
+#endif
 #ifdef BALANCEKV_KV_TYPE
-#define BKVI_EACH_TILE(X)                                                                          \
-    X(BALANCEKV_KV_TYPE, 1) X(BALANCEKV_KV_TYPE, 2) X(BALANCEKV_KV_TYPE, 3) X(BALANCEKV_KV_TYPE, 4)
+#define BKVI_EACH_TILE(X) BKVI_EACH_ROWS(X, BALANCEKV_KV_TYPE)
 #else
 #define BKVI_EACH_TILE(X)                                                                          \
-    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(2, 4)                                \
-    X(3, 1) X(3, 2) X(3, 3) X(3, 4) X(4, 1) X(4, 2) X(4, 3) X(4, 4)
+    BKVI_EACH_ROWS(X, 1) BKVI_EACH_ROWS(X, 2) BKVI_EACH_ROWS(X, 3) BKVI_EACH_ROWS(X, 4)
 #endif
 #define BKVI_X(type, rows)                                                                         \
     static BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                \
@@ -3068,12 +3201,15 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
 #undef BKVI_VFN
 #undef BKVI_OP
 #undef BKVI_STORE
+#undef BKVI_I
+#undef BKVI_M
 #undef BKVI_2
 #undef BKVI_3
 #undef BKVI_4
 #undef BKVI_WIDTH
 #undef BKVI_FN
 #undef BKVI_EACH_TILE
+#undef BKVI_EACH_ROWS
 #undef BKVI_TILES
 #undef BKVI_VECS
 #endif /* BKVI_PASS */
@@ -3113,6 +3249,9 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_NOINLINE
 #undef BKVI_UNROLL
 #undef BKVI_PIN
+#undef BKVI_ROUND
+#undef BKVI_SMALL
+#undef BKVI_SIMDE_FMA
 #undef BKVI_HARDWARE_FMA
 #ifdef BKVI_BARE
 #undef memcpy

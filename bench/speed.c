@@ -377,7 +377,10 @@ static double *exact(const shape *s, const tokens *t, size_t n_queries, size_t s
 
 /* What attention in this storage type may be off by, on this data. */
 static double tolerance_of(const char *type) {
-    return type_of(type) == BKV_F32 ? 1e-5 : type_of(type) == BKV_F16 ? 1e-3 : 1e-2;
+    return type_of(type) == BKV_F32   ? 1e-5
+           : type_of(type) == BKV_F16 ? 1e-3
+           : type_of(type) == BKV_I8  ? 5e-2
+                                      : 1e-2;
 }
 static void check_error(const char *what, double error, const char *type) {
     if (error <= tolerance_of(type)) return;
