@@ -248,8 +248,9 @@ typedef struct bkv_config {
 #define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
     (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
      BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
-                   (kv_type) == BALANCEKV_F32 ? 4 : (kv_type) == BALANCEKV_I8 ? 1 : 2) *           \
+                   BKV_SIZE_ELEM(kv_type)) *                                                       \
          (n_kv_heads))
+#define BKV_SIZE_ELEM(type) ((type) == BALANCEKV_F32 ? 4 : (type) == BALANCEKV_I8 ? 1 : 2)
 #define BKV_SIZE_HEAD(group, dim, slots, elem)                                                     \
     (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + BKV_SIZE_PAD(dim, 16) * 4 * (group) +          \
      12 * (slots) + ((elem) == 1 ? 2 * BKV_SIZE_PAD((slots)*2, 64) : 0) + /* words, scales */      \
@@ -468,6 +469,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_BARE 1
 #define memcpy __builtin_memcpy
 #define memset __builtin_memset
+#define memmove __builtin_memmove
 #define memcmp __builtin_memcmp
 #endif
 
@@ -3352,6 +3354,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #ifdef BKVI_BARE
 #undef memcpy
 #undef memset
+#undef memmove
 #undef memcmp
 #undef BKVI_BARE
 #endif
