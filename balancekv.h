@@ -259,7 +259,7 @@ typedef struct bkv_cache {
     uint32_t group, slots, sink_slots, n_pages, window_pages, v_dim_pad;
     size_t elem_bytes;
     size_t off_pages, off_weight, off_use, off_position, off_queries; /* in a head */
-    size_t off_k_scale, off_v_scale, off_k, off_v;
+    size_t off_rest_of, off_k_rest, off_v_rest, off_k_scale, off_v_scale, off_k, off_v;
     size_t head_bytes, scratch_bytes, state_bytes, bytes;
 } bkv_cache;
 
@@ -682,8 +682,9 @@ typedef struct bkvi_queries {
 
 typedef struct bkvi_kernels {
     int (*scan)(const unsigned char *p, uint32_t type, size_t stride, uint32_t n, float limit);
-    void (*put)(unsigned char *dst, size_t step, unsigned char *scale, uint32_t kv_type,
-                const unsigned char *src, uint32_t type, size_t stride, uint32_t n, float *work);
+    void (*put)(unsigned char *dst, size_t step, unsigned char *rest, unsigned char *scale,
+                uint32_t kv_type, const unsigned char *src, uint32_t type, size_t stride,
+                uint32_t n, float *work);
     void (*gram)(const bkv_cache *c, const bkvi_block *block);
     void (*exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                      unsigned char *keep);
@@ -835,7 +836,9 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
        page table  [n_pages] (place, level), oldest first; page p has slots sink_slots + 64 p ..
        per slot    f32 weight (0: empty), f32 observed use, u32 position
        queries     f32, the running mean of each query head, [group][head_dim padded to 16]
-       per slot    BKV_I8: a scale of the key, then one of the value, as bf16
+       BKV_I8:     position of the first token of the page that has rests; per slot the scales of
+                   key and value, as bf16; what rounding left of keys and values of the sinks and
+                   of that page, in 1/128 of a step, in the form of:
        keys        panels of 16 slots, each [head_dim][16]: <q, k> needs no sum across lanes
        values      rows [v_dim_pad]
    Every part starts at a multiple of 64 bytes. Then, not part of the state, scratch per thread.
@@ -895,6 +898,18 @@ static unsigned char *bkvi_word(unsigned char *mem, size_t offset, uint32_t slot
 /* The scale of a slot in one of the two such parts of a head. */
 static unsigned char *bkvi_scale(unsigned char *mem, size_t offset, uint32_t slot) {
     return mem + offset + 2 * (size_t)slot;
+}
+
+/* BKV_I8: where the rest of a slot is. The sinks have theirs, and the newest page has. */
+static uint32_t bkvi_rest(const bkv_cache *c, uint32_t slot) {
+    return slot < c->sink_slots ? slot : c->sink_slots + (slot - c->sink_slots) % BKVI_PAGE;
+}
+static unsigned char *bkvi_key_rest(const bkv_cache *c, unsigned char *mem, uint32_t rest) {
+    uint32_t lane = rest % BKVI_LANES;
+    return mem + c->off_k_rest + (size_t)(rest - lane) * c->cfg.head_dim + lane;
+}
+static unsigned char *bkvi_value_rest(const bkv_cache *c, unsigned char *mem, uint32_t rest) {
+    return mem + c->off_v_rest + (size_t)rest * c->v_dim_pad;
 }
 
 /* Slot `to` becomes a copy of slot `from`, with a new weight. */
@@ -1013,16 +1028,23 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
     unsigned char *mem = bkvi_head_mem(c, head);
     uint32_t t;
     for (t = 0; t < n; t++, slot++) {
-        kernels->put(bkvi_key_column(c, mem, slot), BKVI_LANES,
-                     bkvi_scale(mem, c->off_k_scale, slot), c->cfg.kv_type,
-                     bkvi_at(k, first + t, head), k->type, k->elem_stride, c->cfg.head_dim,
-                     scratch);
-        kernels->put(bkvi_value_row(c, mem, slot), 1, bkvi_scale(mem, c->off_v_scale, slot),
-                     c->cfg.kv_type, bkvi_at(v, first + t, head), v->type, v->elem_stride,
-                     c->cfg.value_dim, scratch);
+        unsigned char *k_rest = NULL, *v_rest = NULL;
         bkvi_putf(bkvi_word(mem, c->off_weight, slot), 1.0f);
         bkvi_putf(bkvi_word(mem, c->off_use, slot), flags & BKV_PIN ? BKVI_PINNED : 0.0f);
         bkvi_put32(bkvi_word(mem, c->off_position, slot), (uint32_t)(h->seen + t));
+        if (BKVI_TYPE(c->cfg.kv_type) == BKV_I8) {
+            uint32_t rest = bkvi_rest(c, slot);
+            k_rest = bkvi_key_rest(c, mem, rest), v_rest = bkvi_value_rest(c, mem, rest);
+            if (rest == c->sink_slots) bkvi_put32(mem + c->off_rest_of, (uint32_t)(h->seen + t));
+        }
+        kernels->put(bkvi_key_column(c, mem, slot), BKVI_LANES, k_rest,
+                     bkvi_scale(mem, c->off_k_scale, slot), c->cfg.kv_type,
+                     bkvi_at(k, first + t, head), k->type, k->elem_stride, c->cfg.head_dim,
+                     scratch);
+        kernels->put(bkvi_value_row(c, mem, slot), 1, v_rest,
+                     bkvi_scale(mem, c->off_v_scale, slot), c->cfg.kv_type,
+                     bkvi_at(v, first + t, head), v->type, v->elem_stride, c->cfg.value_dim,
+                     scratch);
     }
     h->seen += n;
     if (h->sinks < c->sink_slots)
@@ -1052,7 +1074,7 @@ typedef struct bkvi_tile {
 /* One block as attend sees it, and what to prefetch while at it (NULL: nothing). */
 typedef struct bkvi_span {
     const unsigned char *k, *v, *weight, *next_k;
-    const unsigned char *k_scale, *v_scale; /* NULL unless BKV_I8 */
+    const unsigned char *k_scale, *v_scale, *k_rest, *v_rest; /* NULL unless BKV_I8 */
     unsigned char *use;                     /* NULL: an old block, the use stays */
     uint32_t slots;
     int warm; /* a later row tile: the block is in the cache already */
@@ -1089,6 +1111,15 @@ static uint32_t bkvi_block_slot(const bkv_cache *c, const bkvi_head *h, const un
     return c->sink_slots + BKVI_PAGE * b;
 }
 
+/* BKV_I8: whether a block, which starts at this slot, has rests: they are of the page whose first
+   token has the position off_rest_of. */
+static int bkvi_has_rests(const bkv_cache *c, const bkvi_head *h, unsigned char *mem, uint32_t b,
+                          uint32_t slot) {
+    return slot < c->sink_slots ||
+           (b + 1 == bkvi_n_blocks(h) && bkvi_get32(mem + c->off_rest_of) ==
+                                             bkvi_get32(bkvi_word(mem, c->off_position, slot)));
+}
+
 /* ------------------------------------------------------------------------------------------------
    §10 PUBLIC FUNCTIONS                                                                    >>public
    ---------------------------------------------------------------------------------------------- */
@@ -1107,7 +1138,7 @@ static int bkvi_add_part(size_t *end, size_t *offset, size_t n, size_t unit) {
 static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     bkv_config *r = &c->cfg;
     size_t end = 0, part = 0, halve, attend;
-    uint32_t sinks, pages, window;
+    uint32_t sinks, pages, window, rests;
     memset(c, 0, sizeof *c);
     *r = *cfg;
     if (!r->n_q_heads) r->n_q_heads = r->n_kv_heads;
@@ -1157,14 +1188,18 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (r->n_threads > 1024) return BKV_E_THREADS;
     r->backend = bkvi_pick_backend(r->backend);
     if (!r->backend) return BKV_E_BACKEND;
+    rests = r->kv_type == BKV_I8 ? c->sink_slots + BKVI_PAGE : 0;
     if (!bkvi_add_part(&end, &part, 16, 4) || !bkvi_add_part(&end, &c->off_pages, c->n_pages, 8) ||
         !bkvi_add_part(&end, &c->off_weight, c->slots, 4) ||
         !bkvi_add_part(&end, &c->off_use, c->slots, 4) ||
         !bkvi_add_part(&end, &c->off_position, c->slots, 4) ||
         !bkvi_add_part(&end, &c->off_queries,
                        (size_t)c->group * bkvi_round_up(r->head_dim, BKVI_LANES), 4) ||
-        !bkvi_add_part(&end, &c->off_k_scale, c->slots, r->kv_type == BKV_I8 ? 2 : 0) ||
-        !bkvi_add_part(&end, &c->off_v_scale, c->slots, r->kv_type == BKV_I8 ? 2 : 0) ||
+        !bkvi_add_part(&end, &c->off_rest_of, rests ? 1 : 0, 4) ||
+        !bkvi_add_part(&end, &c->off_k_scale, rests ? c->slots : 0, 2) ||
+        !bkvi_add_part(&end, &c->off_v_scale, rests ? c->slots : 0, 2) ||
+        !bkvi_add_part(&end, &c->off_k_rest, rests, r->head_dim) ||
+        !bkvi_add_part(&end, &c->off_v_rest, rests, c->v_dim_pad) ||
         !bkvi_add_part(&end, &c->off_k, c->slots, (size_t)r->head_dim * c->elem_bytes) ||
         !bkvi_add_part(&end, &c->off_v, c->slots, (size_t)c->v_dim_pad * c->elem_bytes) ||
         !bkvi_add_part(&end, &c->head_bytes, 0, 1))
@@ -1816,9 +1851,11 @@ static void bkvi_k(rotated_row)(float *x, const unsigned char *row, uint32_t typ
     bkvi_k(rotate)(x, padded);
 }
 
-/* x becomes round(x / scale) + 1.5 * 2^23, whose low byte is what is stored. scale = max |x| / 127,
-   rounded up to bf16, so that nothing is clipped; the floor keeps its inverse finite. */
+/* x becomes round(x / scale) + 1.5 * 2^23, whose low byte is what is stored; BKVI_DIM_MAX behind it,
+   the same of 128 times the rest. scale = max |x| / 127, rounded up to bf16, so that nothing is
+   clipped; the floor keeps its inverse finite. */
 static BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n) {
+    const bkvi_vec magic = bkvi_v(set)(12582912.0f);
     const bkvi_vec zero = bkvi_v(set)(0.0f);
     bkvi_vec most = zero, inverse;
     float part[16], largest = 1.0e-28f;
@@ -1832,31 +1869,37 @@ static BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint3
     bits = (bkvi_bits(largest / 127.0f) + 0xFFFFu) >> 16;
     bkvi_put16(scale, (uint16_t)bits);
     inverse = bkvi_v(set)(1.0f / bkvi_float(bits << 16));
-    for (i = 0; i < n; i += BKVI_WIDTH)
-        bkvi_v(store)(x + i, bkvi_v(fma)(bkvi_v(load)(x + i), inverse, bkvi_v(set)(12582912.0f)));
+    for (i = 0; i < n; i += BKVI_WIDTH) {
+        bkvi_vec a = bkvi_v(load)(x + i), q = bkvi_v(fma)(a, inverse, magic);
+        a = bkvi_v(fma)(a, inverse, magic - q);
+        bkvi_v(store)(x + i, q);
+        bkvi_v(store)(x + BKVI_DIM_MAX + i, bkvi_v(fma)(a, bkvi_v(set)(128.0f), magic));
+    }
 }
 
 /* Stores a caller's row, elements `step` apart: 1 for a value (then padded with zeros to whole
-   sixteens), 16 for a column of a key panel. */
-static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *scale, uint32_t kv_type,
-                        const unsigned char *src, uint32_t type, size_t stride, uint32_t n,
-                        float *work) {
+   sixteens), 16 for a column of a key panel. BKV_I8: `rest` in the same way, and the scale. */
+static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, unsigned char *scale,
+                        uint32_t kv_type, const unsigned char *src, uint32_t type, size_t stride,
+                        uint32_t n, float *work) {
     size_t bytes = bkvi_type_bytes(BKVI_TYPE(kv_type));
-    uint32_t i, lane, whole = step == 1 ? bkvi_round_up(n, BKVI_LANES) : n;
+    uint32_t i, lane, padded = step == 1 ? bkvi_round_up(n, BKVI_LANES) : n;
     if (BKVI_TYPE(kv_type) == BKV_I8) {
-        bkvi_k(rotated_row)(work, src, type, stride, n, whole);
-        bkvi_k(quantise)(work, scale, whole);
-        src = (const unsigned char *)work, type = BKV_F32, stride = 4, n = whole;
+        bkvi_k(rotated_row)(work, src, type, stride, n, padded);
+        bkvi_k(quantise)(work, scale, padded);
+        for (i = 0; i < padded; i++) {
+            dst[i * step] = (unsigned char)bkvi_bits(work[i]);
+            rest[i * step] = (unsigned char)bkvi_bits(work[BKVI_DIM_MAX + i]);
+        }
+        return;
     }
     for (i = 0; i < n; i += BKVI_LANES) {
         float part[16];
         unsigned char *to = (unsigned char *)part; /* converted in place, front to back */
         bkvi_k(row)(part, src, type, stride, i, n);
-        for (lane = 0; lane < BKVI_LANES && bytes < 4; lane++)
+        for (lane = 0; lane < BKVI_LANES && bytes == 2; lane++)
             if (BKVI_TYPE(kv_type) == BKV_BF16)
                 bkvi_put16(to + 2 * lane, bkvi_to_bf16(part[lane]));
-            else if (BKVI_TYPE(kv_type) == BKV_I8)
-                to[lane] = (unsigned char)bkvi_bits(part[lane]);
             else if (lane % BKVI_WIDTH == 0)
                 bkvi_v(store_f16)(to + 2 * lane, bkvi_v(load)(part + lane));
         bkvi_copy(dst + i * step * bytes, step * bytes, to, bytes,
@@ -2353,6 +2396,13 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
     if (span->v_scale) bkvi_k(times)(s, span->v_scale);
 }
 
+/* The scores of a tile, in 1/128. */
+BKVI_VFN void bkvi_k(lessen)(float *scores, int rows) {
+    uint32_t i;
+    for (i = 0; i < (uint32_t)rows * BKVI_PAGE; i += BKVI_WIDTH)
+        bkvi_v(store)(scores + i, bkvi_v(load)(scores + i) * bkvi_v(set)(1.0f / 128.0f));
+}
+
 /* A tile of rows over one block: scores, softmax, sum of values. The values are prefetched during
    the scores, the keys of the next block during the sum. */
 BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
@@ -2361,28 +2411,36 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
     const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)dim * BKVI_LANES;
     const uint32_t panels = (span->slots + BKVI_LANES - 1) / BKVI_LANES,
                    vecs = v_dim_pad / BKVI_LANES;
+    const unsigned char *x;
     uint32_t i;
     int r;
 #define BKVI_SCORES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= panels; i += n)                                        \
-    bkvi_k(tile_fma)(type, rows, n, span->k + i * panel * es, BKVI_LANES, panel, dim, tile->q, 0,  \
-                     (size_t)rows, 1, tile->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,            \
-                     span->warm ? NULL : span->v + i * panel * es)
+    bkvi_k(tile_fma)(type, rows, n, x + i * panel * es, BKVI_LANES, panel, dim, tile->q, 0,        \
+                     (size_t)rows, type != BKV_I8, tile->scores + (size_t)i * BKVI_LANES,          \
+                     BKVI_PAGE, span->warm ? NULL : span->v + i * panel * es)
 #define BKVI_VALUES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= vecs; i += n)                                          \
-    bkvi_k(tile_fma)(type, rows, n, span->v + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES,  \
+    bkvi_k(tile_fma)(type, rows, n, x + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES,        \
                      span->slots, tile->scores, BKVI_PAGE, 0, 0,                                   \
                      tile->out + (size_t)i * BKVI_LANES, v_dim_pad,                                \
                      span->next_k ? span->next_k + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
-    i = 0;
-    BKVI_SCORES(4);
-    BKVI_SCORES(2);
-    BKVI_SCORES(1);
+    if (type == BKV_I8) memset(tile->scores, 0, (size_t)rows * BKVI_PAGE * sizeof(float));
+    for (x = span->k_rest ? span->k_rest : span->k; x; x = x == span->k ? NULL : span->k) {
+        if (type == BKV_I8 && span->k_rest && x == span->k) bkvi_k(lessen)(tile->scores, rows);
+        i = 0;
+        BKVI_SCORES(4);
+        BKVI_SCORES(2);
+        BKVI_SCORES(1);
+    }
     for (r = 0; r < rows; r++) bkvi_k(soften)(tile, span, r, v_dim_pad, c->cfg.softcap);
-    i = 0;
-    BKVI_VALUES(4);
-    BKVI_VALUES(2);
-    BKVI_VALUES(1);
+    for (x = span->v; x; x = x == span->v ? span->v_rest : NULL) {
+        if (type == BKV_I8 && x != span->v) bkvi_k(lessen)(tile->scores, rows);
+        i = 0;
+        BKVI_VALUES(4);
+        BKVI_VALUES(2);
+        BKVI_VALUES(1);
+    }
 #undef BKVI_SCORES
 #undef BKVI_VALUES
 }
@@ -2471,6 +2529,11 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
             span.use = b + 2 < n_blocks ? NULL : bkvi_word(mem, c->off_use, slot);
             span.k_scale = work ? bkvi_scale(mem, c->off_k_scale, slot) : NULL;
             span.v_scale = work ? bkvi_scale(mem, c->off_v_scale, slot) : NULL;
+            span.k_rest = span.v_rest = NULL;
+            if (work && bkvi_has_rests(c, h, mem, b, slot)) {
+                span.k_rest = bkvi_key_rest(c, mem, bkvi_rest(c, slot));
+                span.v_rest = bkvi_value_rest(c, mem, bkvi_rest(c, slot));
+            }
             span.next_k = NULL;
             if (b + 1 < n_blocks)
                 span.next_k = bkvi_key_page(c, mem, bkvi_block_slot(c, h, pages, b + 1, &unused));
