@@ -88,6 +88,12 @@
    Memory. bkv_size() bytes, state and n_threads * scratch. The state holds no pointer: it may be
      copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
      below 1 KiB. The library calls mem{cpy,set,move,cmp} and nothing else.
+   Storage. f32, f16 and bf16 round every element. BKV_I8 turns each key and value by Hadamard
+     matrices, which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head;
+     of the first 16 sinks and the newest page, from which most of the error would come, a second
+     byte that holds the rest. Queries and outputs are turned along, and halvings need not know.
+     Beside softmax over what was given, |out| is off by <= 0.02 * max |v| (normal numbers, logits
+     to about 10; tests/test_attend.c); on traces of a model 0.002 of |out| in the mean.
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
      heads; all nth calls must be made, with equal arguments, before the next operation on the cache
      starts. (0, 1) does everything. The result does not depend on nth.
@@ -118,7 +124,11 @@
                               BKV_E_KV_TYPE.  Values: BALANCEKV_F32, _F16, _BF16, _I8.
                               Default: any.
    BALANCEKV_HEADER_NAME      Affects: the file's name if you rename it.  Default: "balancekv.h".
-   BALANCEKV_EMULATED         Affects: takes AVX-512 for present, as tests/simde provides it.
+   BALANCEKV_SIMDE            Affects: 1 makes the block of BALANCEKV_SIMD (NEON, which is then the
+                              default, or AVX512) from SIMDe's functions, for any CPU; simde/ must
+                              be on the include path.  Values: 0, 1.  Default: 0.
+   BALANCEKV_FMA              Affects: the bits, see §1. 0 rounds every product before it is added:
+                              faster where no fused multiply-add exists.  Values: 0, 1.  Default: 1.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
 
    No switch changes a public type, so files compiled with different switches can be linked.
@@ -186,10 +196,11 @@ extern "C" {
     X(BKV_E_TYPE, -14, "a tensor's type must be BKV_F32, BKV_F16 or BKV_BF16")                     \
     X(BKV_E_STRIDE, -15, "a tensor's strides are too small: its elements would overlap")           \
     X(BKV_E_COUNT, -16, "n_tokens must be at least 1")                                             \
-    X(BKV_E_FLAGS, -17, "flags must be 0 or BKV_PIN")                                                   \
+    X(BKV_E_FLAGS, -17, "unknown flag")                                                            \
     X(BKV_E_VALUE, -18, "K, V or q holds NaN, Inf or a number too large for the cache")            \
     X(BKV_E_EMPTY, -19, "the cache holds no token yet")                                            \
-    X(BKV_E_INDEX, -20, "head or token index out of range")
+    X(BKV_E_INDEX, -20, "head or token index out of range")                                        \
+    X(BKV_E_ROLLBACK, -21, "these tokens are not there, or already part of a halving")
 
 typedef enum bkv_result {
 #define BKV_X(name, value, text) name = value,
@@ -209,8 +220,11 @@ enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
    QUERY + USE, BKV_NONE that all tokens of a weight are alike. KEY alone needs no queries. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
 
-/* Flags of bkv_append() and bkv_prefill(): pin the call's tokens, see §1. */
-enum { BKV_PIN = 1 };
+/* Flags of bkv_append() and bkv_prefill(). PIN the call's tokens, see §1. DRAFT: tokens on trial
+   (speculative decoding). While the newest tokens are drafts, attention teaches the cache nothing,
+   so that bkv_truncate() leaves no trace of them; the next token without the flag accepts all that
+   are left. */
+enum { BKV_PIN = 1, BKV_DRAFT = 2 };
 
 /* Backends. All give the same bits. BKV_BACKEND_AUTO takes the fastest that this CPU has. */
 enum { BKV_BACKEND_AUTO = 0, BKV_BACKEND_SCALAR = 1, BKV_BACKEND_AVX2 = 2 };
@@ -241,6 +255,21 @@ typedef struct bkv_config {
     float softcap;       /* logit softcap as in Gemma 2, 1..100; 0: none */
     uint64_t seed;       /* of the halvings; give each layer its own */
 } bkv_config;
+
+/* bkv_size() as a constant expression, for static arrays: of what bkv_config_default() gives, with
+   this kv_type. Checks nothing, bkv_init() does. See examples/freestanding.c. */
+#define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
+    (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
+     BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
+                   (kv_type) == BALANCEKV_F32 ? 4 : (kv_type) == BALANCEKV_I8 ? 1 : 2) *           \
+         (n_kv_heads))
+#define BKV_SIZE_HEAD(group, dim, slots, elem)                                                     \
+    (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + BKV_SIZE_PAD(dim, 16) * 4 * (group) +          \
+     12 * (slots) + ((elem) == 1 ? BKV_SIZE_I8(dim, slots) : 0) + /* words */                      \
+     BKV_SIZE_PAD((slots) * (dim) * (elem), 64) + BKV_SIZE_PAD(dim, 16) * (slots) * (elem))
+#define BKV_SIZE_I8(dim, slots) /* scales, and rests of 16 sinks and a page */                     \
+    (64 + 2 * BKV_SIZE_PAD((slots)*2, 64) + BKV_SIZE_PAD((dim)*80, 64) + BKV_SIZE_PAD(dim, 16) * 80)
+#define BKV_SIZE_PAD(n, unit) (((size_t)(n) + (unit)-1) / (unit) * (unit))
 
 /* A tensor of the caller's: element (token t, head h, index i) is at
        (char *)data + t * token_stride + h * head_stride + i * elem_stride        (bytes).
@@ -283,6 +312,8 @@ typedef struct bkv_stats_info {
     uint32_t sinks;       /* slots of the sinks after rounding */
     uint32_t window;      /* exact newest tokens after rounding */
     uint32_t n_pages;     /* pages per KV head */
+    uint32_t room;        /* tokens that fit before the next halving (BKV_I8: page): drafts of up to
+                             that many can always be taken back by bkv_truncate() */
     uint32_t backend;     /* BKV_BACKEND_* in use */
     uint32_t rule;        /* BKV_RULE_* in use */
     uint32_t max_level;   /* highest level of any page */
@@ -321,11 +352,47 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_attach(bkv_cache *c, void *mem, size_t
 /* Empties the cache, as if just made. Returns BKV_E_NULL. Cost: writes the state once. */
 BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
 
+/* Takes back all but the first n_tokens tokens. What is left is, bit for bit, the state before
+   them, but for what attention to tokens that were no drafts has taught. Tokens from before the
+   last halving, of BKV_I8 from before the newest page, cannot be taken back (all pages can, before
+   any halving): stats.room says how many more are safe. Returns BKV_E_NULL, _ROLLBACK. Cost: proportional to the tokens taken back. */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens);
+
+/* Lowers the budget in place: the oldest pages are halved by the rule in use until the tokens fit,
+   then the state moves together; stats.bytes, fewer now, are still needed. The window shrinks only
+   if it must. Returns BKV_E_NULL, _BUDGET. Cost: the halvings, and moves the state once. */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_shrink(bkv_cache *c, uint32_t budget);
+
+/* The largest budget whose bkv_size() is at most `bytes`, all else as in cfg (whose budget is not
+   read; window = 0 grows with it); 0: none. */
+BALANCEKV_API uint32_t bkv_budget_for_bytes(const bkv_config *cfg, size_t bytes);
+
+/* Writes stats.state_bytes bytes, the same on every machine: config, counters, tokens, checksum.
+   Returns BKV_E_NULL, _MEMORY (out_bytes too small). */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_save(const bkv_cache *c, void *out, size_t out_bytes);
+
+/* Makes a cache in mem[mem_bytes] of what bkv_save() wrote, by any machine and for any backend;
+   the stream goes on bit for bit. n_threads, backend: as in bkv_config. bkv_load_size() says how
+   large mem must be; 0: these bytes are no state. Bytes from anywhere are safe: everything is
+   checked. Returns BKV_E_NULL, _STATE, _VERSION, _MEMORY, _THREADS, and _BACKEND, _HEAD_DIM,
+   _KV_TYPE if this build or CPU lacks what the state asks for; c is then unchanged, mem undefined.
+   */
+BALANCEKV_API size_t bkv_load_size(const void *saved, size_t saved_bytes, uint32_t n_threads);
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_load(bkv_cache *c, const void *saved, size_t saved_bytes,
+                                               void *mem, size_t mem_bytes, uint32_t n_threads,
+                                               uint32_t backend);
+
+/* BKV_OK if every invariant of the state holds: header, counters, page tables, positions, weights
+   (one flipped bit in any of these is found), no NaN or Inf in what was learnt, keys and values.
+   BKV_E_STATE otherwise. For debug builds. Cost: reads the state once. */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_validate(const bkv_cache *c);
+
 /* A dense tensor [n_tokens][n_heads][dim]. */
 BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type);
 
 /* Appends n_tokens tokens to all KV heads. k: [n_tokens][n_kv_heads][head_dim], v: the same with
-   value_dim. flags: 0 or BKV_PIN. Appending one by one, in chunks, or by bkv_prefill() gives the same state.
+   value_dim. flags: BKV_PIN, BKV_DRAFT. Appending one by one, in chunks, or by bkv_prefill() gives
+   the same state.
    Returns BKV_E_NULL, _COUNT, _FLAGS, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE.
    Cost: a pass over the inputs per share, and at most one halving per KV head and 64 tokens. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v,
@@ -360,6 +427,30 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_token(const bkv_cache *c, uint32_t hea
 /* What the cache holds. Returns BKV_E_NULL. Cost: one pass over weights and page tables. */
 BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info);
 
+/* The tokens of a KV head as rows for another attention kernel, ggml_flash_attn_ext for one: slot i
+   is row i; mask[i] = log(weight), -inf for rows without a token, is added to the scaled logits. */
+typedef struct bkv_rows {
+    void *k, *v, *mask;         /* [n_rows][head_dim], [n_rows][value_dim], [n_rows]; NULL: not */
+    size_t k_stride, v_stride;  /* bytes between rows, 0: dense */
+    uint32_t type, mask_type;   /* BKV_F32, BKV_F16, BKV_BF16; mask: the first two */
+    uint32_t n_rows;            /* at least stats.slots */
+    uint32_t first, n;          /* out: the range of rows that this call wrote */
+    uint64_t seen, halvings;    /* of the last call on this buffer, so that only what has changed
+                                   since is written; zeros write all, as after bkv_truncate() */
+} bkv_rows;
+/* Returns BKV_E_NULL, _INDEX (head), _TYPE, _STRIDE, _COUNT (n_rows), _VALUE (a number is too large
+   for f16). Uses the scratch of the first thread. Cost: the rows that changed, all after a halving.
+   */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows);
+
+/* Chooses from the caller's own n_tokens keys and values what a cache of this config would hold at
+   the end: per KV head *n_kept tokens with index[head * budget + i] and weight[..], in order. mem:
+   bkv_size(cfg) bytes of working memory. No queries are seen: set cfg.importance to
+   BKV_IMPORTANCE_KEY. Returns the errors of bkv_init() and bkv_append(). */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_select(const bkv_config *cfg, void *mem, size_t mem_bytes,
+                                                 bkv_tensor k, bkv_tensor v, size_t n_tokens,
+                                                 uint32_t *index, float *weight, uint32_t *n_kept);
+
 /* English text of a result, never NULL. */
 BALANCEKV_API const char *bkv_result_string(bkv_result r);
 /* "0.1.0" of the compiled implementation. */
@@ -382,7 +473,14 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
    §4 PLATFORM                                                                           >>platform
    The only section that names compilers and CPUs; the rest of the file asks BKVI_*.
    ---------------------------------------------------------------------------------------------- */
+#if __STDC_HOSTED__
 #include <string.h>
+#else /* no C library: the program brings mem*, and by these names the compiler knows them */
+#define BKVI_BARE 1
+#define memcpy __builtin_memcpy
+#define memset __builtin_memset
+#define memcmp __builtin_memcmp
+#endif
 
 #if !defined(__GNUC__) && !defined(__clang__)
 #error "balancekv.h: needs gcc, clang or a compiler that speaks their extensions"
@@ -409,11 +507,27 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #if (BALANCEKV_SIMD + 0) < BALANCEKV_SIMD_AUTO || (BALANCEKV_SIMD + 0) > BALANCEKV_SIMD_NEON
 #error "balancekv.h: BALANCEKV_SIMD must be BALANCEKV_SIMD_AUTO, _SCALAR, _AVX2, _AVX512 or _NEON"
 #endif
+#ifndef BALANCEKV_SIMDE
+#define BALANCEKV_SIMDE 0
+#endif
+#if (BALANCEKV_SIMDE - 0) != 0 && (BALANCEKV_SIMDE - 0) != 1
+#error "balancekv.h: BALANCEKV_SIMDE must be 0 or 1"
+#endif
+#if BALANCEKV_SIMDE && (BALANCEKV_SIMD == BALANCEKV_SIMD_SCALAR ||                                  \
+                        BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2)
+#error "balancekv.h: BALANCEKV_SIMDE goes with BALANCEKV_SIMD_AUTO, _NEON or _AVX512"
+#endif
+#ifndef BALANCEKV_FMA
+#define BALANCEKV_FMA 1
+#endif
+#if (BALANCEKV_FMA + 1) != 1 && (BALANCEKV_FMA + 1) != 2
+#error "balancekv.h: BALANCEKV_FMA must be 0 or 1"
+#endif
 #if (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2 || BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512) &&          \
-    !BKVI_ARCH_X86
+    !BKVI_ARCH_X86 && !BALANCEKV_SIMDE
 #error "balancekv.h: BALANCEKV_SIMD_AVX2 and _AVX512 need an x86 target"
 #endif
-#if BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !BKVI_ARCH_ARM64
+#if BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !BKVI_ARCH_ARM64 && !BALANCEKV_SIMDE
 #error "balancekv.h: BALANCEKV_SIMD_NEON needs an AArch64 target"
 #endif
 #ifndef BALANCEKV_DISPATCH
@@ -443,7 +557,13 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #endif
 
 /* The passes over §11 and §12 that this build makes. */
-#if BALANCEKV_DISPATCH
+#if BALANCEKV_SIMDE
+#define BKVI_HAVE_SCALAR BALANCEKV_DISPATCH
+#define BKVI_HAVE_AVX2 0
+#define BKVI_HAVE_AVX512 (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512)
+#define BKVI_HAVE_NEON !BKVI_HAVE_AVX512
+#define BKVI_ONLY (BKVI_HAVE_AVX512 ? BALANCEKV_SIMD_AVX512 : BALANCEKV_SIMD_NEON)
+#elif BALANCEKV_DISPATCH
 #define BKVI_HAVE_SCALAR 1
 #define BKVI_HAVE_AVX2 (BKVI_ARCH_X86 && BALANCEKV_SIMD != BALANCEKV_SIMD_SCALAR)
 #define BKVI_HAVE_AVX512 (BKVI_HAVE_AVX2 && BALANCEKV_SIMD != BALANCEKV_SIMD_AVX2)
@@ -465,12 +585,15 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_HAVE_AVX512 (BKVI_ONLY == BALANCEKV_SIMD_AVX512)
 #define BKVI_HAVE_NEON (BKVI_ONLY == BALANCEKV_SIMD_NEON)
 #endif
-#if BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
+#if BALANCEKV_SIMDE && BKVI_HAVE_NEON
+#include <simde/arm/neon.h>
+#elif BALANCEKV_SIMDE
+#include <simde/x86/avx512.h>
+#elif BKVI_HAVE_NEON
+#include <arm_neon.h>
+#elif BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
 #include <cpuid.h>
 #include <immintrin.h>
-#endif
-#if BKVI_HAVE_NEON
-#include <arm_neon.h>
 #endif
 
 /* BKVI_UNROLL: gcc -O2 keeps register tiles, small arrays, in registers only if every loop over
@@ -478,24 +601,53 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
    (20-25 % of f32 attend). */
 #if defined(__clang__)
 #define BKVI_CC_CLANG 1
-#define BKVI_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define BKVI_CC_CLANG 0
+#endif
+#if defined(__OPTIMIZE_SIZE__) /* one shape of register tile, not a dozen; no bit depends on it */
+#define BKVI_SMALL 1
+#else
+#define BKVI_SMALL 0
+#endif
+#if BKVI_SMALL && BKVI_HAVE_SCALAR && !BALANCEKV_DISPATCH
+#define BKVI_UNROLL
+#elif BKVI_CC_CLANG
+#define BKVI_UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define BKVI_UNROLL _Pragma("GCC unroll 32")
 #endif
 #define BKVI_INLINE inline __attribute__((always_inline, unused))
 #define BKVI_NOINLINE __attribute__((noinline))
-#if BKVI_ARCH_X86 && !defined(BALANCEKV_EMULATED)
+#if BKVI_ARCH_X86 && !BALANCEKV_SIMDE
 #define BKVI_PIN(x) __asm__("" : "+v"(x))
 #else
 #define BKVI_PIN(x) ((void)0)
 #endif
 
 /* One scalar instruction for a correctly rounded a * b + c, where the target always has it. */
-#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) || BKVI_ARCH_ARM64
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) ||                   \
+    BKVI_ARCH_ARM64 || defined(__riscv_flen) || defined(__powerpc64__) || defined(__s390x__)
 #define BKVI_HARDWARE_FMA 1
 #else
 #define BKVI_HARDWARE_FMA 0
+#endif
+/* SIMDe's vfmaq_f32 is that, too. */
+#if defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_POWER_ALTIVEC_P6_NATIVE) ||                     \
+    (defined(SIMDE_ARM_NEON_A32V7_NATIVE) && BKVI_ARCH_ARM64)
+#define BKVI_SIMDE_FMA BKVI_HAVE_NEON
+#else
+#define BKVI_SIMDE_FMA 0
+#endif
+/* BALANCEKV_FMA=0: x is rounded here. No compiler may fuse it with the addition that follows, as
+   gcc does in gnu modes and all do under -ffp-contract=fast, where the instruction exists. */
+#if BKVI_ARCH_X86 && !BALANCEKV_SIMDE
+#define BKVI_ROUND(x) __asm__("" : "+v"(x))
+#elif BKVI_ARCH_ARM64
+#define BKVI_ROUND(x) __asm__("" : "+w"(x))
+#elif BKVI_HARDWARE_FMA
+#define BKVI_ROUND(x) __asm__("" : "+m"(x))
+#else
+#define BKVI_ROUND(x) ((void)0)
 #endif
 
 enum {
@@ -504,11 +656,12 @@ enum {
     BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
-    BKVI_TILE_MAX = 4,       /* rows that share a register tile, at most */
+    BKVI_TILE_MAX = BKVI_SMALL ? 1 : 4, /* rows that share a register tile, at most */
     BKVI_DIM_MAX = 512,      /* elements of a key or value, at most */
     BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
     BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
-    BKVI_COUNTER_BYTES = 28, /* of bkvi_head in the state */
+    BKVI_COUNTER_BYTES = 32, /* of bkvi_head in the state, but for the sum */
+    BKVI_SUM_AT = 240,       /* in the header: checksum of a saved state */
     BKVI_MAGIC = 0x4B564B42, /* "BKVK" */
     BKVI_STATE_VERSION = 1
 };
@@ -595,7 +748,7 @@ static BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
     return (uint16_t)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
 }
 
-#if BKVI_HAVE_SCALAR
+#if BKVI_HAVE_SCALAR || BALANCEKV_SIMDE
 /* The square root to nearest (0 of a negative number), without libm: Newton in double from a guess
    by the exponent. No root of a float is so near the middle of two floats that it could matter. */
 static float bkvi_sqrt(float x) {
@@ -609,21 +762,18 @@ static float bkvi_sqrt(float x) {
 
 /* Correctly rounded a * b + c. Without the instruction: the product of two floats is exact in
    double; TwoSum gives the rounding error of the sum; rounding the sum to odd then makes the final
-   rounding to float correct (Boldo, Melquiond 2008). */
+   rounding to float correct (Boldo, Melquiond 2008). No branch: compilers may vectorise it. */
 static BKVI_INLINE float bkvi_fma(float a, float b, float c) {
 #if BKVI_HARDWARE_FMA
     return __builtin_fmaf(a, b, c);
 #else
     double p = (double)a * (double)b, sum = p + (double)c;
     double back = sum - p, error = (p - (sum - back)) + ((double)c - back);
-    if (error != 0.0) {
-        uint64_t u;
-        memcpy(&u, &sum, sizeof u);
-        if (!(u & 1)) {
-            u += (error > 0.0) == (sum > 0.0) ? 1u : (uint64_t)-1;
-            memcpy(&sum, &u, sizeof sum);
-        }
-    }
+    int64_t u, e; /* one step towards the error from an even inexact sum */
+    memcpy(&u, &sum, sizeof u);
+    memcpy(&e, &error, sizeof e);
+    u += (error != 0.0 ? ~u & 1 : 0) * ((u ^ e) >> 63 | 1);
+    memcpy(&sum, &u, sizeof sum);
     return (float)sum;
 #endif
 }
@@ -656,6 +806,7 @@ static BKVI_INLINE uint16_t bkvi_to_f16(float x) {
 typedef struct bkvi_head {
     uint64_t seen, halvings;    /* tokens appended; halvings done */
     uint32_t sinks, used, fill; /* tokens in the sinks; pages in use; tokens in the newest page */
+    uint32_t drafts, sum;       /* newest tokens on trial; of all weights, positions and levels */
 } bkvi_head;
 
 /* Two pages that are being halved (§7), and where the work on them goes. */
@@ -685,6 +836,8 @@ typedef struct bkvi_kernels {
     void (*put)(unsigned char *dst, size_t step, unsigned char *rest, unsigned char *scale,
                 uint32_t kv_type, const unsigned char *src, uint32_t type, size_t stride,
                 uint32_t n, float *work);
+    void (*fetch)(float *x, const unsigned char *src, uint32_t type, size_t stride, uint32_t n,
+                  const unsigned char *scale, const unsigned char *rest);
     void (*gram)(const bkv_cache *c, const bkvi_block *block);
     void (*exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                      unsigned char *keep);
@@ -693,7 +846,7 @@ typedef struct bkvi_kernels {
 
 static bkvi_kernels bkvi_kernels_of(uint32_t backend); /* behind the passes, at the end of §12 */
 
-#if BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
+#if (BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512) && !BALANCEKV_SIMDE
 /* The instructions AND the operating system's saving of their registers. */
 static uint32_t bkvi_x86_backends(void) {
     uint32_t a, b, c, d, b7, os, high, found = 0;
@@ -717,8 +870,8 @@ BALANCEKV_API uint32_t bkv_backends(void) {
 #if BKVI_HAVE_NEON
     found |= 1u << BKV_BACKEND_NEON; /* part of every AArch64 */
 #endif
-#if defined(BALANCEKV_EMULATED) && BKVI_HAVE_AVX512
-    found |= 1u << BKV_BACKEND_AVX512; /* tests/simde: the instructions are functions */
+#if BKVI_HAVE_AVX512 && BALANCEKV_SIMDE
+    found |= 1u << BKV_BACKEND_AVX512;
 #elif BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
     found |= bkvi_x86_backends() & ((uint32_t)BKVI_HAVE_AVX2 << BKV_BACKEND_AVX2 |
                                     (uint32_t)BKVI_HAVE_AVX512 << BKV_BACKEND_AVX512);
@@ -746,7 +899,7 @@ static size_t bkvi_halving_floats(uint32_t dim, uint32_t v_dim_pad) {
     return (size_t)BKVI_BLOCK * (9 + BKVI_BLOCK + bkvi_max(dim, v_dim_pad) + 1) + 16 * BKVI_PAGE;
 }
 
-/* The chance of every token to stay: in proportion to its score, 64 in all. What is pinned, or would
+/* The chance of every token to stay: in proportion to its score, 64 in all. What is pinned or would
    exceed 1, is 1, and the rest shares what is left. */
 static void bkvi_chances(const float *score, const unsigned char *pinned, float *chance) {
     uint32_t i, certain = 0, before;
@@ -764,33 +917,26 @@ static void bkvi_chances(const float *score, const unsigned char *pinned, float 
     } while (certain > before);
 }
 
+static float bkvi_least(float a, float b) { return a < b ? a : b; }
 /* Pivotal sampling (Deville, Tille 1998): of two undecided tokens one is decided at each step, the
-   other carries on with what their chances leave. */
+   other carries on with what their chances leave. Without branches, as each would be a coin. */
 static void bkvi_draw_tokens(const float *chance, uint64_t key, unsigned char *keep) {
-    uint32_t i, draws = 0, held = BKVI_BLOCK, kept = 0; /* held: an undecided token, or none */
-    float p = 0.0f;                                     /* its chance by now */
+    uint32_t i, draws = 0, held = 0, kept = 0; /* held: the undecided token, if p > 0 */
+    float p = 0.0f;                            /* its chance by now */
     for (i = 0; i < BKVI_BLOCK; i++) {
-        float sum = p + chance[i], u;
+        const float sum = p + chance[i], u = bkvi_uniform(key, draws);
+        uint32_t stays, first; /* one stays or one goes; the held token stays or carries on */
         keep[i] = chance[i] >= 1.0f;
         if (keep[i] || chance[i] <= 0.0f) continue;
-        if (held == BKVI_BLOCK) {
-            held = i, p = chance[i];
-            continue;
-        }
-        u = bkvi_uniform(key, draws++);
-        if (sum < 1.0f) { /* one goes */
-            if (u * sum >= p) held = i;
-            p = sum;
-        } else { /* one stays */
-            uint32_t stays = u * (2.0f - sum) < 1.0f - chance[i] ? held : i;
-            keep[stays] = 1;
-            if (stays == held) held = i;
-            p = sum - 1.0f;
-        }
-        if (p <= 0.0f) held = BKVI_BLOCK;
+        stays = sum >= 1.0f;
+        first = u * bkvi_least(sum, 2.0f - sum) < bkvi_least(p, 1.0f - chance[i]);
+        draws += p > 0.0f;
+        keep[first ? held : i] = (unsigned char)stays;
+        held = first == stays ? i : held;
+        p = sum - (float)stays;
     }
     for (i = 0; i < BKVI_BLOCK; i++) kept += keep[i];
-    if (held < BKVI_BLOCK) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
+    if (p > 0.0f) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
 }
 
 /* keep[i]: 1 for what is pinned, then for the 64 survivors; weight [128]: the weights, then those
@@ -821,8 +967,8 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
     bkvi_chances(block->score, keep, chance);
     bkvi_draw_tokens(chance, key, keep);
     if (c->cfg.rounds != BKV_NONE) kernels->exchange(block, chance, c->cfg.rounds, keep);
-    for (i = 0; i < BKVI_BLOCK; i++) {
-        weight[i] = keep[i] ? weight[i] / chance[i] : 0.0f;
+    for (i = 0; i < BKVI_BLOCK; i++) { /* those that go: 0, whatever their chance */
+        weight[i] = weight[i] * (float)keep[i] / (chance[i] + (float)!keep[i]);
         kept += (double)weight[i];
     }
     for (i = 0; i < BKVI_BLOCK && kept > seen; i++) /* or it grows without end */
@@ -832,23 +978,26 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
 /* ------------------------------------------------------------------------------------------------
    §8 STREAM                                                                               >>stream
    State: a header of 64 words (magic, version, config), then one region per KV head:
-       16 words    tokens seen, halvings (both low, high), sinks, pages in use, newest page's fill
+       16 words    tokens seen, halvings (both low, high), sinks, pages in use, newest page's fill,
+                   drafts, sum (mod 2^32) of the words of weights, positions and levels
        page table  [n_pages] (place, level), oldest first; page p has slots sink_slots + 64 p ..
        per slot    f32 weight (0: empty), f32 observed use, u32 position
        queries     f32, the running mean of each query head, [group][head_dim padded to 16]
        BKV_I8:     position of the first token of the page that has rests; per slot the scales of
-                   key and value, as bf16; what rounding left of keys and values of the sinks and
-                   of that page, in 1/128 of a step, in the form of:
+                   key and value, as bf16; what rounding left of keys and values of the first 16
+                   sinks and of that page, in 1/128 of a step, in the form of:
        keys        panels of 16 slots, each [head_dim][16]: <q, k> needs no sum across lanes
        values      rows [v_dim_pad]
-   Every part starts at a multiple of 64 bytes. Then, not part of the state, scratch per thread.
+   Every part starts at a multiple of 64 bytes; slots without a token are all zero. Then, not part
+   of the state, scratch per thread.
    ---------------------------------------------------------------------------------------------- */
 static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
     return c->mem + BKVI_HEADER_BYTES + (size_t)head * c->head_bytes;
 }
 static bkvi_head bkvi_head_get(const unsigned char *mem) {
-    bkvi_head h = {bkvi_get64(mem), bkvi_get64(mem + 8), bkvi_get32(mem + 16), bkvi_get32(mem + 20),
-                   bkvi_get32(mem + 24)};
+    bkvi_head h = {bkvi_get64(mem),      bkvi_get64(mem + 8),  bkvi_get32(mem + 16),
+                   bkvi_get32(mem + 20), bkvi_get32(mem + 24), bkvi_get32(mem + 28),
+                   bkvi_get32(mem + 32)};
     return h;
 }
 static void bkvi_head_put(unsigned char *mem, const bkvi_head *h) {
@@ -857,6 +1006,8 @@ static void bkvi_head_put(unsigned char *mem, const bkvi_head *h) {
     bkvi_put32(mem + 16, h->sinks);
     bkvi_put32(mem + 20, h->used);
     bkvi_put32(mem + 24, h->fill);
+    bkvi_put32(mem + 28, h->drafts);
+    bkvi_put32(mem + 32, h->sum);
 }
 
 /* Tokens the head holds. */
@@ -900,9 +1051,13 @@ static unsigned char *bkvi_scale(unsigned char *mem, size_t offset, uint32_t slo
     return mem + offset + 2 * (size_t)slot;
 }
 
-/* BKV_I8: where the rest of a slot is. The sinks have theirs, and the newest page has. */
+/* BKV_I8: where the rest of a slot is. The first sixteen sinks and the newest page have one. */
+static uint32_t bkvi_first_rests(const bkv_cache *c) {
+    return bkvi_min(c->sink_slots, BKVI_LANES);
+}
 static uint32_t bkvi_rest(const bkv_cache *c, uint32_t slot) {
-    return slot < c->sink_slots ? slot : c->sink_slots + (slot - c->sink_slots) % BKVI_PAGE;
+    if (slot < c->sink_slots) return slot < bkvi_first_rests(c) ? slot : BKV_NONE;
+    return bkvi_first_rests(c) + (slot - c->sink_slots) % BKVI_PAGE;
 }
 static unsigned char *bkvi_key_rest(const bkv_cache *c, unsigned char *mem, uint32_t rest) {
     uint32_t lane = rest % BKVI_LANES;
@@ -931,6 +1086,54 @@ static void bkvi_move_slot(const bkv_cache *c, unsigned char *mem, uint32_t to, 
     }
 }
 
+/* The slot of the i-th kept token, oldest first. */
+static uint32_t bkvi_slot_of(const bkv_cache *c, const bkvi_head *h, const unsigned char *mem,
+                             uint32_t i) {
+    if (i < h->sinks) return i;
+    i -= h->sinks;
+    return bkvi_page_slot(c, mem + c->off_pages, i / BKVI_PAGE) + i % BKVI_PAGE;
+}
+
+/* Tokens that fit before the next halving; BKV_I8: before the next page takes the rests. */
+static uint32_t bkvi_room(const bkv_cache *c) {
+    bkvi_head h = bkvi_head_get(bkvi_head_mem(c, 0));
+    uint32_t all = c->slots - bkvi_held(&h);
+    if (c->cfg.kv_type != BKV_I8) return all;
+    return bkvi_min(all, BKVI_PAGE + c->sink_slots - h.sinks - h.fill);
+}
+
+/* The words of n slots that h->sum covers. */
+static uint32_t bkvi_sum(const bkv_cache *c, unsigned char *mem, uint32_t slot, uint32_t n) {
+    uint32_t sum = 0;
+    for (; n; n--, slot++)
+        sum += bkvi_get32(bkvi_word(mem, c->off_weight, slot)) +
+               bkvi_get32(bkvi_word(mem, c->off_position, slot));
+    return sum;
+}
+
+/* n slots lose their tokens. */
+static void bkvi_clear(const bkv_cache *c, unsigned char *mem, uint32_t slot, uint32_t n) {
+    const size_t panel = (size_t)c->cfg.head_dim * BKVI_LANES * c->elem_bytes;
+    static const unsigned char zero[4] = {0, 0, 0, 0};
+    memset(bkvi_word(mem, c->off_weight, slot), 0, 4 * (size_t)n);
+    memset(bkvi_word(mem, c->off_use, slot), 0, 4 * (size_t)n);
+    memset(bkvi_word(mem, c->off_position, slot), 0, 4 * (size_t)n);
+    if (c->cfg.kv_type == BKV_I8) {
+        memset(bkvi_scale(mem, c->off_k_scale, slot), 0, 2 * (size_t)n);
+        memset(bkvi_scale(mem, c->off_v_scale, slot), 0, 2 * (size_t)n);
+    }
+    memset(bkvi_value_row(c, mem, slot), 0, n * (size_t)c->v_dim_pad * c->elem_bytes);
+    while (n) {
+        uint32_t whole = slot % BKVI_LANES == 0 && n >= BKVI_LANES, step = whole ? BKVI_LANES : 1;
+        if (whole)
+            memset(bkvi_key_page(c, mem, slot), 0, panel);
+        else
+            bkvi_copy(bkvi_key_column(c, mem, slot), BKVI_LANES * c->elem_bytes, zero, 0,
+                      c->cfg.head_dim, c->elem_bytes);
+        slot += step, n -= step;
+    }
+}
+
 /* A pin is in force while its token is exact. */
 static uint32_t bkvi_pinned(const bkv_cache *c, unsigned char *mem, uint32_t slot) {
     return bkvi_getf(bkvi_word(mem, c->off_use, slot)) >= BKVI_PINNED &&
@@ -945,7 +1148,8 @@ static uint32_t bkvi_pick_pair(const bkv_cache *c, unsigned char *mem) {
     for (i = 0; i + 1 < c->n_pages - c->window_pages; i++) {
         uint32_t level = bkvi_max(bkvi_level(pages, i), bkvi_level(pages, i + 1)), pins = 0;
         for (j = 0; j < BKVI_BLOCK && level < best_level; j++)
-            pins += bkvi_pinned(c, mem, bkvi_page_slot(c, pages, i + j / BKVI_PAGE) + j % BKVI_PAGE);
+            pins += bkvi_pinned(c, mem,
+                                bkvi_page_slot(c, pages, i + j / BKVI_PAGE) + j % BKVI_PAGE);
         level += pins > BKVI_PINS ? 1u << 31 : 0;
         if (level < best_level) best = i, best_level = level;
     }
@@ -969,6 +1173,7 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
         block.scale[1][i] = bkvi_scale(mem, c->off_v_scale, slot[i]);
         memcpy(weight + i * BKVI_PAGE, bkvi_word(mem, c->off_weight, slot[i]), 4 * BKVI_PAGE);
         memcpy(block.use + i * BKVI_PAGE, bkvi_word(mem, c->off_use, slot[i]), 4 * BKVI_PAGE);
+        h->sum -= bkvi_sum(c, mem, slot[i], BKVI_PAGE) + bkvi_level(pages, pair + i);
     }
     for (i = 0; i < BKVI_BLOCK; i++) {
         keep[i] = n < BKVI_PINS && bkvi_pinned(c, mem, slot[i / BKVI_PAGE] + i % BKVI_PAGE);
@@ -983,12 +1188,12 @@ static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *ker
         if (keep[i])
             bkvi_move_slot(c, mem, slot[0] + n++, slot[i / BKVI_PAGE] + i % BKVI_PAGE,
                            weight[i] > 1.0f ? weight[i] : 1.0f);
-    memset(bkvi_word(mem, c->off_weight, slot[1]), 0, 4 * BKVI_PAGE);
-    memset(bkvi_word(mem, c->off_use, slot[1]), 0, 4 * BKVI_PAGE);
+    bkvi_clear(c, mem, slot[1], BKVI_PAGE);
     freed = bkvi_place(pages, pair + 1);
-    level = bkvi_max(bkvi_level(pages, pair), bkvi_level(pages, pair + 1));
-    bkvi_set_page(pages, pair, bkvi_place(pages, pair),
-                  level + (c->cfg.rule == BKV_RULE_WINDOW ? 0 : 1));
+    level = bkvi_max(bkvi_level(pages, pair), bkvi_level(pages, pair + 1)) +
+            (c->cfg.rule == BKV_RULE_WINDOW ? 0 : 1);
+    h->sum += bkvi_sum(c, mem, slot[0], BKVI_PAGE) + level;
+    bkvi_set_page(pages, pair, bkvi_place(pages, pair), level);
     for (i = pair + 1; i + 1 < c->n_pages; i++)
         bkvi_set_page(pages, i, bkvi_place(pages, i + 1), bkvi_level(pages, i + 1));
     bkvi_set_page(pages, c->n_pages - 1, freed, 0);
@@ -1034,8 +1239,13 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
         bkvi_put32(bkvi_word(mem, c->off_position, slot), (uint32_t)(h->seen + t));
         if (BKVI_TYPE(c->cfg.kv_type) == BKV_I8) {
             uint32_t rest = bkvi_rest(c, slot);
-            k_rest = bkvi_key_rest(c, mem, rest), v_rest = bkvi_value_rest(c, mem, rest);
-            if (rest == c->sink_slots) bkvi_put32(mem + c->off_rest_of, (uint32_t)(h->seen + t));
+            if (rest == bkvi_first_rests(c)) { /* a new page */
+                bkvi_put32(mem + c->off_rest_of, (uint32_t)(h->seen + t));
+                memset(bkvi_key_rest(c, mem, rest), 0, BKVI_PAGE * (size_t)c->cfg.head_dim);
+                memset(bkvi_value_rest(c, mem, rest), 0, BKVI_PAGE * (size_t)c->v_dim_pad);
+            }
+            if (rest != BKV_NONE)
+                k_rest = bkvi_key_rest(c, mem, rest), v_rest = bkvi_value_rest(c, mem, rest);
         }
         kernels->put(bkvi_key_column(c, mem, slot), BKVI_LANES, k_rest,
                      bkvi_scale(mem, c->off_k_scale, slot), c->cfg.kv_type,
@@ -1046,6 +1256,7 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
                      bkvi_at(v, first + t, head), v->type, v->elem_stride, c->cfg.value_dim,
                      scratch);
     }
+    h->sum += bkvi_sum(c, mem, slot - n, n);
     h->seen += n;
     if (h->sinks < c->sink_slots)
         h->sinks += n;
@@ -1076,7 +1287,7 @@ typedef struct bkvi_span {
     const unsigned char *k, *v, *weight, *next_k;
     const unsigned char *k_scale, *v_scale, *k_rest, *v_rest; /* NULL unless BKV_I8 */
     unsigned char *use;                     /* NULL: an old block, the use stays */
-    uint32_t slots;
+    uint32_t slots, rests;
     int warm; /* a later row tile: the block is in the cache already */
 } bkvi_span;
 
@@ -1111,13 +1322,13 @@ static uint32_t bkvi_block_slot(const bkv_cache *c, const bkvi_head *h, const un
     return c->sink_slots + BKVI_PAGE * b;
 }
 
-/* BKV_I8: whether a block, which starts at this slot, has rests: they are of the page whose first
-   token has the position off_rest_of. */
-static int bkvi_has_rests(const bkv_cache *c, const bkvi_head *h, unsigned char *mem, uint32_t b,
-                          uint32_t slot) {
-    return slot < c->sink_slots ||
-           (b + 1 == bkvi_n_blocks(h) && bkvi_get32(mem + c->off_rest_of) ==
-                                             bkvi_get32(bkvi_word(mem, c->off_position, slot)));
+/* BKV_I8: how many of the n slots of a block, which starts at this slot, have rests: all of the page
+   whose first token has the position off_rest_of, while it is the newest. */
+static uint32_t bkvi_n_rests(const bkv_cache *c, unsigned char *mem, uint32_t slot, uint32_t n,
+                             int newest) {
+    if (slot < c->sink_slots) return slot ? 0 : bkvi_min(n, BKVI_LANES);
+    return newest && bkvi_get32(mem + c->off_rest_of) ==
+                         bkvi_get32(bkvi_word(mem, c->off_position, slot)) ? n : 0;
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -1188,7 +1399,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (r->n_threads > 1024) return BKV_E_THREADS;
     r->backend = bkvi_pick_backend(r->backend);
     if (!r->backend) return BKV_E_BACKEND;
-    rests = r->kv_type == BKV_I8 ? c->sink_slots + BKVI_PAGE : 0;
+    rests = r->kv_type == BKV_I8 ? bkvi_first_rests(c) + BKVI_PAGE : 0;
     if (!bkvi_add_part(&end, &part, 16, 4) || !bkvi_add_part(&end, &c->off_pages, c->n_pages, 8) ||
         !bkvi_add_part(&end, &c->off_weight, c->slots, 4) ||
         !bkvi_add_part(&end, &c->off_use, c->slots, 4) ||
@@ -1226,14 +1437,14 @@ static float *bkvi_scratch(const bkv_cache *c, uint32_t ith) {
 /* The header: magic, version, then the words of the config, from which bkvi_plan() comes to the
    same layout. The backend is left out, as it makes no difference to the bytes. */
 typedef char bkvi_config_is_words[offsetof(bkv_config, seed) == BKVI_CONFIG_BYTES ? 1 : -1];
-static void bkvi_header_put(const bkv_cache *c) {
+static void bkvi_header_put(const bkv_cache *c, unsigned char *to) {
     bkv_config cfg = c->cfg;
     cfg.backend = BKV_BACKEND_AUTO;
-    memset(c->mem, 0, BKVI_HEADER_BYTES);
-    bkvi_put32(c->mem, BKVI_MAGIC);
-    bkvi_put32(c->mem + 4, BKVI_STATE_VERSION);
-    memcpy(c->mem + 8, &cfg, BKVI_CONFIG_BYTES);
-    bkvi_put64(c->mem + 8 + BKVI_CONFIG_BYTES, cfg.seed);
+    memset(to, 0, BKVI_HEADER_BYTES);
+    bkvi_put32(to, BKVI_MAGIC);
+    bkvi_put32(to + 4, BKVI_STATE_VERSION);
+    memcpy(to + 8, &cfg, BKVI_CONFIG_BYTES);
+    bkvi_put64(to + 8 + BKVI_CONFIG_BYTES, cfg.seed);
 }
 
 static bkv_result bkvi_header_get(const unsigned char *mem, bkv_config *cfg) {
@@ -1249,7 +1460,8 @@ static bkv_result bkvi_header_get(const unsigned char *mem, bkv_config *cfg) {
     return cfg->backend == BKV_BACKEND_AUTO ? BKV_OK : BKV_E_STATE;
 }
 
-/* What attend and append rely on: counters within bounds, the table a permutation of the pages. */
+/* What attend and append rely on: counters within bounds and the same in every head, the table a
+   permutation of the pages. */
 static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
     const unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
     bkvi_head h = bkvi_head_get(mem);
@@ -1269,7 +1481,16 @@ static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
             taken[bit / 8] = (unsigned char)(taken[bit / 8] | 1u << bit % 8);
         }
     }
-    return 1;
+    return !memcmp(mem, bkvi_head_mem(c, 0), BKVI_COUNTER_BYTES);
+}
+
+/* A config from a state; the state may ask for what this build or CPU has not. */
+static bkv_result bkvi_plan_state(const bkv_config *cfg, bkv_cache *made) {
+    bkv_result r = bkvi_plan(cfg, made);
+    return r == BKV_OK || r == BKV_E_BACKEND || r == BKV_E_HEAD_DIM || r == BKV_E_KV_TYPE ||
+                   r == BKV_E_THREADS
+               ? r
+               : BKV_E_STATE;
 }
 
 BALANCEKV_API bkv_config bkv_config_default(uint32_t n_q_heads, uint32_t n_kv_heads,
@@ -1320,16 +1541,11 @@ BALANCEKV_API bkv_result bkv_attach(bkv_cache *c, void *mem, size_t mem_bytes, u
     r = bkvi_header_get((const unsigned char *)mem, &cfg);
     if (r != BKV_OK) return r;
     cfg.backend = backend;
-    r = bkvi_plan(&cfg, &made);
-    if (r == BKV_E_BACKEND || r == BKV_E_HEAD_DIM || r == BKV_E_KV_TYPE)
-        return r; /* a sound state may ask for what this build or CPU has not */
-    if (r != BKV_OK) return BKV_E_STATE;
+    if ((r = bkvi_plan_state(&cfg, &made)) != BKV_OK) return r;
     if (mem_bytes < made.bytes) return BKV_E_MEMORY;
     made.mem = (unsigned char *)mem;
     for (head = 0; head < made.cfg.n_kv_heads; head++)
-        if (!bkvi_head_sound(&made, head) ||
-            memcmp(bkvi_head_mem(&made, head), bkvi_head_mem(&made, 0), BKVI_COUNTER_BYTES))
-            return BKV_E_STATE; /* all heads have seen the same tokens */
+        if (!bkvi_head_sound(&made, head)) return BKV_E_STATE;
     *c = made;
     return BKV_OK;
 }
@@ -1337,7 +1553,7 @@ BALANCEKV_API bkv_result bkv_attach(bkv_cache *c, void *mem, size_t mem_bytes, u
 BALANCEKV_API bkv_result bkv_reset(bkv_cache *c) {
     if (!c || !c->mem) return BKV_E_NULL;
     memset(c->mem, 0, c->state_bytes);
-    bkvi_header_put(c);
+    bkvi_header_put(c, c->mem);
     return BKV_OK;
 }
 
@@ -1420,7 +1636,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor
     bkv_result r;
     if (!c || !c->mem || !k.data || !v.data || (q && (!q->data || !out))) return BKV_E_NULL;
     if (!n_tokens) return BKV_E_COUNT;
-    if (flags & ~(uint32_t)BKV_PIN) return BKV_E_FLAGS;
+    if (flags & ~(uint32_t)(BKV_PIN | BKV_DRAFT)) return BKV_E_FLAGS;
     kernels = bkvi_kernels_of(c->cfg.backend);
     in[0].t = &k, in[0].heads = c->cfg.n_kv_heads, in[0].dim = c->cfg.head_dim;
     in[1].t = &v, in[1].heads = c->cfg.n_kv_heads, in[1].dim = c->cfg.value_dim;
@@ -1436,6 +1652,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor
             uint32_t slot, n = bkvi_reserve(c, &kernels, head, &h, scratch, &slot);
             n = n_tokens - done < n ? (uint32_t)(n_tokens - done) : n;
             bkvi_put_run(c, &kernels, head, &h, slot, &k, &v, done, n, flags, scratch);
+            h.drafts = flags & BKV_DRAFT ? bkvi_min(h.drafts, 1u << 30) + n : 0;
             if (q) {
                 bkvi_queries run = {q, done, head, n, out, NULL, NULL, scratch};
                 kernels.attend(c, &h, &run);
@@ -1483,23 +1700,385 @@ BALANCEKV_API bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bkv_tensor v, b
     return bkvi_feed(c, k, v, &q, out, n_tokens, flags, ith, nth);
 }
 
+/* Takes back the newest tokens of a head, one at a time. */
+static void bkvi_take_back(const bkv_cache *c, uint32_t head, uint32_t n) {
+    unsigned char *mem = bkvi_head_mem(c, head);
+    bkvi_head h = bkvi_head_get(mem);
+    h.drafts = h.drafts > n ? h.drafts - n : 0;
+    h.seen -= n;
+    for (; n; n--) {
+        uint32_t slot = bkvi_slot_of(c, &h, mem, bkvi_held(&h) - 1);
+        h.sum -= bkvi_sum(c, mem, slot, 1);
+        bkvi_clear(c, mem, slot, 1);
+        if (c->cfg.kv_type == BKV_I8 && bkvi_rest(c, slot) != BKV_NONE) {
+            static const unsigned char zero = 0;
+            uint32_t rest = bkvi_rest(c, slot);
+            bkvi_copy(bkvi_key_rest(c, mem, rest), BKVI_LANES, &zero, 0, c->cfg.head_dim, 1);
+            memset(bkvi_value_rest(c, mem, rest), 0, c->v_dim_pad);
+            if (h.used == 1 && h.fill == 1) bkvi_put32(mem + c->off_rest_of, 0);
+        }
+        if (!h.used)
+            h.sinks--;
+        else if (--h.fill == 0) {
+            bkvi_set_page(mem + c->off_pages, --h.used, 0, 0);
+            h.fill = h.used ? BKVI_PAGE : 0;
+        }
+    }
+    bkvi_head_put(mem, &h);
+}
+BALANCEKV_API bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens) {
+    bkvi_head h;
+    uint32_t head;
+    if (!c || !c->mem) return BKV_E_NULL;
+    h = bkvi_head_get(bkvi_head_mem(c, 0));
+    if (n_tokens > h.seen) return BKV_E_ROLLBACK;
+    if (h.halvings || (c->cfg.kv_type == BKV_I8 && n_tokens > c->sink_slots)) /* the newest page */
+        if (n_tokens < h.seen && h.seen - n_tokens >= h.fill) return BKV_E_ROLLBACK;
+    for (head = 0; head < c->cfg.n_kv_heads; head++)
+        bkvi_take_back(c, head, (uint32_t)(h.seen - n_tokens));
+    return BKV_OK;
+}
+
+/* The pages of a head into places that there still are; then its parts to where the new layout has
+   them, at or below where they were. */
+static void bkvi_move_head(const bkv_cache *c, const bkv_cache *to, uint32_t head) {
+    unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
+    unsigned char *taken = (unsigned char *)bkvi_scratch(c, 0); /* a bit for each of <= 2^18 */
+    bkvi_head h = bkvi_head_get(mem);
+    const size_t from_at[] = {0, c->off_pages, c->off_weight, c->off_use, c->off_position,
+                              c->off_queries, c->off_rest_of, c->off_k_scale, c->off_v_scale,
+                              c->off_k_rest, c->off_v_rest, c->off_k, c->off_v, c->head_bytes};
+    const size_t to_at[] = {0, to->off_pages, to->off_weight, to->off_use, to->off_position,
+                            to->off_queries, to->off_rest_of, to->off_k_scale, to->off_v_scale,
+                            to->off_k_rest, to->off_v_rest, to->off_k, to->off_v, to->head_bytes};
+    uint32_t i, next = 0;
+    memset(taken, 0, c->n_pages / 8 + 1);
+    for (i = 0; i < h.used; i++) {
+        uint32_t place = bkvi_place(pages, i);
+        taken[place / 8] = (unsigned char)(taken[place / 8] | 1u << place % 8);
+    }
+    for (i = 0; i < h.used; i++) {
+        uint32_t j, slot = bkvi_page_slot(c, pages, i), place;
+        if (bkvi_place(pages, i) < to->n_pages) continue;
+        while (taken[next / 8] >> next % 8 & 1) next++;
+        place = next++;
+        for (j = 0; j < BKVI_PAGE; j++)
+            bkvi_move_slot(c, mem, c->sink_slots + place * BKVI_PAGE + j, slot + j,
+                           bkvi_getf(bkvi_word(mem, c->off_weight, slot + j)));
+        bkvi_clear(c, mem, slot, BKVI_PAGE);
+        bkvi_set_page(pages, i, place, bkvi_level(pages, i));
+    }
+    for (i = 0; i < sizeof to_at / sizeof *to_at - 1; i++)
+        memmove(bkvi_head_mem(to, head) + to_at[i], mem + from_at[i], to_at[i + 1] - to_at[i]);
+}
+BALANCEKV_API bkv_result bkv_shrink(bkv_cache *c, uint32_t budget) {
+    bkv_cache made, full;
+    bkv_config cfg;
+    bkvi_kernels kernels;
+    uint32_t head, pages;
+    if (!c || !c->mem) return BKV_E_NULL;
+    if (budget > c->cfg.budget || budget < c->sink_slots) return BKV_E_BUDGET;
+    pages = bkvi_min((budget - c->sink_slots) / BKVI_PAGE, c->n_pages);
+    cfg = c->cfg;
+    cfg.budget = c->sink_slots + pages * BKVI_PAGE;
+    if (pages < 2) return BKV_E_BUDGET;
+    pages = bkvi_min(c->window_pages, pages - 2);
+    cfg.window = pages ? pages * BKVI_PAGE : BKV_NONE;
+    if (bkvi_plan(&cfg, &made) != BKV_OK) return BKV_E_BUDGET;
+    made.mem = c->mem;
+    kernels = bkvi_kernels_of(c->cfg.backend);
+    for (head = 0; head < c->cfg.n_kv_heads; head++) {
+        unsigned char *mem = bkvi_head_mem(c, head);
+        bkvi_head h = bkvi_head_get(mem);
+        full = *c; /* as a cache whose pages are all in use, one of them partly */
+        full.window_pages = made.window_pages + 1;
+        while (h.used > made.n_pages) {
+            full.n_pages = h.used--;
+            bkvi_halve(&full, &kernels, head, &h, bkvi_scratch(c, 0));
+            bkvi_set_page(mem + c->off_pages, h.used, 0, 0);
+        }
+        bkvi_head_put(mem, &h);
+        bkvi_move_head(c, &made, head);
+    }
+    *c = made;
+    bkvi_header_put(c, c->mem);
+    return BKV_OK;
+}
+
+BALANCEKV_API uint32_t bkv_budget_for_bytes(const bkv_config *cfg, size_t bytes) {
+    bkv_cache c;
+    bkv_config tried;
+    uint32_t best = 0, step;
+    if (!cfg) return 0;
+    tried = *cfg;
+    for (step = 1u << 24; step >= BKVI_LANES; step /= 2) { /* too small a budget is no reason */
+        bkv_result r;
+        if (best + step > 1u << 24) continue;
+        tried.budget = best + step;
+        r = bkvi_plan(&tried, &c);
+        if (r == BKV_E_BUDGET || (r == BKV_OK && c.bytes <= bytes)) best += step;
+    }
+    tried.budget = best;
+    return bkvi_plan(&tried, &c) == BKV_OK && c.bytes <= bytes ? best : 0;
+}
+
+/* ---- saved states: the bytes of the state in little-endian order, and a checksum ---- */
+static void bkvi_swap(unsigned char *p, size_t bytes, size_t unit) {
+    const uint16_t one = 1;
+    size_t i, j;
+    if (*(const unsigned char *)&one == 1) return;
+    for (i = 0; i < bytes; i += unit)
+        for (j = 0; j < unit / 2; j++) {
+            unsigned char byte = p[i + j];
+            p[i + j] = p[i + unit - 1 - j];
+            p[i + unit - 1 - j] = byte;
+        }
+}
+static void bkvi_swap_heads(const bkv_cache *c, unsigned char *p) {
+    uint32_t head;
+    for (head = 0, p += BKVI_HEADER_BYTES; head < c->cfg.n_kv_heads; head++, p += c->head_bytes) {
+        bkvi_swap(p, c->off_k_scale, 4);
+        bkvi_swap(p + c->off_k_scale, c->off_k_rest - c->off_k_scale, 2); /* rests are bytes */
+        bkvi_swap(p + c->off_k, c->head_bytes - c->off_k, c->elem_bytes);
+    }
+}
+static uint64_t bkvi_checksum(uint64_t sum, const unsigned char *p, size_t bytes) {
+    for (; bytes; bytes -= 8, p += 8) {
+        uint64_t x = 0;
+        int i;
+        for (i = 8; i-- > 0;) x = x << 8 | p[i];
+        sum = bkvi_mix(sum ^ x) + BKVI_GOLDEN;
+    }
+    return sum;
+}
+static void bkvi_put_sum(unsigned char *header, uint64_t sum) {
+    uint32_t i;
+    for (i = 0; i < 8; i++) header[BKVI_SUM_AT + i] = (unsigned char)(sum >> 8 * i);
+}
+
+BALANCEKV_API bkv_result bkv_save(const bkv_cache *c, void *out, size_t out_bytes) {
+    unsigned char *p = (unsigned char *)out;
+    if (!c || !c->mem || !out) return BKV_E_NULL;
+    if (out_bytes < c->state_bytes) return BKV_E_MEMORY;
+    memcpy(p, c->mem, c->state_bytes);
+    bkvi_swap(p, BKVI_HEADER_BYTES, 4);
+    bkvi_swap_heads(c, p);
+    bkvi_put_sum(p, bkvi_checksum(0, p, c->state_bytes));
+    return BKV_OK;
+}
+
+/* Checks the bytes of a saved state as such and plans its cache. */
+static bkv_result bkvi_check_saved(const unsigned char *saved, size_t bytes, uint32_t n_threads,
+                                   uint32_t backend, bkv_cache *made) {
+    unsigned char header[BKVI_HEADER_BYTES], sum[8];
+    bkv_config cfg;
+    uint64_t check;
+    bkv_result r;
+    if (bytes < sizeof header) return BKV_E_STATE;
+    memcpy(header, saved, sizeof header);
+    memcpy(sum, header + BKVI_SUM_AT, sizeof sum);
+    bkvi_put_sum(header, 0);
+    check = bkvi_checksum(0, header, sizeof header);
+    bkvi_swap(header, sizeof header, 4);
+    if ((r = bkvi_header_get(header, &cfg)) != BKV_OK) return r;
+    cfg.n_threads = n_threads;
+    cfg.backend = backend;
+    if ((r = bkvi_plan_state(&cfg, made)) != BKV_OK) return r;
+    if (bytes < made->state_bytes) return BKV_E_STATE;
+    bkvi_put_sum(header, bkvi_checksum(check, saved + BKVI_HEADER_BYTES,
+                                       made->state_bytes - BKVI_HEADER_BYTES));
+    return memcmp(header + BKVI_SUM_AT, sum, sizeof sum) ? BKV_E_STATE : BKV_OK;
+}
+BALANCEKV_API size_t bkv_load_size(const void *saved, size_t saved_bytes, uint32_t n_threads) {
+    bkv_cache made;
+    return saved && bkvi_check_saved((const unsigned char *)saved, saved_bytes, n_threads,
+                                     BKV_BACKEND_AUTO, &made) == BKV_OK
+               ? made.bytes
+               : 0;
+}
+BALANCEKV_API bkv_result bkv_load(bkv_cache *c, const void *saved, size_t saved_bytes, void *mem,
+                                  size_t mem_bytes, uint32_t n_threads, uint32_t backend) {
+    bkv_cache made;
+    bkv_result r;
+    if (!c || !saved || !mem) return BKV_E_NULL;
+    r = bkvi_check_saved((const unsigned char *)saved, saved_bytes, n_threads, backend, &made);
+    if (r != BKV_OK) return r;
+    if (mem_bytes < made.bytes) return BKV_E_MEMORY;
+    made.mem = (unsigned char *)mem;
+    memcpy(mem, saved, made.state_bytes);
+    bkvi_swap_heads(&made, made.mem);
+    bkvi_header_put(&made, made.mem);
+    if ((r = bkv_validate(&made)) == BKV_OK) *c = made;
+    return r;
+}
+
+static int bkvi_head_valid(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head) {
+    unsigned char *mem = bkvi_head_mem(c, head);
+    const uint32_t type = c->cfg.kv_type, dim = c->cfg.head_dim;
+    const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE;
+    bkvi_head h = bkvi_head_get(mem);
+    uint32_t i, held = 0, sum = bkvi_sum(c, mem, 0, c->slots);
+    uint64_t next = 0;
+    for (i = 0; i < c->n_pages; i++) {
+        sum += bkvi_level(mem + c->off_pages, i);
+        if (i >= h.used && bkvi_place(mem + c->off_pages, i)) return 0;
+    }
+    if (sum != h.sum || h.drafts > h.seen) return 0;
+    for (i = 0; i < bkvi_held(&h); i++) { /* positions rise, but for those beyond 2^32 */
+        uint32_t slot = bkvi_slot_of(c, &h, mem, i);
+        uint64_t position = bkvi_get32(bkvi_word(mem, c->off_position, slot));
+        if (h.seen >> 32 == 0 && (position < next || position >= h.seen)) return 0;
+        next = position + 1;
+    }
+    for (i = 0; i < c->slots; i++) {
+        float w = bkvi_getf(bkvi_word(mem, c->off_weight, i));
+        float use = bkvi_getf(bkvi_word(mem, c->off_use, i));
+        if (!(w >= 1.0f && w <= 2.0f * (float)h.seen) &&
+            (bkvi_bits(w) || bkvi_bits(use) || bkvi_get32(bkvi_word(mem, c->off_position, i))))
+            return 0;
+        if (!(use >= 0.0f && use <= BKVI_PINNED)) return 0;
+        held += w > 0.0f;
+        if (!kernels->scan(bkvi_value_row(c, mem, i), type, c->elem_bytes, c->v_dim_pad, limit) ||
+            (i % BKVI_LANES == 0 && !kernels->scan(bkvi_key_page(c, mem, i), type, c->elem_bytes,
+                                                   dim * BKVI_LANES, limit)))
+            return 0;
+    }
+    return held == bkvi_held(&h) &&
+           kernels->scan(mem + c->off_queries, BKV_F32, 4,
+                         c->group * bkvi_round_up(dim, BKVI_LANES), BKVI_HUGE);
+}
+BALANCEKV_API bkv_result bkv_validate(const bkv_cache *c) {
+    unsigned char header[BKVI_HEADER_BYTES];
+    bkvi_kernels kernels;
+    uint32_t head;
+    if (!c || !c->mem) return BKV_E_NULL;
+    kernels = bkvi_kernels_of(c->cfg.backend);
+    bkvi_header_put(c, header);
+    if (memcmp(header, c->mem, sizeof header)) return BKV_E_STATE;
+    for (head = 0; head < c->cfg.n_kv_heads; head++)
+        if (!bkvi_head_sound(c, head) || !bkvi_head_valid(c, &kernels, head)) return BKV_E_STATE;
+    return BKV_OK;
+}
+
+/* The natural logarithm of x >= 1, within 1e-6: bit by bit, in integers. */
+static float bkvi_log(float x) {
+    uint32_t u = bkvi_bits(x), log2 = (u >> 23) - 127, i;
+    uint64_t m = (uint64_t)((u & 0x7FFFFFu) | 0x800000u) << 8;
+    for (i = 0; i < 24; i++) {
+        m = m * m >> 31;
+        log2 = log2 << 1 | (uint32_t)(m >> 32);
+        m >>= m >> 32;
+    }
+    return (float)((double)log2 * (0.69314718055994530942 / 16777216.0));
+}
+
+BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows) {
+    unsigned char *mem, *scratch, *out[3], *work;
+    size_t bytes, stride[3];
+    bkvi_kernels kernels;
+    bkvi_head h;
+    uint32_t row, dim[2], i, newest;
+    if (!c || !c->mem || !rows) return BKV_E_NULL;
+    if (head >= c->cfg.n_kv_heads) return BKV_E_INDEX;
+    if (rows->type < BKV_F32 || rows->type > BKV_BF16 ||
+        (rows->mask && rows->mask_type != BKV_F32 && rows->mask_type != BKV_F16))
+        return BKV_E_TYPE;
+    if (rows->n_rows < c->slots) return BKV_E_COUNT;
+    bytes = bkvi_type_bytes(rows->type);
+    dim[0] = c->cfg.head_dim, dim[1] = c->cfg.value_dim;
+    stride[0] = rows->k_stride ? rows->k_stride : dim[0] * bytes;
+    stride[1] = rows->v_stride ? rows->v_stride : dim[1] * bytes;
+    stride[2] = bkvi_type_bytes(rows->mask_type);
+    if (stride[0] < dim[0] * bytes || stride[1] < dim[1] * bytes) return BKV_E_STRIDE;
+    out[0] = (unsigned char *)rows->k, out[1] = (unsigned char *)rows->v;
+    out[2] = (unsigned char *)rows->mask;
+    mem = bkvi_head_mem(c, head);
+    scratch = (unsigned char *)bkvi_scratch(c, 0); /* of each kind 2 * BKVI_DIM_MAX floats */
+    work = scratch + 8 * BKVI_DIM_MAX;
+    kernels = bkvi_kernels_of(c->cfg.backend);
+    h = bkvi_head_get(mem);
+    newest = h.used ? bkvi_page_slot(c, mem + c->off_pages, h.used - 1) : c->slots;
+    rows->first = 0, rows->n = rows->n_rows;
+    if (rows->seen && rows->seen <= h.seen && rows->halvings == h.halvings &&
+        (c->cfg.kv_type != BKV_I8 || h.seen - rows->seen < h.fill)) { /* a page loses its rests */
+        rows->n = (uint32_t)(h.seen - rows->seen); /* in the newest page, or nothing was halved */
+        rows->first = rows->n ? bkvi_slot_of(c, &h, mem, bkvi_held(&h) - rows->n) : 0;
+    }
+    for (row = rows->first; row < rows->first + rows->n; row++) {
+        float w = row < c->slots ? bkvi_getf(bkvi_word(mem, c->off_weight, row)) : 0.0f;
+        uint32_t rest = BKV_NONE;
+        if (w > 0.0f && c->cfg.kv_type == BKV_I8 &&
+            (row < c->sink_slots || row - newest < BKVI_PAGE))
+            rest = bkvi_rest(c, row);
+        for (i = 0; i < 2; i++) {
+            if (!out[i]) continue;
+            memset(scratch, 0, dim[i] * bytes);
+            if (w > 0.0f) {
+                kernels.fetch((float *)(void *)work,
+                              i ? bkvi_value_row(c, mem, row) : bkvi_key_column(c, mem, row),
+                              c->cfg.kv_type, (i ? 1 : BKVI_LANES) * c->elem_bytes,
+                              i ? c->v_dim_pad : dim[0],
+                              bkvi_scale(mem, i ? c->off_v_scale : c->off_k_scale, row),
+                              rest == BKV_NONE ? NULL
+                              : i              ? bkvi_value_rest(c, mem, rest)
+                                               : bkvi_key_rest(c, mem, rest));
+                if (!kernels.scan(work, BKV_F32, 4, dim[i],
+                                  rows->type == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE))
+                    return BKV_E_VALUE;
+                kernels.put(scratch, 1, NULL, NULL, rows->type, work, BKV_F32, 4, dim[i], NULL);
+            }
+            memcpy(out[i] + row * stride[i], scratch, dim[i] * bytes);
+        }
+        if (!out[2]) continue;
+        if (w > 0.0f) {
+            w = bkvi_log(w);
+            kernels.put(scratch, 1, NULL, NULL, rows->mask_type, (const unsigned char *)&w, BKV_F32,
+                        4, 1, NULL);
+        } else if (rows->mask_type == BKV_F32) {
+            bkvi_put32(scratch, 0xFF800000u);
+        } else {
+            bkvi_put16(scratch, 0xFC00u);
+        }
+        memcpy(out[2] + row * stride[2], scratch, stride[2]);
+    }
+    rows->seen = h.seen, rows->halvings = h.halvings;
+    return BKV_OK;
+}
+
+BALANCEKV_API bkv_result bkv_select(const bkv_config *cfg, void *mem, size_t mem_bytes,
+                                    bkv_tensor k, bkv_tensor v, size_t n_tokens, uint32_t *index,
+                                    float *weight, uint32_t *n_kept) {
+    bkv_cache c;
+    bkv_token_info info;
+    bkv_result r;
+    uint32_t head, i;
+    if (!index || !weight || !n_kept) return BKV_E_NULL;
+    if ((r = bkv_init(&c, cfg, mem, mem_bytes)) != BKV_OK) return r;
+    if ((r = bkv_append(&c, k, v, n_tokens, 0, 0, 1)) != BKV_OK) return r;
+    for (head = 0; head < c.cfg.n_kv_heads; head++)
+        for (i = 0; bkv_token(&c, head, i, &info) == BKV_OK; i++) {
+            index[(size_t)head * cfg->budget + i] = (uint32_t)info.position;
+            weight[(size_t)head * cfg->budget + i] = info.weight;
+            *n_kept = i + 1;
+        }
+    return BKV_OK;
+}
+
 BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i,
                                    bkv_token_info *info) {
     unsigned char *mem;
     bkvi_head h;
-    uint32_t slot = i;
+    uint32_t slot;
     if (!c || !c->mem || !info) return BKV_E_NULL;
     if (head >= c->cfg.n_kv_heads) return BKV_E_INDEX;
     mem = bkvi_head_mem(c, head);
     h = bkvi_head_get(mem);
     if (i >= bkvi_held(&h)) return BKV_E_INDEX;
     memset(info, 0, sizeof *info);
+    slot = bkvi_slot_of(c, &h, mem, i);
     info->kind = BKV_KIND_SINK;
     if (i >= h.sinks) {
-        const unsigned char *pages = mem + c->off_pages;
-        uint32_t page = (i - h.sinks) / BKVI_PAGE;
-        slot = bkvi_page_slot(c, pages, page) + (i - h.sinks) % BKVI_PAGE;
-        info->level = bkvi_level(pages, page);
+        info->level = bkvi_level(mem + c->off_pages, (i - h.sinks) / BKVI_PAGE);
         info->kind =
             bkvi_held(&h) - i <= c->window_pages * BKVI_PAGE ? BKV_KIND_WINDOW : BKV_KIND_PAGE;
     }
@@ -1532,6 +2111,7 @@ BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info) {
     info->sinks = c->sink_slots;
     info->window = c->window_pages * BKVI_PAGE;
     info->n_pages = c->n_pages;
+    info->room = bkvi_room(c);
     info->backend = c->cfg.backend;
     info->rule = c->cfg.rule;
     info->bytes = c->bytes;
@@ -1594,12 +2174,13 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
      load, store                       lanes from and to memory of any alignment
      load_f16, load_bf16, store_f16    the same, converted; to nearest even
      load_i8                           lanes from signed bytes
+     fused(x, y, z)                    x * y + z, rounded once; fma() is that, or BALANCEKV_FMA=0
      fma_at(c, i, first, x, y)         c[i] * x + y, i a constant; may read up to c[i | 3]; `first`
                                        of those that share x
      sqrt(a)                           to nearest
      max(a, b), pick_gt(a, b, x, y)    per lane a > b ? a : b, a > b ? x : y
-     any_gt(a, b)                      some lane a > b
-     pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, -126 <= n <= 127
+     any_gt(a, b), top(a)              some lane a > b; the largest lane
+     pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, n <= 127; 0 if n = -127
      zip(a, b)                         a0 b0 a1 b1 .. in a, the rest in b
    ---------------------------------------------------------------------------------------------- */
 #define bkvi_v(op) BKVI_FN(bkvi_v_##op)
@@ -1612,7 +2193,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 /* Code for these instructions only here, whatever the compiler flags are. */
 #if BKVI_PASS == BALANCEKV_SIMD_AVX2
 #define BKVI_TARGET "avx2,fma,f16c"
-#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && !defined(BALANCEKV_EMULATED)
+#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && !BALANCEKV_SIMDE
 #define BKVI_TARGET "avx512f,avx2,fma,f16c"
 #endif
 #define BKVI_PRAGMA(x) _Pragma(#x)
@@ -1628,12 +2209,19 @@ BKVI_PRAGMA_OF(GCC target(BKVI_TARGET))
 #endif
 
 #define BKVI_OP(name, arguments, result)                                                           \
-    BKVI_VFN bkvi_vec bkvi_v(name) arguments { return result; }
+    BKVI_VFN bkvi_vec bkvi_v(name) arguments { return (bkvi_vec)(result); }
 #define BKVI_STORE(name, statement)                                                                \
     BKVI_VFN void bkvi_v(name)(void *p, bkvi_vec x) { statement; }
 #define BKVI_2 (bkvi_vec a, bkvi_vec b)
 #define BKVI_3 (bkvi_vec x, bkvi_vec y, bkvi_vec z)
 #define BKVI_4 (bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y)
+#if BALANCEKV_SIMDE /* prefixed names: simde_vdupq_n_f32, simde_mm512_set1_ps */
+#define BKVI_I(name) simde_##name
+#define BKVI_M(name) simde##name
+#else
+#define BKVI_I(name) name
+#define BKVI_M(name) name
+#endif
 #if BKVI_PASS == BALANCEKV_SIMD_SCALAR
 #define BKVI_FN(name) name##_scalar
 typedef float bkvi_vec;
@@ -1645,7 +2233,7 @@ BKVI_OP(load_f16, (const void *p), bkvi_from_f16(bkvi_get16((const unsigned char
 BKVI_OP(load_bf16, (const void *p),
         bkvi_float((uint32_t)bkvi_get16((const unsigned char *)p) << 16))
 BKVI_OP(load_i8, (const void *p), (float)*(const int8_t *)p)
-BKVI_OP(fma, BKVI_3, bkvi_fma(x, y, z))
+BKVI_OP(fused, BKVI_3, bkvi_fma(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), bkvi_sqrt(x))
 BKVI_OP(max, BKVI_2, a > b ? a : b)
 BKVI_OP(pick_gt, BKVI_4, a > b ? x : y)
@@ -1666,7 +2254,7 @@ BKVI_OP(load_bf16, (const void *p),
             _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16)))
 BKVI_OP(load_i8, (const void *p),
         _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))))
-BKVI_OP(fma, BKVI_3, _mm256_fmadd_ps(x, y, z))
+BKVI_OP(fused, BKVI_3, _mm256_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm256_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, _mm256_max_ps(a, b))
 BKVI_OP(pick_gt, BKVI_4, _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ)))
@@ -1684,63 +2272,130 @@ BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
 
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_FN(name) name##_avx512
-typedef __m512 bkvi_vec;
-BKVI_OP(set, (float x), _mm512_set1_ps(x))
-BKVI_OP(load, (const void *p), _mm512_loadu_ps(p))
+typedef BKVI_M(__m512) bkvi_vec;
+BKVI_OP(set, (float x), BKVI_M(_mm512_set1_ps)(x))
+BKVI_OP(load, (const void *p), BKVI_M(_mm512_loadu_ps)(p))
+#if !BALANCEKV_SIMDE
 BKVI_OP(load_f16, (const void *p), _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)))
 BKVI_OP(load_bf16, (const void *p),
         _mm512_castsi512_ps(
             _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16)))
 BKVI_OP(load_i8, (const void *p),
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))))
-BKVI_OP(fma, BKVI_3, _mm512_fmadd_ps(x, y, z))
-BKVI_OP(sqrt, (bkvi_vec x), _mm512_sqrt_ps(x))
-BKVI_OP(max, BKVI_2, _mm512_max_ps(a, b))
-BKVI_OP(pick_gt, BKVI_4, _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x))
-BKVI_OP(pow2, (bkvi_vec r),
-        _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(r), 23),
-                                             _mm512_set1_epi32(0x3F800000))))
-BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
-BKVI_STORE(store, _mm512_storeu_ps(p, x))
 BKVI_STORE(store_f16,
            _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtps_ph((__mmask16)0xFFFF, x, 0)))
+BKVI_OP(fused, BKVI_3, _mm512_fmadd_ps(x, y, z))
+BKVI_OP(sqrt, (bkvi_vec x), _mm512_sqrt_ps(x))
+#endif
+BKVI_OP(max, BKVI_2, BKVI_M(_mm512_max_ps)(a, b))
+BKVI_OP(pick_gt, BKVI_4,
+        BKVI_M(_mm512_mask_blend_ps)(BKVI_M(_mm512_cmp_ps_mask)(a, b, 30 /* > */), y, x))
+BKVI_OP(pow2, (bkvi_vec r),
+        BKVI_M(_mm512_castsi512_ps)(BKVI_M(_mm512_add_epi32)(
+            BKVI_M(_mm512_slli_epi32)(BKVI_M(_mm512_castps_si512)(r), 23),
+            BKVI_M(_mm512_set1_epi32)(0x3F800000))))
+BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return BKVI_M(_mm512_cmp_ps_mask)(a, b, 30) != 0; }
+BKVI_STORE(store, BKVI_M(_mm512_storeu_ps)(p, x))
 BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    bkvi_vec x = _mm512_permutex2var_ps(*a, low, *b);
-    *b = _mm512_permutex2var_ps(*a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), *b);
+    const BKVI_M(__m512i) low = BKVI_M(_mm512_setr_epi32)(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
+                                                          6, 22, 7, 23),
+                          eight = BKVI_M(_mm512_set1_epi32)(8);
+    bkvi_vec x = BKVI_M(_mm512_permutex2var_ps)(*a, low, *b);
+    *b = BKVI_M(_mm512_permutex2var_ps)(*a, BKVI_M(_mm512_add_epi32)(low, eight), *b);
     *a = x;
 }
 
 #else /* NEON. Loads and stores by bytes: the only ones that ask for no alignment in C. */
 #define BKVI_FN(name) name##_neon
-typedef float32x4_t bkvi_vec;
-BKVI_OP(set, (float x), vdupq_n_f32(x))
-BKVI_OP(load, (const void *p), vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)p)))
+typedef float bkvi_vec __attribute__((vector_size(16)));
+#define BKVI_F(x) ((BKVI_I(float32x4_t))(x)) /* SIMDe's may be integers (WASM) */
+BKVI_OP(set, (float x), BKVI_I(vdupq_n_f32)(x))
+BKVI_OP(load, (const void *p), BKVI_I(vreinterpretq_f32_u8)(BKVI_I(vld1q_u8)((const uint8_t *)p)))
+#if !BALANCEKV_SIMDE
 BKVI_OP(load_f16, (const void *p), vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)p))))
 BKVI_OP(load_bf16, (const void *p),
         vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)p)), 16)))
 BKVI_OP(load_i8, (const void *p),
         vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(
             vreinterpret_s8_u32(vdup_n_u32(bkvi_get32((const unsigned char *)p))))))))
-BKVI_OP(fma, BKVI_3, vfmaq_f32(z, x, y))
-BKVI_OP(sqrt, (bkvi_vec x), vsqrtq_f32(x))
-BKVI_OP(max, BKVI_2, vmaxq_f32(a, b))
-BKVI_OP(pick_gt, BKVI_4, vbslq_f32(vcgtq_f32(a, b), x, y))
-BKVI_OP(pow2, (bkvi_vec r),
-        vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(r), 23),
-                                        vdupq_n_u32(0x3F800000u))))
-BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return vmaxvq_u32(vcgtq_f32(a, b)) != 0; }
-BKVI_STORE(store, vst1q_u8((uint8_t *)p, vreinterpretq_u8_f32(x)))
 BKVI_STORE(store_f16, vst1_u8((uint8_t *)p, vreinterpret_u8_f16(vcvt_f16_f32(x))))
+BKVI_OP(sqrt, (bkvi_vec x), vsqrtq_f32(x))
+#endif
+#if BKVI_SIMDE_FMA || !BALANCEKV_SIMDE
+BKVI_OP(fused, BKVI_3, BKVI_I(vfmaq_f32)(BKVI_F(z), BKVI_F(x), BKVI_F(y)))
+#endif
+BKVI_OP(max, BKVI_2, BKVI_I(vmaxq_f32)(BKVI_F(a), BKVI_F(b)))
+BKVI_OP(pick_gt, BKVI_4,
+        BKVI_I(vbslq_f32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b)), BKVI_F(x), BKVI_F(y)))
+BKVI_OP(pow2, (bkvi_vec r),
+        BKVI_I(vreinterpretq_f32_u32)(BKVI_I(vaddq_u32)(
+            BKVI_I(vshlq_n_u32)(BKVI_I(vreinterpretq_u32_f32)(BKVI_F(r)), 23),
+            BKVI_I(vdupq_n_u32)(0x3F800000u))))
+BKVI_VFN int bkvi_v(any_gt) BKVI_2 {
+    return BKVI_I(vmaxvq_u32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b))) != 0;
+}
+BKVI_STORE(store, BKVI_I(vst1q_u8)((uint8_t *)p, BKVI_I(vreinterpretq_u8_f32)(BKVI_F(x))))
 BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
-    bkvi_vec low = vzip1q_f32(*a, *b);
-    *b = vzip2q_f32(*a, *b);
+    bkvi_vec low = (bkvi_vec)BKVI_I(vzip1q_f32)(BKVI_F(*a), BKVI_F(*b));
+    *b = (bkvi_vec)BKVI_I(vzip2q_f32)(BKVI_F(*a), BKVI_F(*b));
     *a = low;
 }
+#undef BKVI_F
 #endif
 
+#if BALANCEKV_SIMDE && BKVI_PASS != BALANCEKV_SIMD_SCALAR
+/* What SIMDe 0.7 lacks, or rounds twice, on the compiler's own vectors. */
+typedef uint16_t bkvi_halves __attribute__((vector_size(sizeof(bkvi_vec) / 2)));
+typedef uint32_t bkvi_words __attribute__((vector_size(sizeof(bkvi_vec))));
+typedef int8_t bkvi_bytes __attribute__((vector_size(sizeof(bkvi_vec) / 4)));
+#define BKVI_EACH_LANE(statement)                                                                  \
+    for (uint32_t i = 0; i < BKVI_WIDTH; i++) statement
+BKVI_VFN bkvi_words bkvi_v(widen)(const void *p) {
+    bkvi_halves h;
+    memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, bkvi_words);
+}
+BKVI_OP(load_bf16, (const void *p), bkvi_v(widen)(p) << 16)
+BKVI_VFN bkvi_vec bkvi_v(load_i8)(const void *p) {
+    bkvi_bytes x;
+    memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, bkvi_vec);
+}
+BKVI_VFN bkvi_vec bkvi_v(load_f16)(const void *p) { /* times 2^112; Inf and NaN keep theirs */
+    bkvi_words all = bkvi_v(widen)(p) << 13, low = all & 0x0FFFE000u;
+    bkvi_vec x = (bkvi_vec)low * 5.192296858534827628530496329e33f;
+    return (bkvi_vec)((bkvi_words)x | ((bkvi_words)(x >= 65536.0f) & 0x7F800000u) |
+                      (all ^ low) << 3);
+}
+BKVI_VFN void bkvi_v(store_f16)(void *p, bkvi_vec x) {
+    bkvi_halves h;
+    BKVI_EACH_LANE(h[i] = bkvi_to_f16(x[i]);)
+    memcpy(p, &h, sizeof h);
+}
+BKVI_VFN bkvi_vec bkvi_v(sqrt)(bkvi_vec x) {
+    BKVI_EACH_LANE(x[i] = bkvi_sqrt(x[i]);)
+    return x;
+}
+#if !BKVI_SIMDE_FMA
+BKVI_VFN bkvi_vec bkvi_v(fused) BKVI_3 {
+    BKVI_EACH_LANE(z[i] = bkvi_fma(x[i], y[i], z[i]);)
+    return z;
+}
+#endif
+#undef BKVI_EACH_LANE
+#endif
+
+BKVI_VFN bkvi_vec bkvi_v(fma) BKVI_3 {
+#if BALANCEKV_FMA
+    return bkvi_v(fused)(x, y, z);
+#else
+    bkvi_vec product = x * y;
+    BKVI_ROUND(product);
+    return product + z;
+#endif
+}
 BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_vec x, bkvi_vec y) {
-#if BKVI_PASS == BALANCEKV_SIMD_NEON
+#if BKVI_PASS == BALANCEKV_SIMD_NEON && BALANCEKV_FMA && !BALANCEKV_SIMDE
     bkvi_vec four = bkvi_v(load)(c + i / 4 * 4);
     switch (i % 4) { /* a lane must be a constant, even to -O0 */
     case 0: return vfmaq_laneq_f32(y, x, four, 0);
@@ -1748,7 +2403,7 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
     case 2: return vfmaq_laneq_f32(y, x, four, 2);
     case 3: return vfmaq_laneq_f32(y, x, four, 3);
     }
-#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && !defined(BALANCEKV_EMULATED)
+#elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && BALANCEKV_FMA && !BALANCEKV_SIMDE
     if (first) { /* Zen 4 broadcasts where it converts: 85 % of the FMA peak, with this 98 */
         __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(y) : "v"(x), "m"(c[i]));
         return y;
@@ -1758,8 +2413,20 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
     return bkvi_v(fma)(bkvi_v(set)(c[i]), x, y);
 }
 
+BKVI_VFN float bkvi_v(top)(bkvi_vec x) {
+    float lanes[16];
+    uint32_t n;
+    BKVI_UNROLL for (n = 1; n < BKVI_WIDTH; n *= 2) {
+        bkvi_vec y = x;
+        bkvi_v(zip)(&x, &y);
+        x = bkvi_v(max)(x, y);
+    }
+    bkvi_v(store)(lanes, x);
+    return lanes[0];
+}
+
 /* Register tiles are `rows` by at most BKVI_VECS(rows) sixteens. */
-#if BKVI_PASS == BALANCEKV_SIMD_SCALAR
+#if BKVI_PASS == BALANCEKV_SIMD_SCALAR || BKVI_SMALL
 #define BKVI_VECS(rows) 1
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_VECS(rows) 4
@@ -1772,6 +2439,9 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
    Written once over §11. `const int` parameters are constants at every call, so that the functions
    fold into one loop per case.
    ---------------------------------------------------------------------------------------------- */
+static const float bkvi_k(count)[16] = {0,  -1, -2,  -3,  -4,  -5,  -6,  -7,
+                                        -8, -9, -10, -11, -12, -13, -14, -15};
+
 /* A register of elements of a cache or tensor type. */
 BKVI_VFN bkvi_vec bkvi_v(get)(const int type, const void *p) {
     return type == BKV_F32   ? bkvi_v(load)(p)
@@ -1889,7 +2559,7 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, un
         bkvi_k(quantise)(work, scale, padded);
         for (i = 0; i < padded; i++) {
             dst[i * step] = (unsigned char)bkvi_bits(work[i]);
-            rest[i * step] = (unsigned char)bkvi_bits(work[BKVI_DIM_MAX + i]);
+            if (rest) rest[i * step] = (unsigned char)bkvi_bits(work[BKVI_DIM_MAX + i]);
         }
         return;
     }
@@ -1907,6 +2577,19 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, un
     }
 }
 
+/* A stored row as floats; of BKV_I8 scaled and rotated back. */
+static void bkvi_k(fetch)(float *x, const unsigned char *src, uint32_t type, size_t stride,
+                          uint32_t n, const unsigned char *scale, const unsigned char *rest) {
+    uint32_t i;
+    for (i = 0; i < n; i += BKVI_LANES) bkvi_k(row)(x + i, src, type, stride, i, n);
+    if (type != BKV_I8) return;
+    for (i = 0; i < n; i++) {
+        if (rest) x[i] += (float)(int8_t)rest[i * stride] * (1.0f / 128.0f); /* exact */
+        x[i] *= bkvi_float((uint32_t)bkvi_get16(scale) << 16);
+    }
+    bkvi_k(rotate)(x, n);
+}
+
 /* 2^t of four registers side by side, as one alone would wait for its own results: within 1 ulp;
    exactly 0 below 2^-125, so that no denormal arises. t <= 127. The polynomial is a minimax fit of
    degree 6 of ours. */
@@ -1917,17 +2600,14 @@ BKVI_VFN void bkvi_k(exp2)(bkvi_vec *t) {
     bkvi_vec n[4], f[4], p[4];
     int i, k;
     BKVI_UNROLL for (k = 0; k < 4; k++) {
-        t[k] = bkvi_v(max)(t[k], bkvi_v(set)(-126.0f));
+        t[k] = bkvi_v(pick_gt)(t[k], bkvi_v(set)(-125.0f), t[k], bkvi_v(set)(-127.0f));
         n[k] = t[k] + magic;
         f[k] = t[k] - (n[k] - magic);
         p[k] = bkvi_v(set)(1.534581243e-4f);
     }
     BKVI_UNROLL for (i = 0; i < 6; i++) BKVI_UNROLL for (k = 0; k < 4; k++) p[k] =
         bkvi_v(fma)(p[k], f[k], bkvi_v(set)(c[i]));
-    BKVI_UNROLL for (k = 0; k < 4; k++) {
-        p[k] = p[k] * bkvi_v(pow2)(n[k]);
-        t[k] = bkvi_v(pick_gt)(t[k], bkvi_v(set)(-125.0f), p[k], bkvi_v(set)(0.0f));
-    }
+    BKVI_UNROLL for (k = 0; k < 4; k++) t[k] = p[k] * bkvi_v(pow2)(n[k]);
 }
 
 /* 2^x of n floats in place, n a multiple of 64. */
@@ -2012,6 +2692,33 @@ static BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned c
         }
 }
 
+/* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
+static float bkvi_k(over_lanes)(const float *lanes) {
+    float x[8];
+    uint32_t i, n;
+    for (i = 0; i < 8; i++) x[i] = lanes[i] + lanes[i + 8];
+    for (n = 4; n; n /= 2)
+        for (i = 0; i < n; i++) x[i] += x[i + n];
+    return x[0];
+}
+static float bkvi_k(total)(const float *x, uint32_t n) {
+    float lanes[16];
+    uint32_t lane, i;
+    for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
+        bkvi_vec all = bkvi_v(load)(x + lane);
+        for (i = BKVI_LANES; i < n; i += BKVI_LANES) all = all + bkvi_v(load)(x + i + lane);
+        bkvi_v(store)(lanes + lane, all);
+    }
+    return bkvi_k(over_lanes)(lanes);
+}
+static float bkvi_k(largest)(const float *x) {
+    bkvi_vec most = bkvi_v(load)(x);
+    uint32_t i;
+    for (i = BKVI_WIDTH; i < BKVI_BLOCK; i += BKVI_WIDTH)
+        most = bkvi_v(max)(most, bkvi_v(load)(x + i));
+    return bkvi_v(top)(most);
+}
+
 /* The scales of BKV_I8 of a register of tokens from i on; of the other types 1. */
 BKVI_VFN bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32_t i) {
     return type == BKV_I8 ? bkvi_v(load_bf16)(scale + 2 * (size_t)i) : bkvi_v(set)(1.0f);
@@ -2024,7 +2731,7 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
                                         uint32_t dim, size_t stride) {
     const int type = (int)BKVI_TYPE(c->cfg.kv_type), packed = values ? BKV_F32 : type;
     const size_t es = bkvi_type_bytes(BKVI_TYPE(c->cfg.kv_type)), size = values ? 4 : es;
-    float *sums = block->tile, *turned = sums + 256, *mean = sums + 512, largest = 0.0f;
+    float *sums = block->tile, *turned = sums + 256, *mean = sums + 512;
     uint32_t i, j, p, n, lane;
     memset(block->norm, 0, BKVI_BLOCK * sizeof(float));
     for (i = 0; i < dim; i += BKVI_LANES, mean += BKVI_LANES) {
@@ -2039,12 +2746,15 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
             if (values)
                 bkvi_k(turn)(to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim,
                              (uint32_t)type);
-            for (j = 0; j < n; j += BKVI_WIDTH)
-                bkvi_v(store)(sums + j,
-                              bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
-                                          bkvi_k(scales)(type, block->scale[values][p / 4],
-                                                         p % 4 * BKVI_LANES + j % BKVI_LANES),
-                                          bkvi_v(load)(sums + j)));
+        }
+        for (j = 0; j < n; j += BKVI_WIDTH) {
+            bkvi_vec sum = bkvi_v(set)(0.0f);
+            BKVI_UNROLL for (p = 0; p < 8; p++)
+                sum = bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
+                                  bkvi_k(scales)(type, block->scale[values][p / 4],
+                                                 p % 4 * BKVI_LANES + j % BKVI_LANES),
+                                  sum);
+            bkvi_v(store)(sums + j, sum);
         }
         bkvi_k(turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
         for (j = 128; j >= BKVI_LANES; j /= 2)
@@ -2067,34 +2777,7 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
                 bkvi_v(store)(norm, sum);
             }
     }
-    for (j = 0; j < BKVI_BLOCK; j++) largest = block->norm[j] > largest ? block->norm[j] : largest;
-    return largest;
-}
-
-/* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
-static float bkvi_k(over_lanes)(const float *lanes) {
-    float x[8];
-    uint32_t i, n;
-    for (i = 0; i < 8; i++) x[i] = lanes[i] + lanes[i + 8];
-    for (n = 4; n; n /= 2)
-        for (i = 0; i < n; i++) x[i] += x[i + n];
-    return x[0];
-}
-static float bkvi_k(total)(const float *x, uint32_t n) {
-    float lanes[16];
-    uint32_t lane, i;
-    for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
-        bkvi_vec all = bkvi_v(load)(x + lane);
-        for (i = BKVI_LANES; i < n; i += BKVI_LANES) all = all + bkvi_v(load)(x + i + lane);
-        bkvi_v(store)(lanes + lane, all);
-    }
-    return bkvi_k(over_lanes)(lanes);
-}
-static float bkvi_k(largest)(const float *x) {
-    float most = x[0];
-    uint32_t i;
-    for (i = 1; i < BKVI_BLOCK; i++) most = x[i] > most ? x[i] : most;
-    return most;
+    return bkvi_k(largest)(block->norm);
 }
 
 /* ---- importance (§1) ---- */
@@ -2268,56 +2951,61 @@ static void bkvi_k(gram)(const bkv_cache *c, const bkvi_block *block) {
 }
 
 /* ---- exchanges ---- */
-/* f += s * row i. */
-BKVI_VFN void bkvi_k(add_row)(float *f, const float *matrix, uint32_t i, float s) {
-    bkvi_vec sv = bkvi_v(set)(s);
-    uint32_t j;
-    matrix += (size_t)i * BKVI_BLOCK;
-    for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH)
-        bkvi_v(store)(f + j, bkvi_v(fma)(sv, bkvi_v(load)(matrix + j), bkvi_v(load)(f + j)));
-}
-
 /* Rounds of exchanges: each token that stays, unless for certain, makes way for that one whose
    coming makes the error sum_i (keep_i / chance_i - 1) phi_i shortest, if that is shorter. */
 static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
                              unsigned char *keep) {
-    /* Products with the error; the step of a token that changes sides; what that adds by itself
-       (those that stay: never); what both changes would do. */
+    /* Products with the error, all negative; the step of a token that changes sides; what that
+       adds by itself, negative (from those that stay: too much). */
     float *f = block->tile, *step = f + BKVI_BLOCK, *own = step + BKVI_BLOCK;
-    float *gain = own + BKVI_BLOCK;
-    const float never = 3e38f;
-    uint32_t i, j, partner, moved = 1;
-    memset(f, 0, BKVI_BLOCK * sizeof *f);
+    float *error = own + BKVI_BLOCK;
+    const bkvi_vec zero = bkvi_v(set)(0.0f), one = bkvi_v(set)(1.0f), never = bkvi_v(set)(-3e38f);
+    bkvi_vec x, y;
+    uint32_t i, j, moved = 1;
     for (i = 0; i < BKVI_BLOCK; i++) {
-        const float inverse = chance[i] > 0.0f && chance[i] < 1.0f ? 1.0f / chance[i] : 0.0f;
-        step[i] = keep[i] ? -inverse : inverse;
-        own[i] = step[i] > 0.0f ? inverse * inverse * block->matrix[i * (BKVI_BLOCK + 1)] : never;
-        if (chance[i] < 1.0f)
-            bkvi_k(add_row)(f, block->matrix, i, keep[i] ? inverse - 1.0f : -1.0f);
+        step[i] = (float)keep[i];
+        own[i] = block->matrix[i * (BKVI_BLOCK + 1)];
     }
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH) { /* x: 1 / chance, or 0 if there is no choice */
+        const bkvi_vec p = bkvi_v(load)(chance + i), stays = bkvi_v(load)(step + i);
+        x = bkvi_v(pick_gt)(one, p, one / bkvi_v(pick_gt)(p, zero, p, one), zero);
+        y = bkvi_v(pick_gt)(x, zero, one - x, zero);
+        bkvi_v(store)(error + i, bkvi_v(pick_gt)(stays, zero, y, one));
+        y = bkvi_v(pick_gt)(x, zero, zero - x * x * bkvi_v(load)(own + i), never);
+        bkvi_v(store)(own + i, bkvi_v(pick_gt)(stays, zero, never, y));
+        bkvi_v(store)(step + i, bkvi_v(pick_gt)(stays, zero, zero - x, x));
+    }
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_VECS(1) * BKVI_LANES)
+        bkvi_k(tile_fma)(BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(block->matrix + i),
+                         BKVI_BLOCK, BKVI_LANES, BKVI_BLOCK, error, 0, 1, 1, f + i, BKVI_BLOCK,
+                         NULL);
     for (; rounds && moved; rounds--)
         for (i = 0, moved = 0; i < BKVI_BLOCK; i++) {
-            const float *row = block->matrix + (size_t)i * BKVI_BLOCK;
+            const float *row = block->matrix + (size_t)i * BKVI_BLOCK, *other;
             const float own_i = step[i] * step[i] * row[i];
-            const bkvi_vec step_i = bkvi_v(set)(step[i]);
-            bkvi_vec least,
-                limit = bkvi_v(fma)(step_i, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own_i));
+            const bkvi_vec away = bkvi_v(set)(-step[i]);
+            const bkvi_vec least = bkvi_v(fma)(away, bkvi_v(set)(f[i] + f[i]), bkvi_v(set)(own_i));
+            bkvi_vec most = least, at = zero, here = bkvi_v(load)(bkvi_k(count));
             if (!(step[i] < 0.0f)) continue;
-            least = limit = bkvi_v(set)(0.0f) - limit;
-            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
-                bkvi_vec x = bkvi_v(fma)(step_i, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
+            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) { /* at: -(place of the most) */
+                x = bkvi_v(fma)(away, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
                 x = bkvi_v(fma)(bkvi_v(load)(step + j), x + x, bkvi_v(load)(own + j));
-                bkvi_v(store)(gain + j, x);
-                least = bkvi_v(pick_gt)(least, x, x, least);
+                at = bkvi_v(pick_gt)(x, most, here, at);
+                most = bkvi_v(max)(most, x);
+                here = here - bkvi_v(set)((float)BKVI_WIDTH);
             }
-            if (!bkvi_v(any_gt)(limit, least)) continue;
-            for (j = partner = 0; j < BKVI_BLOCK; j++)
-                partner = gain[j] < gain[partner] ? j : partner;
-            moved = 1, keep[i] = 0, keep[partner] = 1;
-            bkvi_k(add_row)(f, block->matrix, i, step[i]);
-            bkvi_k(add_row)(f, block->matrix, partner, step[partner]);
-            step[i] = -step[i], step[partner] = -step[partner];
-            own[i] = own_i, own[partner] = never;
+            if (!bkvi_v(any_gt)(most, least)) continue;
+            x = bkvi_v(set)(bkvi_v(top)(most));
+            j = (uint32_t)-bkvi_v(top)(bkvi_v(pick_gt)(x, most, never, at));
+            other = block->matrix + (size_t)j * BKVI_BLOCK;
+            y = bkvi_v(set)(-step[j]);
+            moved = 1, keep[i] = 0, keep[j] = 1;
+            step[i] = -step[i], step[j] = -step[j];
+            own[i] = -own_i, own[j] = -3e38f;
+            for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
+                x = bkvi_v(fma)(away, bkvi_v(load)(row + j), bkvi_v(load)(f + j));
+                bkvi_v(store)(f + j, bkvi_v(fma)(y, bkvi_v(load)(other + j), x));
+            }
         }
 }
 
@@ -2336,7 +3024,6 @@ BKVI_VFN void bkvi_k(times)(float *x, const unsigned char *scale) {
    rises, what was summed so far shrinks. */
 static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, int r,
                                          uint32_t v_dim_pad, float softcap) {
-    static const float lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
     const float limit = tile->limit ? tile->limit[r] : (float)span->slots;
     float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
@@ -2356,16 +3043,14 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
         }
     }
     for (i = 0; i < BKVI_PAGE && limit < (float)BKVI_PAGE; i += BKVI_WIDTH) {
-        x = bkvi_v(set)(limit - (float)(i - i % BKVI_LANES));
-        bkvi_v(store)(s + i, bkvi_v(pick_gt)(x, bkvi_v(load)(lane + i % BKVI_LANES),
+        x = bkvi_v(set)((float)(i - i % BKVI_LANES) - limit);
+        bkvi_v(store)(s + i, bkvi_v(pick_gt)(bkvi_v(load)(bkvi_k(count) + i % BKVI_LANES), x,
                                              bkvi_v(load)(s + i), bkvi_v(set)(BKVI_MASKED)));
     }
     for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) most = bkvi_v(max)(most, bkvi_v(load)(s + i));
     if (bkvi_v(any_gt)(most, bkvi_v(set)(tile->max[r]))) {
-        float *out = tile->out + (size_t)r * v_dim_pad, highest[16], max = tile->max[r];
+        float *out = tile->out + (size_t)r * v_dim_pad, max = bkvi_v(top)(most);
         bkvi_vec shrink[4];
-        bkvi_v(store)(highest, most);
-        for (i = 0; i < BKVI_WIDTH; i++) max = highest[i] > max ? highest[i] : max;
         for (i = 0; i < 4; i++) shrink[i] = bkvi_v(set)(tile->max[r] - max);
         bkvi_k(exp2)(shrink);
         tile->max[r] = max;
@@ -2409,10 +3094,9 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
                                   const bkvi_tile *tile, const bkvi_span *span) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = c->v_dim_pad;
     const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)dim * BKVI_LANES;
-    const uint32_t panels = (span->slots + BKVI_LANES - 1) / BKVI_LANES,
-                   vecs = v_dim_pad / BKVI_LANES;
+    const uint32_t vecs = v_dim_pad / BKVI_LANES;
     const unsigned char *x;
-    uint32_t i;
+    uint32_t i, slots, panels;
     int r;
 #define BKVI_SCORES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= panels; i += n)                                        \
@@ -2422,12 +3106,14 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
 #define BKVI_VALUES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= vecs; i += n)                                          \
     bkvi_k(tile_fma)(type, rows, n, x + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES,        \
-                     span->slots, tile->scores, BKVI_PAGE, 0, 0,                                   \
+                     slots, tile->scores, BKVI_PAGE, 0, 0,                                         \
                      tile->out + (size_t)i * BKVI_LANES, v_dim_pad,                                \
                      span->next_k ? span->next_k + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
     if (type == BKV_I8) memset(tile->scores, 0, (size_t)rows * BKVI_PAGE * sizeof(float));
     for (x = span->k_rest ? span->k_rest : span->k; x; x = x == span->k ? NULL : span->k) {
         if (type == BKV_I8 && span->k_rest && x == span->k) bkvi_k(lessen)(tile->scores, rows);
+        slots = x == span->k ? span->slots : span->rests;
+        panels = (slots + BKVI_LANES - 1) / BKVI_LANES;
         i = 0;
         BKVI_SCORES(4);
         BKVI_SCORES(2);
@@ -2436,6 +3122,7 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
     for (r = 0; r < rows; r++) bkvi_k(soften)(tile, span, r, v_dim_pad, c->cfg.softcap);
     for (x = span->v; x; x = x == span->v ? span->v_rest : NULL) {
         if (type == BKV_I8 && x != span->v) bkvi_k(lessen)(tile->scores, rows);
+        slots = x == span->v ? span->slots : span->rests;
         i = 0;
         BKVI_VALUES(4);
         BKVI_VALUES(2);
@@ -2446,13 +3133,16 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
 }
 
 /* One function per type and row count, so that each has the registers to itself. */
+#if BKVI_SMALL
+#define BKVI_EACH_ROWS(X, type) X(type, 1)
+#else
+#define BKVI_EACH_ROWS(X, type) X(type, 1) X(type, 2) X(type, 3) X(type, 4)
+#endif
 #ifdef BALANCEKV_KV_TYPE
-#define BKVI_EACH_TILE(X)                                                                          \
-    X(BALANCEKV_KV_TYPE, 1) X(BALANCEKV_KV_TYPE, 2) X(BALANCEKV_KV_TYPE, 3) X(BALANCEKV_KV_TYPE, 4)
+#define BKVI_EACH_TILE(X) BKVI_EACH_ROWS(X, BALANCEKV_KV_TYPE)
 #else
 #define BKVI_EACH_TILE(X)                                                                          \
-    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(2, 4)                                \
-    X(3, 1) X(3, 2) X(3, 3) X(3, 4) X(4, 1) X(4, 2) X(4, 3) X(4, 4)
+    BKVI_EACH_ROWS(X, 1) BKVI_EACH_ROWS(X, 2) BKVI_EACH_ROWS(X, 3) BKVI_EACH_ROWS(X, 4)
 #endif
 #define BKVI_X(type, rows)                                                                         \
     static BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                \
@@ -2462,8 +3152,8 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
 
-/* One scaled query, its elements `width` floats apart; its running mean learns from it. With work
-   it is rotated. */
+/* One scaled query, its elements `width` floats apart; its running mean, if any, learns from it.
+   With work it is rotated. */
 static BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
                                              const unsigned char *row, const bkv_tensor *q,
                                              uint32_t dim, float scale, float *work) {
@@ -2474,11 +3164,15 @@ static BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned
         bkvi_k(rotated_row)(work, row, type, stride, dim, dim);
         row = (const unsigned char *)work, type = BKV_F32, stride = 4;
     }
-    for (i = 0; i < dim; i += BKVI_LANES, mean += 4 * BKVI_LANES) {
+    for (i = 0; i < dim; i += BKVI_LANES) {
         bkvi_k(row)(part, row, type, stride, i, dim);
         for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
-            bkvi_vec x = bkvi_v(load)(part + j), m = bkvi_v(load)(mean + 4 * j);
-            bkvi_v(store)(mean + 4 * j, bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m));
+            bkvi_vec x = bkvi_v(load)(part + j);
+            if (mean) {
+                bkvi_vec m = bkvi_v(load)(mean + 4 * (i + j));
+                bkvi_v(store)(mean + 4 * (i + j),
+                              bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m));
+            }
             bkvi_v(store)(part + j, x * bkvi_v(set)(scale));
         }
         for (j = 0; j < bkvi_min(BKVI_LANES, dim - i); j++, to += width) *to = part[j];
@@ -2514,8 +3208,9 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
             limit[r] = (float)(bkvi_last_fill(h) - run->n + 1 + token);
             max[r] = BKVI_LOWEST;
             to = q + (size_t)tile * dim + (r - tile);
-            bkvi_k(load_query)(to, width, queries + (begin + r) % group * mean_bytes, row, run->q,
-                               dim, scale, work);
+            bkvi_k(load_query)(to, width,
+                               h->drafts ? NULL : queries + (begin + r) % group * mean_bytes, row,
+                               run->q, dim, scale, work);
         }
         memset(out, 0, (size_t)n * v_dim_pad * sizeof *out);
         memset(lanes, 0, (size_t)n * BKVI_LANES * sizeof *lanes);
@@ -2526,11 +3221,12 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
             span.k = bkvi_key_page(c, mem, slot);
             span.v = bkvi_value_row(c, mem, slot);
             span.weight = bkvi_word(mem, c->off_weight, slot);
-            span.use = b + 2 < n_blocks ? NULL : bkvi_word(mem, c->off_use, slot);
+            span.use = b + 2 < n_blocks || h->drafts ? NULL : bkvi_word(mem, c->off_use, slot);
             span.k_scale = work ? bkvi_scale(mem, c->off_k_scale, slot) : NULL;
             span.v_scale = work ? bkvi_scale(mem, c->off_v_scale, slot) : NULL;
             span.k_rest = span.v_rest = NULL;
-            if (work && bkvi_has_rests(c, h, mem, b, slot)) {
+            span.rests = work ? bkvi_n_rests(c, mem, slot, span.slots, b + 1 == n_blocks) : 0;
+            if (span.rests) {
                 span.k_rest = bkvi_key_rest(c, mem, bkvi_rest(c, slot));
                 span.v_rest = bkvi_value_rest(c, mem, bkvi_rest(c, slot));
             }
@@ -2587,6 +3283,7 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
     bkvi_kernels k;
     k.scan = bkvi_k(scan);
     k.put = bkvi_k(put);
+    k.fetch = bkvi_k(fetch);
     k.gram = bkvi_k(gram);
     k.exchange = bkvi_k(exchange);
     k.attend = bkvi_k(attend);
@@ -2608,12 +3305,15 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
 #undef BKVI_VFN
 #undef BKVI_OP
 #undef BKVI_STORE
+#undef BKVI_I
+#undef BKVI_M
 #undef BKVI_2
 #undef BKVI_3
 #undef BKVI_4
 #undef BKVI_WIDTH
 #undef BKVI_FN
 #undef BKVI_EACH_TILE
+#undef BKVI_EACH_ROWS
 #undef BKVI_TILES
 #undef BKVI_VECS
 #endif /* BKVI_PASS */
@@ -2621,7 +3321,7 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
 /* Once, behind all passes. */
 #if defined(BKVI_HARDWARE_FMA) && !defined(BKVI_NESTED)
 static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
-    bkvi_kernels k = {NULL, NULL, NULL, NULL, NULL};
+    bkvi_kernels k = {NULL, NULL, NULL, NULL, NULL, NULL};
 #if BKVI_HAVE_SCALAR
     if (backend == BKV_BACKEND_SCALAR) k = bkvi_kernels_scalar();
 #endif
@@ -2653,7 +3353,16 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_NOINLINE
 #undef BKVI_UNROLL
 #undef BKVI_PIN
+#undef BKVI_ROUND
+#undef BKVI_SMALL
+#undef BKVI_SIMDE_FMA
 #undef BKVI_HARDWARE_FMA
+#ifdef BKVI_BARE
+#undef memcpy
+#undef memset
+#undef memcmp
+#undef BKVI_BARE
+#endif
 #endif
 
 /* ------------------------------------------------------------------------------------------------

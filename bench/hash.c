@@ -157,7 +157,8 @@ static void run_part(const part *p, uint64_t number, uint32_t backend, uint64_t 
     uint32_t q_heads = p->heads * p->group, value_dim = p->value_dim ? p->value_dim : p->head_dim;
     uint32_t ith, nth = p->threads;
     size_t kv_floats = (size_t)MAX_CHUNK * p->heads;
-    size_t n_tokens = p->budget + TOKENS_BEYOND_BUDGET, seen = 0, step = number, bytes, shift = 0;
+    size_t n_tokens = p->budget + TOKENS_BEYOND_BUDGET, seen = 0, step = (size_t)number, bytes;
+    size_t shift = 0;
     void *k_data = allocate(kv_floats * p->head_dim * sizeof(float));
     void *v_data = allocate(kv_floats * value_dim * sizeof(float));
     void *q_data = allocate(kv_floats * p->group * p->head_dim * sizeof(float));

@@ -3,11 +3,13 @@
 
     check_header.py
 """
+import os
 import re
 
 from bad_config import ROOT, Tally
 
 MAX_LINES, MAX_COLUMNS = 2500, 100
+MAX_SCREEN = 60  # lines of README before its second heading
 # What only section 4 may name. But section 3 decorates its functions before §4 is read: there, from
 # the one line to the other, two of the names are allowed.
 PLATFORM = re.compile(r"\b(?:__[A-Z0-9]+(?:_[A-Z0-9]+)*(?:__)?|_M_[A-Z0-9_]+|_MSC_\w+|_WIN\d\d"
@@ -80,13 +82,29 @@ def check_readme(tally):
     tally.check(blocks, "README.md shows no C block as examples/minimal.c")
     for code in blocks:
         tally.check(code == example, "README.md and examples/minimal.c differ")
+    screen = readme.split("\n## ", maxsplit=1)[0].count("\n")
+    tally.check(screen <= MAX_SCREEN, "README's first screen has %d lines" % screen)
+
+
+def check_links(tally):
+    """Every file that a document points to is there."""
+    for at, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if not name.startswith(("build", "."))]
+        for page in (os.path.join(at, name) for name in names if name.endswith(".md")):
+            with open(page, encoding="utf-8") as file:
+                links = re.findall(r"\]\(([^)#:\s]+)\)", file.read())
+            tally.check_none(os.path.relpath(page, ROOT) + " points to what is not there",
+                             [link for link in links if not os.path.exists(os.path.join(at, link))])
 
 
 def check_version(tally, text):
     version = ".".join(re.findall(r"#define BKV_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", text))
     tally.check(text.startswith("/* balancekv.h - v%s - " % version), "line 1 is not " + version)
     for name, pattern in (("meson.build", r"\bversion\s*:\s*'([^']*)'"),
-                          ("CHANGELOG.md", r"(?m)^## \[?v?(\d+\.\d+\.\d+)\b")):
+                          ("CHANGELOG.md", r"(?m)^## \[?v?(\d+\.\d+\.\d+)\b"),
+                          ("packaging/vcpkg/vcpkg.json", r'"version": "([^"]*)"'),
+                          ("packaging/balancekv.wrap", r"directory = balancekv-(\S+)"),
+                          ("packaging/balancekv.wrap", r"filename = balancekv-(\S+)\.tar\.gz")):
         other = read(name)
         if tally.check(other is not None, name + " is missing"):
             found = re.search(pattern, other)
@@ -104,6 +122,7 @@ def main():
     check_platform(tally, lines, sections)
     check_version(tally, text)
     check_readme(tally)
+    check_links(tally)
     tally.done()
 
 

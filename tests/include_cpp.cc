@@ -4,7 +4,7 @@
 
 namespace {
 
-alignas(64) unsigned char block[1 << 18];
+alignas(64) unsigned char block[BKV_SIZE(1, 1, 32, 256, BKV_F16)];
 
 struct Stream {
     bkv_cache cache;

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs every test, from any folder:  sh tests/run.sh
-# Sets up Meson and NumPy in build/venv where they are missing; installs nothing anywhere else.
+# Sets up Meson, NumPy and Conan in build/venv where they are missing; installs nothing elsewhere.
 # Without them (no network) a plain compiler does what it can. Ends with what ran on which backend,
 # what was left out and why, and the line "N passed, N failed".
 # Environment: CC; BKV_EXPECT=scalar,avx2,.. names backends that the native runs must have besides
@@ -16,9 +16,13 @@ passed=0 failed=0 ran='' left_out=''
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
-leave_out() { # what, why
+mention() { # what, why: left out, and CI may leave it out, too
     left_out="$left_out  $1: $2
 "
+}
+
+leave_out() { # what, why
+    mention "$1" "$2"
     [ "${CI:-}" != true ] || failed=$((failed + 1))
 }
 
@@ -131,9 +135,10 @@ export CC
 
 numpy_there() { python3 -c 'import numpy' 2>/dev/null; }
 no_tools='not installed'
-if ! have meson || ! have ninja || ! numpy_there; then
-    echo 'setting up Meson and NumPy in build/venv ..'
-    { python3 -m venv build/venv && build/venv/bin/pip install -r tests/requirements.txt; } \
+if ! have meson || ! have ninja || ! have conan || ! numpy_there; then
+    echo 'setting up Meson, NumPy and Conan in build/venv ..'
+    { python3 -m venv --system-site-packages build/venv &&
+        build/venv/bin/pip install -r tests/requirements.txt; } \
         >"$logs/venv.log" 2>&1 || no_tools=$(tail -n 1 "$logs/venv.log")
     hash -r # dash would go on with the python3 it found before
 fi
@@ -142,6 +147,13 @@ if have meson && have ninja; then
     llm=${BKV_LLM:-${XDG_CACHE_HOME:-$HOME/.cache}/balancekv-llm}
     [ -f "$llm/built" ] || leave_out 'a language model' "no $llm; run examples/llm/setup.sh"
     [ -f "$llm/built" ] || llm=
+    for tool in cmake pkg-config conan; do
+        have "$tool" || leave_out "packaging by $tool" "no $tool"
+    done
+    have patch || leave_out 'the diff of examples/llama2c' 'no patch'
+    have vcpkg || mention 'packaging by vcpkg' 'no vcpkg; its port runs in plain CMake'
+    python3 tests/test_press.py --there >/dev/null ||
+        mention 'the press of examples/python' 'no torch; bench/peers.sh installs one'
     step "native, $CC" meson_run build "$native" "-Dllm=$llm" ''
     numpy_there || leave_out 'golden vectors against the model' "no NumPy: $no_tools"
     why=$(python3 bench/insn.py --why-not 2>&1) || why='bench/insn.py fails'
@@ -159,6 +171,29 @@ if have meson && have ninja; then
         leave_out 'clang' 'no clang'
     fi
 
+    bare=
+    if have arm-none-eabi-gcc && have qemu-system-arm; then
+        bare=cortex-m7
+    else
+        leave_out 'freestanding, Cortex-M7' 'no arm-none-eabi-gcc or no qemu-system-arm'
+    fi
+    if have aarch64-linux-gnu-gcc && have qemu-aarch64; then
+        bare="$bare aarch64"
+    else
+        leave_out 'freestanding, AArch64' 'no aarch64-linux-gnu-gcc or no qemu-aarch64'
+    fi
+    [ "$(uname -sm)" != 'Linux x86_64' ] || bare="$bare x86-64"
+    # shellcheck disable=SC2086 # names are meant to split
+    [ -z "$bare" ] || step "freestanding" sh examples/freestanding.sh $bare
+
+    if ! have chromium && ! have chromium-browser && ! have google-chrome; then
+        leave_out 'the web page' 'no Chromium'
+    elif ! sh examples/web/build.sh >"$logs/web_build.log" 2>&1; then
+        leave_out 'the web page' "not built: $(tail -n 1 "$logs/web_build.log")"
+    else
+        step 'the web page, in Chromium' python3 tests/test_web.py
+    fi
+
     # From here on it is about the instructions and the memory, not about every size.
     export BKV_QUICK=1
     step 'address, undefined sanitizers' meson_run build/sanitize "$native" \
@@ -166,14 +201,6 @@ if have meson && have ninja; then
 
     case $machine in
     x86_64 | amd64)
-        if ! echo '#include <simde/x86/avx512.h>' | $CC -E - >/dev/null 2>&1; then
-            leave_out 'AVX-512 block through SIMDe' 'no libsimde-dev'
-        elif ! cpu_has avx2 fma f16c; then
-            leave_out 'AVX-512 block through SIMDe' 'this CPU lacks AVX2, FMA or F16C'
-        else
-            step 'AVX-512 block through SIMDe' meson_run build/simde scalar,avx512 \
-                '-Dsimde=true -Dexamples=disabled' '--suite core'
-        fi
         if ! have aarch64-linux-gnu-gcc || ! have qemu-aarch64; then
             leave_out 'AArch64 under qemu' 'no aarch64-linux-gnu-gcc or no qemu-aarch64'
         else
@@ -182,19 +209,24 @@ if have meson && have ninja; then
                 step "AArch64 under qemu, $backend" meson_run build/aarch64-$backend $backend \
                     "--cross-file tests/cross/aarch64.ini -Dexamples=disabled
                     -Dc_args=-DBALANCEKV_SIMD=BALANCEKV_SIMD_$simd" \
-                    "hash-$backend kernels golden convert"
+                    "hash-$backend nofma-hash-$backend kernels golden convert"
             done
         fi
+        quick='x86-64-simde x86-64-simde-512 i686 armhf-vfpv4 wasm32-simd'
+        [ "${CI:-}" != true ] || quick='' # all of them
+        # shellcheck disable=SC2086
+        step 'other CPUs, tests/matrix.sh' sh tests/matrix.sh $quick
         ;;
     esac
 else
-    leave_out 'clang, sanitizers, SIMDe, AArch64, a language model' "no Meson: $no_tools"
+    leave_out 'clang, sanitizers, AArch64, other CPUs, a language model' "no Meson: $no_tools"
     step 'hash' plain_hashes
     export BKV_EXPECT="$native"
     for source in tests/test_*.c; do
         step "$(basename "$source" .c)" plain_run "$source"
     done
-    for script in tests/bad_config.py tests/check_*.py tests/test_examples.py; do
+    for script in tests/bad_config.py tests/check_*.py tests/test_examples.py \
+        tests/test_adapters.py tests/test_packaging.py; do
         if have python3; then
             step "$(basename "$script" .py)" python3 "$script"
         else
@@ -204,6 +236,7 @@ else
     ! have python3 || step 'speed' plain_speed
     if numpy_there; then
         step 'golden vectors against the model' python3 tests/gen_golden.py --check
+        step 'Python' python3 tests/test_python.py
     else
         leave_out 'golden vectors against the model' "no NumPy: $no_tools"
     fi

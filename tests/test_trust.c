@@ -1,0 +1,400 @@
+/* Trust: what is rolled back, shrunk, saved, moved or handed over is what it should be, and nothing
+   that is broken gets in. BKV_LONG=1 runs the numbers that README names. */
+#include "test.h"
+#define BALANCEKV_IMPLEMENTATION
+#include "balancekv.h"
+
+enum { N_KV = 2, GROUP = 2, DIM = 10, VALUE_DIM = 18, N_Q = N_KV * GROUP, BUDGET = 272 };
+
+static unsigned amount(unsigned normal, unsigned in_readme) {
+    return test_quick() ? normal / 10 + 1 : getenv("BKV_LONG") ? in_readme : normal;
+}
+
+static bkv_config config(uint32_t kv_type) {
+    bkv_config cfg = bkv_config_default(N_Q, N_KV, DIM, BUDGET);
+    cfg.value_dim = VALUE_DIM;
+    cfg.kv_type = kv_type;
+    cfg.seed = 11;
+    return cfg;
+}
+
+/* A long stream that every test reads from. */
+enum { LENGTH = 4096 };
+typedef struct stream {
+    tensor k, v, q;
+} stream;
+static stream stream_new(void) {
+    stream s = {tensor_random(LENGTH, N_KV, DIM, BKV_F32),
+                tensor_random(LENGTH, N_KV, VALUE_DIM, BKV_F32),
+                tensor_random(LENGTH, N_Q, DIM, BKV_F32)};
+    return s;
+}
+static void stream_free(stream *s) { tensor_free(&s->k), tensor_free(&s->v), tensor_free(&s->q); }
+
+static void append(bkv_cache *c, const stream *s, size_t at, size_t n, uint32_t flags) {
+    OK(bkv_append(c, tensor_from(&s->k, at % LENGTH), tensor_from(&s->v, at % LENGTH), n, flags, 0,
+                  1));
+}
+static void attend(bkv_cache *c, const stream *s, size_t at, float *out) {
+    OK(bkv_attend(c, tensor_from(&s->q, at % LENGTH), out, 0, 1));
+}
+static void prefill(bkv_cache *c, const stream *s, size_t at, size_t n, uint32_t flags,
+                    float *out) {
+    at %= LENGTH;
+    OK(bkv_prefill(c, tensor_from(&s->k, at), tensor_from(&s->v, at), tensor_from(&s->q, at), out,
+                   n, flags, 0, 1));
+}
+
+static bkv_cache copy_of(const bkv_cache *c) {
+    bkv_cache copy = *c;
+    copy.mem = (unsigned char *)checked(malloc(c->bytes));
+    memcpy(copy.mem, c->mem, c->state_bytes);
+    return copy;
+}
+
+/* Tokens now, then queries and tokens together for a while: the outputs and the state. */
+static void go_on(bkv_cache *c, const stream *s, size_t at, size_t n, float *out) {
+    for (size_t t = 0; t < n; t++) {
+        append(c, s, at + t, 1, 0);
+        attend(c, s, at + t, out);
+    }
+}
+
+static void rejected_drafts_leave_no_trace(void) {
+    enum { MOST = 8 };
+    stream s = stream_new();
+    unsigned rounds = amount(6000, 100000);
+    for (size_t type = 0; type < COUNT(storage_types); type++) {
+        bkv_config cfg = config(storage_types[type]);
+        bkv_cache tried = cache_new(&cfg), never = cache_new(&cfg);
+        float *out = new_floats(MOST * N_Q * VALUE_DIM), *same = new_floats(N_Q * VALUE_DIM);
+        size_t seen = 0;
+        for (unsigned round = 0; round < rounds / COUNT(storage_types); round++) {
+            uint32_t room = cache_stats(&tried).room, drafts, kept;
+            size_t at = seen % (LENGTH - MOST);
+            if (room == 0 || random_below(4) == 0) {
+                go_on(&tried, &s, at, 1, out);
+                go_on(&never, &s, at, 1, same);
+                CHECK(!memcmp(out, same, N_Q * VALUE_DIM * sizeof *out));
+                seen++;
+                continue;
+            }
+            drafts = 1 + random_below(room < MOST ? room : MOST);
+            kept = random_below(drafts + 1);
+            if (random_below(2)) {
+                prefill(&tried, &s, at, drafts, BKV_DRAFT, out);
+            } else {
+                for (uint32_t i = 0; i < drafts; i++) {
+                    append(&tried, &s, at + i, 1, BKV_DRAFT);
+                    attend(&tried, &s, at + i, out);
+                }
+            }
+            OK(bkv_truncate(&tried, seen + kept));
+            if (kept) append(&never, &s, at, kept, BKV_DRAFT);
+            seen += kept;
+            if (seen) {
+                attend(&tried, &s, at + MOST, out);
+                attend(&never, &s, at + MOST, same);
+                CHECK(!memcmp(out, same, N_Q * VALUE_DIM * sizeof *out));
+            }
+            CHECKF(same_state(&tried, &never), "round %u", round);
+        }
+        OK(bkv_validate(&tried));
+        CHECK(test_quick() || cache_stats(&tried).halvings > 20);
+        free(out), free(same), cache_free(&tried), cache_free(&never);
+    }
+    stream_free(&s);
+}
+
+static void rollback_before_any_halving_and_its_limits(void) {
+    stream s = stream_new();
+    bkv_config cfg = config(BKV_F16);
+    bkv_cache c = cache_new(&cfg), small = cache_new(&cfg), before;
+    append(&c, &s, 0, BUDGET, 0);
+    for (size_t n = BUDGET; n-- > 0;) {
+        OK(bkv_truncate(&c, n));
+        OK(bkv_validate(&c));
+        if (n % 37) continue;
+        OK(bkv_reset(&small));
+        if (n) append(&small, &s, 0, n, 0);
+        CHECKF(same_state(&c, &small), "%zu tokens", n);
+    }
+    RESULT(bkv_truncate(&c, 1), BKV_E_ROLLBACK);
+    RESULT(bkv_truncate(NULL, 0), BKV_E_NULL);
+    append(&c, &s, 0, BUDGET + 5, 0);
+    CHECK(cache_stats(&c).room == 64 - 5);
+    before = copy_of(&c);
+    RESULT(bkv_truncate(&c, BUDGET), BKV_E_ROLLBACK);
+    RESULT(bkv_truncate(&c, BUDGET + 6), BKV_E_ROLLBACK);
+    CHECK(same_state(&c, &before));
+    OK(bkv_truncate(&c, BUDGET + 1));
+    RESULT(bkv_truncate(&c, BUDGET), BKV_E_ROLLBACK);
+    cache_free(&c), cache_free(&small), cache_free(&before);
+    stream_free(&s);
+}
+
+static void shrinks_in_place(void) {
+    stream s = stream_new();
+    float out[N_Q * VALUE_DIM];
+    for (unsigned round = 0; round < amount(200, 2000); round++) {
+        bkv_config cfg = config(storage_types[round % 4]);
+        cfg.budget = 400 + random_below(800);
+        cfg.window = round % 5 == 0 ? BKV_NONE : 0;
+        size_t n = 1 + random_below(2000);
+        bkv_cache c = cache_new(&cfg), before;
+        go_on(&c, &s, 0, n, out);
+        bkv_stats_info was = cache_stats(&c), is;
+        uint32_t budget = 208 + random_below(cfg.budget - 208);
+        OK(bkv_shrink(&c, budget));
+        is = cache_stats(&c);
+        OK(bkv_validate(&c));
+        CHECKF(is.slots <= budget && is.slots + 64 > budget && is.bytes <= was.bytes,
+               "%u slots of %u", is.slots, budget);
+        CHECK(bkv_size(&c.cfg) == is.bytes && is.tokens_seen == n);
+        if (was.tokens_held <= is.slots) { /* then it is the cache that was always small */
+            bkv_config small = c.cfg;
+            small.backend = 0;
+            bkv_cache other = cache_new(&small);
+            go_on(&other, &s, 0, n, out);
+            CHECK(same_state(&c, &other));
+            cache_free(&other);
+        }
+        for (uint32_t i = 0; i < is.window && i < n; i++) /* the newest are all there, exactly */
+            CHECK(cache_token(&c, 1, is.tokens_held - 1 - i).position == n - 1 - i);
+        go_on(&c, &s, n, 300, out);
+        OK(bkv_validate(&c));
+        before = copy_of(&c);
+        RESULT(bkv_shrink(&c, c.cfg.budget + 1), BKV_E_BUDGET);
+        RESULT(bkv_shrink(&c, 64), BKV_E_BUDGET);
+        OK(bkv_shrink(&c, c.cfg.budget));
+        CHECK(same_state(&c, &before));
+        cache_free(&c), cache_free(&before);
+    }
+    RESULT(bkv_shrink(NULL, 64), BKV_E_NULL);
+    stream_free(&s);
+}
+
+static void saved_states_go_on_bit_for_bit(void) {
+    stream s = stream_new();
+    float out[2][N_Q * VALUE_DIM];
+    uint32_t backends[8];
+    size_t n_backends = test_backends(backends);
+    for (unsigned round = 0; round < amount(100, 1000); round++) {
+        bkv_config cfg = config(storage_types[round % 4]);
+        bkv_cache c = cache_new(&cfg), back;
+        size_t n = random_below(1500), bytes = cache_stats(&c).state_bytes, need;
+        if (n) go_on(&c, &s, 0, n, out[0]);
+        unsigned char *saved = (unsigned char *)checked(malloc(bytes + 1));
+        RESULT(bkv_save(&c, saved + 1, bytes - 1), BKV_E_MEMORY);
+        OK(bkv_save(&c, saved + 1, bytes));
+        need = bkv_load_size(saved + 1, bytes, 1 + round % 3);
+        CHECK(need >= bytes);
+        void *mem = checked(malloc(need));
+        RESULT(bkv_load(&back, saved + 1, bytes, mem, need - 1, 1 + round % 3, 0), BKV_E_MEMORY);
+        OK(bkv_load(&back, saved + 1, bytes, mem, need, 1 + round % 3,
+                    backends[round % n_backends]));
+        CHECK(back.cfg.n_threads == 1 + round % 3);
+        go_on(&c, &s, n, 200, out[0]);
+        go_on(&back, &s, n, 200, out[1]);
+        CHECK(!memcmp(out[0], out[1], sizeof out[0]));
+        for (uint32_t head = 0; head < N_KV; head++) /* the header names the threads */
+            CHECK(!memcmp(bkvi_head_mem(&c, head), bkvi_head_mem(&back, head), c.head_bytes));
+        RESULT(bkv_load(&back, saved + 1, bytes, mem, need, 1025, 0), BKV_E_THREADS);
+        RESULT(bkv_load(&back, saved + 1, bytes, mem, need, 1, 31), BKV_E_BACKEND);
+        RESULT(bkv_load(&back, saved + 1, bytes - 1, mem, need, 1, 0), BKV_E_STATE);
+        RESULT(bkv_load(&back, saved + 1, 255, mem, need, 1, 0), BKV_E_STATE);
+        free(saved), cache_free(&c), cache_free(&back);
+    }
+    stream_free(&s);
+}
+
+/* A saved state with broken bits. As a checksum catches every one of them by itself, half of them
+   get a fitting one: what then still loads must behave. */
+static void broken_bytes_are_rejected_or_harmless(void) {
+    stream s = stream_new();
+    float out[N_Q * VALUE_DIM];
+    bkv_config cfg = config(BKV_F16);
+    bkv_cache c = cache_new(&cfg), back;
+    size_t bytes = cache_stats(&c).state_bytes, loaded = 0;
+    unsigned char *saved = (unsigned char *)checked(malloc(bytes)), *broken;
+    void *mem = checked(malloc(c.bytes));
+    broken = (unsigned char *)checked(malloc(bytes));
+    go_on(&c, &s, 0, 900, out);
+    OK(bkv_save(&c, saved, bytes));
+    for (unsigned round = 0; round < amount(20000, 1000000); round++) {
+        memcpy(broken, saved, bytes);
+        /* In the header, in the tables of a head, anywhere. */
+        size_t span = round % 3 == 0   ? BKVI_HEADER_BYTES
+                      : round % 3 == 1 ? BKVI_HEADER_BYTES + c.off_k
+                                       : bytes;
+        for (uint32_t flips = 1 + random_below(round % 2 ? 1 : 8); flips; flips--) {
+            size_t at = random_below((uint32_t)span);
+            broken[at] = (unsigned char)(broken[at] ^ (1u << random_below(8)));
+        }
+        if (round / 3 % 2) {
+            bkvi_put_sum(broken, 0);
+            bkvi_put_sum(broken, bkvi_checksum(0, broken, bytes));
+        } else if (!memcmp(broken, saved, bytes)) {
+            continue; /* the flips undid each other */
+        }
+        if (bkv_load(&back, broken, bytes, mem, c.bytes, 1, 0) != BKV_OK) continue;
+        CHECK(round / 3 % 2);
+        loaded++;
+        if (back.cfg.n_q_heads != N_Q || back.cfg.n_kv_heads != N_KV || back.cfg.head_dim != DIM ||
+            back.cfg.value_dim != VALUE_DIM)
+            continue; /* a sound state of another shape */
+        go_on(&back, &s, 0, 70, out);
+        RESULT(bkv_truncate(&back, 0), BKV_E_ROLLBACK);
+        for (size_t i = 0; i < COUNT(out); i++) CHECK(out[i] - out[i] == 0.0f);
+    }
+    CHECK(loaded > 0);
+    free(saved), free(broken), free(mem), cache_free(&c);
+    stream_free(&s);
+}
+
+static void validation_finds_every_flipped_bit(void) {
+    stream s = stream_new();
+    float out[N_Q * VALUE_DIM];
+    static const size_t lengths[] = {0, 7, 100, 272, 900};
+    for (size_t i = 0; i < COUNT(lengths); i++) {
+        bkv_config cfg = config(BKV_F16);
+        bkv_cache c = cache_new(&cfg);
+        if (lengths[i]) go_on(&c, &s, 0, lengths[i], out);
+        OK(bkv_validate(&c));
+        size_t head = BKVI_HEADER_BYTES + c.head_bytes;
+        const struct {
+            size_t at, bytes;
+        } parts[] = {{0, BKVI_HEADER_BYTES},
+                     {head, 36},
+                     {head + c.off_pages, 8 * (size_t)c.n_pages},
+                     {head + c.off_weight, 4 * (size_t)c.slots},
+                     {head + c.off_position, 4 * (size_t)c.slots}};
+        for (size_t p = 0; p < COUNT(parts); p++)
+            for (size_t bit = 0; bit < 8 * parts[p].bytes; bit++) {
+                unsigned char *at = c.mem + parts[p].at + bit / 8;
+                *at = (unsigned char)(*at ^ 1u << bit % 8);
+                CHECKF(bkv_validate(&c) == BKV_E_STATE, "%zu tokens, part %zu, bit %zu",
+                       lengths[i], p, bit);
+                *at = (unsigned char)(*at ^ 1u << bit % 8);
+            }
+        cache_free(&c);
+    }
+    RESULT(bkv_validate(NULL), BKV_E_NULL);
+    stream_free(&s);
+}
+
+/* Attention over exported rows, in double, is attention. */
+static void exported_rows_attend_alike(void) {
+    stream s = stream_new();
+    float out[N_Q * VALUE_DIM];
+    for (unsigned round = 0; round < amount(60, 600); round++) {
+        uint32_t kv_type = storage_types[round % 4];
+        bkv_config cfg = config(kv_type);
+        bkv_cache c = cache_new(&cfg);
+        uint32_t type = kv_type == BKV_F16 ? BKV_F16 : BKV_F32, rows_n = BUDGET + 48;
+        uint32_t mask_type = round % 2 ? BKV_F16 : BKV_F32;
+        size_t es = format_of(type).bytes, n = 0;
+        unsigned char *k = (unsigned char *)checked(calloc(rows_n, DIM * es));
+        unsigned char *v = (unsigned char *)checked(calloc(rows_n, VALUE_DIM * es + 6));
+        unsigned char *mask = (unsigned char *)checked(calloc(rows_n, 4));
+        bkv_rows rows;
+        memset(&rows, 0, sizeof rows);
+        rows.k = k, rows.v = v, rows.mask = mask, rows.v_stride = VALUE_DIM * es + 6;
+        rows.type = type, rows.mask_type = mask_type, rows.n_rows = rows_n;
+        for (int step = 0; step < 6; step++) {
+            size_t more = 1 + random_below(step % 2 ? 20 : 400);
+            go_on(&c, &s, n, more, out);
+            n += more;
+            OK(bkv_export(&c, 1, &rows));
+            CHECK(step == 0 || rows.n <= rows_n);
+            double worst = 0;
+            attend(&c, &s, n - 1, out);
+            for (uint32_t g = 0; g < GROUP; g++) {
+                double sum = 0, o[VALUE_DIM] = {0}, norm = 0, off = 0;
+                for (uint32_t r = 0; r < rows_n; r++) {
+                    double logit = decode(load_bits(mask + r * format_of(mask_type).bytes, mask_type),
+                                          mask_type), p;
+                    for (uint32_t i = 0; i < DIM; i++)
+                        logit += tensor_get(&s.q, (n - 1) % LENGTH, GROUP + g, i) *
+                                 decode(load_bits(k + (r * DIM + i) * es, type), type) *
+                                 (double)c.cfg.scale;
+                    p = exp(logit);
+                    sum += p;
+                    for (uint32_t i = 0; i < VALUE_DIM; i++)
+                        o[i] += p * decode(load_bits(v + r * rows.v_stride + i * es, type), type);
+                }
+                for (uint32_t i = 0; i < VALUE_DIM; i++) {
+                    double d = o[i] / sum - (double)out[(GROUP + g) * VALUE_DIM + i];
+                    norm += o[i] / sum * o[i] / sum, off += d * d;
+                }
+                if (sqrt(off / norm) > worst) worst = sqrt(off / norm);
+            }
+            CHECKF(worst < (mask_type == BKV_F16 ? 2e-3 : 2e-5), "%g", worst);
+        }
+        bkv_rows again = rows;
+        OK(bkv_export(&c, 1, &again)); /* nothing new */
+        CHECK(again.n == 0);
+        again.n_rows = c.slots - 1;
+        RESULT(bkv_export(&c, 1, &again), BKV_E_COUNT);
+        RESULT(bkv_export(&c, N_KV, &rows), BKV_E_INDEX);
+        RESULT(bkv_export(&c, 0, NULL), BKV_E_NULL);
+        again = rows, again.k_stride = DIM * es - 1;
+        RESULT(bkv_export(&c, 0, &again), BKV_E_STRIDE);
+        again = rows, again.mask_type = BKV_BF16;
+        RESULT(bkv_export(&c, 0, &again), BKV_E_TYPE);
+        free(k), free(v), free(mask), cache_free(&c);
+    }
+    stream_free(&s);
+}
+
+static void selects_what_a_cache_would_hold(void) {
+    stream s = stream_new();
+    bkv_config cfg = config(BKV_F32);
+    cfg.importance = BKV_IMPORTANCE_KEY;
+    bkv_cache c = cache_new(&cfg);
+    size_t bytes = bkv_size(&cfg);
+    void *mem = checked(malloc(bytes));
+    uint32_t *index = (uint32_t *)checked(calloc(N_KV * BUDGET, 4)), kept;
+    float *weight = new_floats(N_KV * BUDGET);
+    append(&c, &s, 0, 1000, 0);
+    OK(bkv_select(&cfg, mem, bytes, s.k.view, s.v.view, 1000, index, weight, &kept));
+    CHECK(kept == cache_stats(&c).tokens_held);
+    for (uint32_t head = 0; head < N_KV; head++)
+        for (uint32_t i = 0; i < kept; i++) {
+            bkv_token_info t = cache_token(&c, head, i);
+            CHECK(t.position == index[head * BUDGET + i] && t.weight == weight[head * BUDGET + i]);
+        }
+    RESULT(bkv_select(&cfg, mem, bytes - 1, s.k.view, s.v.view, 9, index, weight, &kept),
+           BKV_E_MEMORY);
+    RESULT(bkv_select(&cfg, mem, bytes, s.k.view, s.v.view, 0, index, weight, &kept), BKV_E_COUNT);
+    RESULT(bkv_select(&cfg, mem, bytes, s.k.view, s.v.view, 9, NULL, weight, &kept), BKV_E_NULL);
+    free(mem), free(index), free(weight), cache_free(&c);
+    stream_free(&s);
+}
+
+static void budget_for_bytes_inverts_size(void) {
+    for (unsigned round = 0; round < amount(3000, 100000); round++) {
+        bkv_config cfg = bkv_config_default(4, 1 + random_below(4) * 3 / 2, 1 + random_below(200), 0);
+        cfg.n_q_heads = cfg.n_kv_heads * (1 + random_below(8));
+        cfg.kv_type = storage_types[random_below(4)];
+        cfg.window = random_below(2) ? 0 : 64 * (1 + random_below(3));
+        size_t bytes = random_below(1u << (10 + random_below(20)));
+        uint32_t budget = bkv_budget_for_bytes(&cfg, bytes);
+        if (budget) {
+            cfg.budget = budget;
+            CHECK(bkv_size(&cfg) && bkv_size(&cfg) <= bytes);
+        }
+        cfg.budget = budget + 16;
+        CHECKF(bkv_size(&cfg) == 0 || bkv_size(&cfg) > bytes, "%u slots in %zu bytes", budget,
+               bytes);
+    }
+    CHECK(bkv_budget_for_bytes(NULL, 1000000) == 0);
+}
+
+int main(int argc, char **argv) {
+    TEST_MAIN(T(rejected_drafts_leave_no_trace), T(rollback_before_any_halving_and_its_limits),
+              T(shrinks_in_place), T(saved_states_go_on_bit_for_bit),
+              T(broken_bytes_are_rejected_or_harmless), T(validation_finds_every_flipped_bit),
+              T(exported_rows_attend_alike), T(selects_what_a_cache_would_hold),
+              T(budget_for_bytes_inverts_size));
+}
