@@ -84,6 +84,10 @@
      running mean, += 0.01 (q - mean); of each token of the two newest pages the use, += p^2 per
      query head, p its share of attention (in the older of the two, of the attention up to there).
      A cache that never attends still works; give it BKV_IMPORTANCE_KEY.
+   Error. Whenever the newest page is full, attention estimates for one query head how far its
+     output is from exact attention, |out - exact| / |exact|, from what halvings left to chance:
+         sqrt(sum_i p_i^2 (1 - 1 / w_i) |v_i - out|^2) / |out|,     p_i the share of attention.
+     bkv_error() is a running mean. 0 before the first halving, and always under rule `window`.
 
    Memory. bkv_size() bytes, state and n_threads * scratch. The state holds no pointer: it may be
      copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
@@ -102,6 +106,11 @@
    Arithmetic. Same input bytes + same config => same output bytes and same state bytes on every
      backend, compiler and optimisation level, for any nth and any chunking of the same tokens:
      16 float lanes, one correctly rounded fused multiply-add, one reduction tree, own 2^x (1 ulp).
+     Where the CPU has no such instruction (WASM, x86 without FMA, ARMv7 before VFPv4) it is made of
+     doubles, exactly. BALANCEKV_FMA=0 is a second class of bits, as equal everywhere: product and
+     sum round by themselves. States go from one class to the other, bits do not.
+     tests/MATRIX.md: CPUs, compilers and hashes of both. States lie in memory in the machine's
+     byte order, saved ones are little-endian. ARMv7's NEON flushes denormals: use the scalar code.
      Not under -ffast-math, nor on a thread that flushes denormals. While exact, |out - softmax in
      double| <= 2e-5 * max |v| for f32 storage and logits within +-30 (tests/test_attend.c).
    ---------------------------------------------------------------------------------------------- */
@@ -131,7 +140,8 @@
                               faster where no fused multiply-add exists.  Values: 0, 1.  Default: 1.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
 
-   No switch changes a public type, so files compiled with different switches can be linked.
+   No switch changes a public type, so files compiled with different switches can be linked; none
+   but BALANCEKV_FMA changes a bit of the results.
    ---------------------------------------------------------------------------------------------- */
 #ifndef BKVI_PASS /* the file includes itself for §11 and §12; everything else is read once */
 #ifndef BALANCEKV_H
@@ -318,6 +328,7 @@ typedef struct bkv_stats_info {
     uint32_t rule;        /* BKV_RULE_* in use */
     uint32_t max_level;   /* highest level of any page */
     float max_weight;     /* heaviest kept token of any head */
+    float error;          /* mean of bkv_error() over the KV heads */
     size_t bytes;         /* bkv_size() */
     size_t state_bytes;   /* the first bytes of the block: all that must be copied or saved */
 } bkv_stats_info;
@@ -424,6 +435,9 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bk
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i,
                                                 bkv_token_info *info);
 
+/* Estimate of the relative error of a KV head's outputs, see §1. Returns BKV_E_NULL, _INDEX. */
+BALANCEKV_API BKV_MUST_USE bkv_result bkv_error(const bkv_cache *c, uint32_t head, float *error);
+
 /* What the cache holds. Returns BKV_E_NULL. Cost: one pass over weights and page tables. */
 BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info);
 
@@ -489,7 +503,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #error "balancekv.h: -ffast-math breaks the arithmetic contract; see BALANCEKV_ALLOW_FAST_MATH"
 #endif
 #if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0
-#error "balancekv.h: floats have excess precision here; on 32-bit x86 use -msse2 -mfpmath=sse"
+#error "balancekv.h: excess precision; x86: -msse2 -mfpmath=sse, s390x: -fexcess-precision=fast"
 #endif
 #if defined(__x86_64__) || defined(__i386__)
 #define BKVI_ARCH_X86 1
@@ -513,9 +527,12 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #if (BALANCEKV_SIMDE - 0) != 0 && (BALANCEKV_SIMDE - 0) != 1
 #error "balancekv.h: BALANCEKV_SIMDE must be 0 or 1"
 #endif
-#if BALANCEKV_SIMDE && (BALANCEKV_SIMD == BALANCEKV_SIMD_SCALAR ||                                  \
+#if BALANCEKV_SIMDE && (BALANCEKV_SIMD == BALANCEKV_SIMD_SCALAR ||                                 \
                         BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2)
 #error "balancekv.h: BALANCEKV_SIMDE goes with BALANCEKV_SIMD_AUTO, _NEON or _AVX512"
+#endif
+#if BALANCEKV_SIMDE && defined(__arm__) && defined(__ARM_NEON)
+#error "balancekv.h: ARMv7's NEON flushes denormals, which gives other bits; leave BALANCEKV_SIMDE"
 #endif
 #ifndef BALANCEKV_FMA
 #define BALANCEKV_FMA 1
@@ -662,6 +679,7 @@ enum {
     BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
     BKVI_COUNTER_BYTES = 32, /* of bkvi_head in the state, but for the sum */
     BKVI_SUM_AT = 240,       /* in the header: checksum of a saved state */
+    BKVI_ERROR_AT = 60,      /* the error in the state of a head */
     BKVI_MAGIC = 0x4B564B42, /* "BKVK" */
     BKVI_STATE_VERSION = 1
 };
@@ -979,7 +997,8 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
    §8 STREAM                                                                               >>stream
    State: a header of 64 words (magic, version, config), then one region per KV head:
        16 words    tokens seen, halvings (both low, high), sinks, pages in use, newest page's fill,
-                   drafts, sum (mod 2^32) of the words of weights, positions and levels
+                   drafts, sum (mod 2^32) of the words of weights, positions and levels;
+                   the last one: f32, the estimate of the error
        page table  [n_pages] (place, level), oldest first; page p has slots sink_slots + 64 p ..
        per slot    f32 weight (0: empty), f32 observed use, u32 position
        queries     f32, the running mean of each query head, [group][head_dim padded to 16]
@@ -1280,6 +1299,8 @@ typedef struct bkvi_tile {
     float *max;         /* [rows] */
     float *scores;      /* [rows][64] */
     const float *limit; /* [rows] slots of this block that the row sees; NULL: all */
+    float *doubt;       /* [16 + 2 v_dim_pad]: see bkvi_doubt */
+    uint32_t doubted;   /* the row that this is of */
 } bkvi_tile;
 
 /* One block as attend sees it, and what to prefetch while at it (NULL: nothing). */
@@ -1291,10 +1312,11 @@ typedef struct bkvi_span {
     int warm; /* a later row tile: the block is in the cache already */
 } bkvi_span;
 
-/* Floats of scratch: per row query, output, lane sums, maximum, limit; scores of a tile; work. */
+/* Floats of scratch: per row query, output, lane sums, maximum, limit; scores of a tile; doubt of a
+   row; work. */
 static size_t bkvi_attend_floats(uint32_t dim, uint32_t v_dim_pad) {
     return (size_t)BKVI_ROWS * (dim + v_dim_pad + BKVI_LANES + 2) + BKVI_TILE_MAX * BKVI_PAGE +
-           2 * BKVI_DIM_MAX;
+           BKVI_LANES + 2 * (size_t)v_dim_pad + 2 * BKVI_DIM_MAX;
 }
 
 /* Slots of the last block in use. */
@@ -1923,7 +1945,9 @@ static int bkvi_head_valid(const bkv_cache *c, const bkvi_kernels *kernels, uint
         sum += bkvi_level(mem + c->off_pages, i);
         if (i >= h.used && bkvi_place(mem + c->off_pages, i)) return 0;
     }
-    if (sum != h.sum || h.drafts > h.seen) return 0;
+    if (sum != h.sum || h.drafts > h.seen ||
+        !kernels->scan(mem + BKVI_ERROR_AT, BKV_F32, 4, 1, BKVI_HUGE))
+        return 0;
     for (i = 0; i < bkvi_held(&h); i++) { /* positions rise, but for those beyond 2^32 */
         uint32_t slot = bkvi_slot_of(c, &h, mem, i);
         uint64_t position = bkvi_get32(bkvi_word(mem, c->off_position, slot));
@@ -2090,6 +2114,13 @@ BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i
     return BKV_OK;
 }
 
+BALANCEKV_API bkv_result bkv_error(const bkv_cache *c, uint32_t head, float *error) {
+    if (!c || !c->mem || !error) return BKV_E_NULL;
+    if (head >= c->cfg.n_kv_heads) return BKV_E_INDEX;
+    *error = bkvi_getf(bkvi_head_mem(c, head) + BKVI_ERROR_AT);
+    return BKV_OK;
+}
+
 BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info) {
     uint32_t head, i;
     if (!c || !c->mem || !info) return BKV_E_NULL;
@@ -2100,6 +2131,7 @@ BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info) {
         info->tokens_seen = h.seen; /* the same for every head, as is the next */
         info->tokens_held = bkvi_held(&h);
         info->halvings += h.halvings;
+        info->error += bkvi_getf(mem + BKVI_ERROR_AT) / (float)c->cfg.n_kv_heads;
         for (i = 0; i < h.used; i++)
             info->max_level = bkvi_max(info->max_level, bkvi_level(mem + c->off_pages, i));
         for (i = 0; i < c->slots; i++) {
@@ -3020,10 +3052,69 @@ BKVI_VFN void bkvi_k(times)(float *x, const unsigned char *scale) {
         bkvi_v(store)(x + i, bkvi_v(load)(x + i) * bkvi_v(load_bf16)(scale));
 }
 
+/* What a row's error is estimated from (§1): sums over the tokens of c, lane by lane, then of c v
+   and c v^2, where c = s^2 (1 - 1 / w), s the weights that softmax has come to. Adds a block's. */
+static BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *span,
+                                        const bkv_cache *c) {
+    const size_t row = c->v_dim_pad * c->elem_bytes;
+    bkvi_vec x, y, one = bkvi_v(set)(1.0f), most = one, first, second;
+    float by[BKVI_PAGE], *to = sums + BKVI_LANES;
+    uint32_t i, j, scale = 0x3F80; /* 1 as bf16 */
+    for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH)
+        most = bkvi_v(max)(most, bkvi_v(load)(span->weight + 4 * (size_t)i));
+    if (!bkvi_v(any_gt)(most, one)) return;
+    for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
+        float *lanes = sums + i % BKVI_LANES;
+        x = bkvi_v(load)(s + i);
+        y = x - x / bkvi_v(load)(span->weight + 4 * (size_t)i);
+        bkvi_v(store)(by + i, x * y);
+        bkvi_v(store)(lanes, bkvi_v(fma)(x, y, bkvi_v(load)(lanes)));
+    }
+    for (j = 0; j < c->v_dim_pad; j += BKVI_WIDTH, to += BKVI_WIDTH) {
+        const unsigned char *v = span->v + j * c->elem_bytes;
+        first = bkvi_v(load)(to), second = bkvi_v(load)(to + c->v_dim_pad);
+        for (i = 0; i < BKVI_PAGE; i++, v += row) {
+            if (span->v_scale) scale = bkvi_get16(span->v_scale + 2 * (size_t)i);
+            x = bkvi_v(get)((int)BKVI_TYPE(c->cfg.kv_type), v);
+            x = x * bkvi_v(set)(bkvi_float(scale << 16));
+            y = bkvi_v(set)(by[i]);
+            first = bkvi_v(fma)(x, y, first);
+            second = bkvi_v(fma)(x * y, x, second);
+        }
+        bkvi_v(store)(to, first);
+        bkvi_v(store)(to + c->v_dim_pad, second);
+    }
+}
+
+/* The running mean of a KV head's error learns from a row: values and weights summed up, doubts. */
+static BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float sum,
+                                         float *doubt, uint32_t v_dim_pad) {
+    const bkvi_vec factor = bkvi_v(set)(1.0f / sum), zero = bkvi_v(set)(0.0f);
+    const bkvi_vec all = bkvi_v(set)(bkvi_k(over_lanes)(doubt));
+    const bkvi_vec old = bkvi_v(set)(bkvi_getf(error));
+    float *first = doubt + BKVI_LANES, *second = first + v_dim_pad, part[16];
+    bkvi_vec x, y;
+    uint32_t i;
+    for (i = 0; i < v_dim_pad; i += BKVI_WIDTH) { /* c (v - out)^2, and out^2 */
+        x = bkvi_v(load)(out + i) * factor, y = bkvi_v(load)(first + i);
+        y = bkvi_v(fma)(x, all, zero - (y + y));
+        bkvi_v(store)(second + i, bkvi_v(fma)(x, y, bkvi_v(load)(second + i)));
+        bkvi_v(store)(first + i, x * x);
+    }
+    sum = bkvi_k(total)(second, v_dim_pad) / bkvi_k(total)(first, v_dim_pad) / sum / sum;
+    if (!(sum > 0.0f && sum < BKVI_HUGE)) return; /* nothing was left to chance, or out is 0 */
+    x = bkvi_v(sqrt)(bkvi_v(set)(sum));
+    y = bkvi_v(set)(bkvi_getf(error) > 0.0f ? 0.0625f : 1.0f);
+    bkvi_v(store)(part, bkvi_v(fma)(x - old, y, old));
+    bkvi_putf(error, part[0]);
+}
+
 /* Online softmax of one row: scores become weights relative to the row's maximum so far. When that
    rises, what was summed so far shrinks. */
-static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, int r,
-                                         uint32_t v_dim_pad, float softcap) {
+static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, uint32_t r,
+                                         const bkv_cache *c) {
+    const uint32_t v_dim_pad = c->v_dim_pad;
+    const float softcap = c->cfg.softcap;
     const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
     const float limit = tile->limit ? tile->limit[r] : (float)span->slots;
     float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
@@ -3058,6 +3149,8 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
             bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * shrink[0]);
         for (i = 0; i < v_dim_pad; i += BKVI_WIDTH)
             bkvi_v(store)(out + i, bkvi_v(load)(out + i) * shrink[0]);
+        for (i = 0; i < BKVI_LANES + 2 * v_dim_pad && r == tile->doubted; i += BKVI_WIDTH)
+            bkvi_v(store)(tile->doubt + i, bkvi_v(load)(tile->doubt + i) * shrink[0] * shrink[0]);
     }
     bkvi_k(raise)(s, BKVI_PAGE, tile->max[r]);
     for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
@@ -3078,6 +3171,7 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
             bkvi_v(store)(use, bkvi_v(fma)(x, x, bkvi_v(load)(use)));
         }
     }
+    if (r == tile->doubted) bkvi_k(doubt)(tile->doubt, s, span, c);
     if (span->v_scale) bkvi_k(times)(s, span->v_scale);
 }
 
@@ -3119,7 +3213,7 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
         BKVI_SCORES(2);
         BKVI_SCORES(1);
     }
-    for (r = 0; r < rows; r++) bkvi_k(soften)(tile, span, r, v_dim_pad, c->cfg.softcap);
+    for (r = 0; r < rows; r++) bkvi_k(soften)(tile, span, (uint32_t)r, c);
     for (x = span->v; x; x = x == span->v ? span->v_rest : NULL) {
         if (type == BKV_I8 && x != span->v) bkvi_k(lessen)(tile->scores, rows);
         slots = x == span->v ? span->slots : span->rests;
@@ -3188,10 +3282,13 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
     float *q = run->scratch, *out = q + (size_t)BKVI_ROWS * dim;
     float *lanes = out + (size_t)BKVI_ROWS * v_dim_pad, *max = lanes + BKVI_ROWS * BKVI_LANES;
     float *limit = max + BKVI_ROWS, *scores = limit + BKVI_ROWS;
-    float *work = scores + BKVI_TILE_MAX * BKVI_PAGE; /* to rotate in, or NULL */
+    float *doubt = scores + BKVI_TILE_MAX * BKVI_PAGE;
+    float *work = doubt + BKVI_LANES + 2 * (size_t)v_dim_pad; /* to rotate in, or NULL */
     unsigned char *queries = mem + c->off_queries;
     const size_t mean_bytes = 4 * (size_t)bkvi_round_up(dim, BKVI_LANES);
-    uint32_t begin, b, r, i;
+    uint32_t begin, b, r, i, doubted = 0xFFFFFFFFu; /* row whose error is estimated */
+    if (h->halvings && h->fill == BKVI_PAGE && !h->drafts) /* the last token; heads take turns */
+        doubted = (run->n - 1) * group + (uint32_t)(h->halvings % group);
     if (BKVI_TYPE(c->cfg.kv_type) != BKV_I8) work = NULL;
     /* Row r: token r / group, query head r % group of this KV head. */
     for (begin = 0; begin < run->n * group; begin += BKVI_ROWS) {
@@ -3214,6 +3311,7 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
         }
         memset(out, 0, (size_t)n * v_dim_pad * sizeof *out);
         memset(lanes, 0, (size_t)n * BKVI_LANES * sizeof *lanes);
+        memset(doubt, 0, (BKVI_LANES + 2 * (size_t)v_dim_pad) * sizeof *doubt);
 
         for (b = 0; b < n_blocks; b++) {
             bkvi_span span;
@@ -3239,7 +3337,9 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
                                   lanes + (size_t)r * BKVI_LANES,
                                   max + r,
                                   scores,
-                                  b + 1 < n_blocks ? NULL : limit + r};
+                                  b + 1 < n_blocks ? NULL : limit + r,
+                                  doubt,
+                                  doubted - begin - r};
                 tile_rows = bkvi_min(size, n - r);
                 span.warm = r > 0;
                 if (r) span.next_k = NULL;
@@ -3263,6 +3363,8 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
                 run->max[head] = max[r] == 0.0f ? 0.0f : max[r] * BKVI_LN2; /* never -0 */
                 run->sum[head] = sum;
             }
+            if (begin + r == doubted)
+                bkvi_k(settle)(mem + BKVI_ERROR_AT, row, sum, doubt, v_dim_pad);
             if (work) {
                 memcpy(work, row, v_dim_pad * sizeof *row);
                 bkvi_k(rotate)(row = work, v_dim_pad);

@@ -394,6 +394,7 @@ typedef struct run {
     size_t bytes;
     size_t failures;
     double error, error_p95, error_clamped, seconds, *head_error; /* [n_kv_heads] */
+    double *head_estimate; /* the same by bkv_error(), at the end of a stream; or NULL */
 } run;
 
 static void set_field(void *cfg, const field *f, const setting *s) {
@@ -632,7 +633,16 @@ static void run_header(run *x, const reference *r, const options *o, double *err
     check(bkv_init(&c, &x->cfg, mem, bytes), x);
     x->cfg = c.cfg; /* with the defaults filled in */
     feed(x, r, &c, o->protocol == STREAM ? r->t.n : r->t.n - ONESHOT_EDGE, o->chunk, errors);
-    if (o->protocol == ONESHOT) attend_oneshot(x, r, &c, errors);
+    if (o->protocol == ONESHOT) {
+        attend_oneshot(x, r, &c, errors);
+    } else {
+        x->head_estimate = (double *)get_memory(r->t.n_kv_heads * sizeof *x->head_estimate);
+        for (uint32_t h = 0; h < x->cfg.n_kv_heads; h++) {
+            float estimate;
+            check(bkv_error(&c, h, &estimate), x);
+            x->head_estimate[h] = (double)estimate;
+        }
+    }
     free(mem);
 }
 
@@ -797,14 +807,30 @@ static void do_all(work *w) {
 
 /* ---- output ---------------------------------------------------------------------------------- */
 
+static double mean_of(const double *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += x[i];
+    return sum / (double)n;
+}
+
+static void print_list(const char *name, const double *x, size_t n) {
+    printf(", \"%s\": [", name);
+    for (size_t i = 0; i < n; i++) printf("%s%.6g", i ? ", " : "", x[i]);
+    putchar(']');
+}
+
 static void print_json(const run *x, const run *as, const reference *r, const options *o) {
     printf("{\"trace\": \"%s\", \"protocol\": \"%s\", \"method\": \"%s\", \"budget\": %" PRIu32
            ", \"held_max\": %" PRIu32 ", \"bytes\": %zu, \"rel_err\": %.6g, \"rel_err_p95\": %.6g, "
-           "\"seed\": %" PRIu64 ", \"needs\": \"%s\", \"tokens\": %zu, \"head_err\": [",
+           "\"seed\": %" PRIu64 ", \"needs\": \"%s\", \"tokens\": %zu",
            r->name, o->protocol == STREAM ? "stream" : "oneshot", x->choice->name, x->budget,
            as->held_max, as->bytes, as->error, as->error_p95, x->seed, x->choice->needs, r->t.n);
-    for (size_t h = 0; h < r->t.n_kv_heads; h++) printf("%s%.6g", h ? ", " : "", as->head_error[h]);
-    printf("], \"rel_err_clamped\": %.6g, \"failures\": %zu, \"seconds\": %.3f}\n",
+    print_list("head_err", as->head_error, r->t.n_kv_heads);
+    if (as->head_estimate) {
+        printf(", \"est_err\": %.6g", mean_of(as->head_estimate, r->t.n_kv_heads));
+        print_list("head_est", as->head_estimate, r->t.n_kv_heads);
+    }
+    printf(", \"rel_err_clamped\": %.6g, \"failures\": %zu, \"seconds\": %.3f}\n",
            as->error_clamped, as->failures, as->seconds);
 }
 
@@ -876,7 +902,21 @@ static void load(reference *r, char *dir, const options *o) {
     r->n = (r->t.n - r->first + r->every - 1) / r->every;
 }
 
-static void evaluate(reference *r, const options *o, double start) {
+/* How often the cache's own estimate is within a factor 2 of the error of a KV head. */
+typedef struct tally {
+    size_t within, all;
+} tally;
+
+static void count_estimates(tally *t, const run *x, size_t heads) {
+    for (size_t h = 0; x->head_estimate && h < heads; h++) {
+        double ratio = x->head_estimate[h] / x->head_error[h];
+        if (!(x->head_estimate[h] > 0)) continue; /* exact, or rule window, which makes none */
+        t->within += ratio > 0.5 && ratio < 2;
+        t->all++;
+    }
+}
+
+static void evaluate(reference *r, const options *o, double start, tally *estimates) {
     size_t heads = r->t.n_q_heads;
     work w;
     memset(&w, 0, sizeof w);
@@ -911,7 +951,11 @@ static void evaluate(reference *r, const options *o, double start) {
             print_row(&w.runs[i], as, r);
     }
     fflush(stdout);
-    for (size_t i = 0; i < w.n; i++) free(w.runs[i].head_error);
+    for (size_t i = 0; i < w.n; i++) {
+        count_estimates(estimates, &w.runs[i], r->t.n_kv_heads);
+        free(w.runs[i].head_error);
+        free(w.runs[i].head_estimate);
+    }
     free(w.runs);
     free(r->out);
 }
@@ -919,13 +963,17 @@ static void evaluate(reference *r, const options *o, double start) {
 int main(int argc, char **argv) {
     static options o; /* large */
     double start = seconds();
+    tally estimates = {0, 0};
     parse_options(&o, argc, argv);
     for (size_t i = 0; i < o.n_traces; i++) {
         reference r;
         load(&r, o.traces[i], &o);
         r.is_first = i == 0;
-        evaluate(&r, &o, start);
+        evaluate(&r, &o, start, &estimates);
         npy_free_trace(&r.t);
     }
+    if (estimates.all)
+        fprintf(o.json ? stderr : stdout, "estimate within a factor 2: %zu of %zu\n",
+                estimates.within, estimates.all);
     return 0;
 }

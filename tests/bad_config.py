@@ -94,7 +94,8 @@ def backend_flags():
 WRONG = ["-DBALANCEKV_SIMD=", "-DBALANCEKV_HEAD_DIM=", "-DBALANCEKV_KV_TYPE=",
          "-DBALANCEKV_SIMD=0", "-DBALANCEKV_SIMD=7", "-DBALANCEKV_SIMD=-1",
          "-DBALANCEKV_SIMD=BALANCEKV_SIMD_AXV2", "-DBALANCEKV_SIMD=AVX2",
-         "-DBALANCEKV_DISPATCH=2", "-DBALANCEKV_DISPATCH=-1",
+         "-DBALANCEKV_SIMDE=2", "-DBALANCEKV_SIMDE=-1",
+         "-DBALANCEKV_FMA=2", "-DBALANCEKV_FMA=-1", "-DBALANCEKV_DISPATCH=2", "-DBALANCEKV_DISPATCH=-1",
          "-DBALANCEKV_HEAD_DIM=0", "-DBALANCEKV_HEAD_DIM=513", "-DBALANCEKV_HEAD_DIM=-1",
          "-DBALANCEKV_KV_TYPE=0", "-DBALANCEKV_KV_TYPE=9", "-DBALANCEKV_KV_TYPE=BALANCEKV_F61",
          "-ffast-math", "-Ofast"]
@@ -136,6 +137,9 @@ def legal():
         for flags in backend_flags():
             yield implementation + flags[:1]
             yield implementation + flags + ["-DBALANCEKV_DISPATCH=0"]
+    yield IMPLEMENTATION + ["-DBALANCEKV_FMA=0"]
+    if os.path.exists("/usr/include/simde/arm/neon.h"):
+        yield IMPLEMENTATION + ["-DBALANCEKV_SIMDE"]
     yield IMPLEMENTATION + ["-ffast-math", "-DBALANCEKV_ALLOW_FAST_MATH"]
 
 
@@ -166,6 +170,9 @@ def main():
         for standard in STANDARDS:
             for flags in legal():
                 jobs.append((check_legal, compiler, effort(standard, flags) + [standard] + flags))
+        for simd in "SCALAR", "AVX2": # SIMDe has neither
+            jobs.append((check_wrong, compiler,
+                         ["-DBALANCEKV_SIMDE", "-DBALANCEKV_SIMD=BALANCEKV_SIMD_" + simd]))
     if on_x86() and shutil.which(CROSS):
         jobs += [(check_wrong, CROSS, [wrong]) for wrong in X86_ONLY]
     else:

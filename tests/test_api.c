@@ -306,6 +306,7 @@ static void null_pointers(void) {
     fixture f = fixture_new(BKV_F16, BKV_F32, 10);
     bkv_tensor k = f.k.view, v = f.v.view, q = f.q.view, none = bkv_dense(0, BKV_F32);
     bkv_token_info info;
+    float error;
     bkv_stats_info stats;
     size_t bytes = f.c.bytes;
     FAILS(bkv_init(0, &f.cfg, f.c.mem, bytes), BKV_E_NULL);
@@ -329,6 +330,8 @@ static void null_pointers(void) {
     FAILS(bkv_attend_partial(&f.c, q, f.out, f.max, 0, 0, 1), BKV_E_NULL);
     FAILS(bkv_token(0, 0, 0, &info), BKV_E_NULL);
     FAILS(bkv_token(&f.c, 0, 0, 0), BKV_E_NULL);
+    FAILS(bkv_error(0, 0, &error), BKV_E_NULL);
+    FAILS(bkv_error(&f.c, 0, 0), BKV_E_NULL);
     FAILS(bkv_stats(0, &stats), BKV_E_NULL);
     FAILS(bkv_stats(&f.c, 0), BKV_E_NULL);
     bkv_cache never_made;
@@ -428,12 +431,15 @@ static void tensors(void) {
 static void indices(void) {
     fixture f = fixture_new(BKV_F16, BKV_F32, 10);
     bkv_token_info info, before;
+    float error;
     memset(&info, 0x77, sizeof info);
     before = info;
     FAILS(bkv_token(&f.c, 0, 10, &info), BKV_E_INDEX);
     FAILS(bkv_token(&f.c, N_KV, 0, &info), BKV_E_INDEX);
     FAILS(bkv_token(&f.c, 0, UINT32_MAX, &info), BKV_E_INDEX);
     FAILS(bkv_token(&f.c, UINT32_MAX, 0, &info), BKV_E_INDEX);
+    FAILS(bkv_error(&f.c, N_KV, &error), BKV_E_INDEX);
+    OK(bkv_error(&f.c, N_KV - 1, &error));
     CHECK(memcmp(&info, &before, sizeof info) == 0);
     OK(bkv_token(&f.c, N_KV - 1, 9, &info));
     CHECK(info.position == 9);

@@ -32,6 +32,7 @@ typedef struct errors {
     double out;   /* |out - reference|, largest, over the largest |v| of the head's kept tokens */
     double logit; /* largest |logit|: says how exact the logits can be in f32 */
     int exact;    /* 1: all tokens of the stream, each with weight 1 */
+    double doubt[2 * 16]; /* of each query head: the estimate of its error */
 } errors;
 
 /* Compares out with sum_i w_i e^(s_i) v_i / sum_i w_i e^(s_i) over the kept tokens of c, whose rows
@@ -41,7 +42,7 @@ static errors compare(const bkv_cache *c, const stream *s, const float *out, int
     bkv_stats_info st = cache_stats(c);
     uint32_t n = st.tokens_held, group = cfg->n_q_heads / cfg->n_kv_heads;
     uint32_t newest = n > st.sinks ? st.sinks + (n - st.sinks - 1) / 64 * 64 : 0;
-    errors e = {0, 0, n == st.tokens_seen};
+    errors e = {0, 0, n == st.tokens_seen, {0}};
     size_t d = cfg->head_dim, dv = cfg->value_dim;
     double *k = (double *)checked(malloc(n * d * sizeof *k));
     double *v = (double *)checked(malloc(n * dv * sizeof *v));
@@ -53,8 +54,7 @@ static errors compare(const bkv_cache *c, const stream *s, const float *out, int
             bkv_token_info t = cache_token(c, head, i);
             w[i] = (double)t.weight;
             e.exact &= t.position == i && t.weight == 1;
-            for (size_t j = 0; j < d; j++)
-                k[i * d + j] = tensor_get(&s->k, t.position, head, j);
+            for (size_t j = 0; j < d; j++) k[i * d + j] = tensor_get(&s->k, t.position, head, j);
             for (size_t j = 0; j < dv; j++) v[i * dv + j] = tensor_get(&s->v, t.position, head, j);
             int with_rest = (t.kind == BKV_KIND_SINK && i < 16) || i >= newest;
             if (stored) round_row(k + i * d, d, cfg->kv_type, 0, with_rest);
@@ -72,16 +72,21 @@ static errors compare(const bkv_cache *c, const stream *s, const float *out, int
                 e.logit = fmax(e.logit, fabs(p[i]));
             }
             for (uint32_t i = 0; i < n; i++) sum += p[i] = w[i] * exp(p[i] - max);
+            double variance = 0, square = 0;
             for (size_t j = 0; j < dv; j++) {
                 double want = 0, got = (double)out[h * dv + j];
                 for (uint32_t i = 0; i < n; i++) want += p[i] * v[i * dv + j];
                 want /= sum;
+                square += want * want;
+                for (uint32_t i = 0; i < n; i++)
+                    variance += pow(p[i] / sum * (v[i * dv + j] - want), 2) * (1 - 1 / w[i]);
                 CHECKF(isfinite(got), "%g", got);
                 if (largest > 0)
                     e.out = fmax(e.out, fabs(got - want) / largest);
                 else
                     CHECK(got == 0);
             }
+            e.doubt[h] = sqrt(variance / square);
         }
     }
     free(k), free(v), free(p), free(w);
@@ -198,6 +203,52 @@ static void weighted_after_halving(void) {
 }
 
 /* What the rounding of BKV_I8 does to attention that is exact otherwise, the manual's figure. */
+static float error_of(const bkv_cache *c, uint32_t head) {
+    float error = -1;
+    OK(bkv_error(c, head, &error));
+    return error;
+}
+
+/* The running mean of one query head's estimate, in turns, whenever the newest page is full. */
+static void errors_are_estimated(void) {
+    static const uint32_t groups[] = {1, 3, 7, 16};
+    for (size_t n = 0; n < 4 * COUNT(groups); n++) {
+        uint32_t group = groups[n / 4];
+        bkv_config cfg = config(group, 24, 40, storage_types[n % 4], 208);
+        if (n % 3 == 0) cfg.softcap = 5;
+        cfg.window = BKV_NONE;
+        cfg.rule = n == 5 ? BKV_RULE_WINDOW : BKV_RULE_SAMPLE;
+        bkv_cache c = cache_new(&cfg);
+        stream s = stream_of(&cfg, 1500, BKV_F32, 1.5);
+        double want[2] = {0, 0};
+        float *out = new_floats(2 * group * 40);
+        for (size_t seen = cache_stats(&c).sinks; seen + 64 <= 1500; seen += 64) {
+            size_t from = cache_stats(&c).tokens_seen;
+            append(&c, &s, from, seen - from + 30);
+            OK(bkv_attend(&c, s.q.view, out, 0, 1));
+            CHECK(fabs((double)error_of(&c, 0) - want[0]) <= 1e-4 * want[0]);
+            append(&c, &s, seen + 30, 34);
+            OK(bkv_attend(&c, s.q.view, out, 0, 1));
+            errors e = compare(&c, &s, out, 1);
+            bkv_stats_info st = cache_stats(&c);
+            for (uint32_t h = 0; h < 2; h++) {
+                double x = e.doubt[h * group + st.halvings / 2 % group];
+                want[h] += st.halvings ? (x - want[h]) * (want[h] > 0 ? 1.0 / 16 : 1) : 0;
+                CHECKF(fabs((double)error_of(&c, h) - want[h]) <= 1e-4 * want[h],
+                       "%s, group %u, seen %zu, head %u: %.6g, not %.6g", type_name(cfg.kv_type),
+                       group, seen + 64, h, (double)error_of(&c, h), want[h]);
+            }
+            CHECK(fabs((double)st.error - (want[0] + want[1]) / 2) <= 1e-4 * (double)st.error);
+        }
+        for (uint32_t h = 0; h < 2; h++)
+            CHECK(cfg.rule == BKV_RULE_WINDOW ? error_of(&c, h) == 0 : error_of(&c, h) > 0.01f);
+        CHECK(bkv_reset(&c) == BKV_OK && error_of(&c, 0) == 0);
+        free(out);
+        stream_free(&s);
+        cache_free(&c);
+    }
+}
+
 static void bytes_round_little(void) {
     static const uint32_t dims[] = {16, 33, 64, 80, 96, 128, 256};
     static const size_t at[] = {1, 17, 100, 336};
@@ -364,5 +415,6 @@ static void larger_budgets_err_less(void) {
 
 int main(int argc, char **argv) {
     TEST_MAIN(T(powers_of_two), T(exact_until_full), T(weighted_after_halving),
-              T(bytes_round_little), T(partials_merge), T(extremes), T(larger_budgets_err_less));
+              T(errors_are_estimated), T(bytes_round_little), T(partials_merge), T(extremes),
+              T(larger_budgets_err_less));
 }

@@ -94,11 +94,20 @@ def check_ppl(tally, program, model):
     two = measure(tally, program, "ppl", model, "--ctx", ctx, "--windows", 2, "--budget", 256,
                   "--threads", 2)[0]
     tally.check(two.get("ppl") == seen["balancekv"], "threads change nothing", str(two))
-    share = measure(tally, program, "ppl", model, "--ctx", ctx, "--windows", 1, "--share", 0.5)[0]
-    tally.check(0.45 < share.get("bytes_kv", 0) / share["bytes_kv_full"] <= 0.5, "--share",
-                str(share))
+    slots = {}
+    for kind in ("f32", "f16", "i8"):
+        for method in ("balancekv", "window", "keydiff"):
+            share = measure(tally, program, "ppl", model, "--ctx", ctx, "--windows", 1, "--share",
+                            "1/2", "--set", "kv_type=" + kind, "--method", method)[0]
+            slots[kind, method] = share.get("budget", 0)
+            tally.check(share.get("kv_type") == kind and
+                        0.45 < share["bytes_kv"] / share["bytes_kv_full"] <= 0.5,
+                        "--share of %s in %s" % (method, kind), str(share))
+    tally.check(all(1.2 * slots["f32", x] < slots["f16", x] < slots["i8", x] / 1.2
+                    for x in ("balancekv", "window", "keydiff")),
+                "smaller types give more slots", str(slots))
     plain = run(program, "ppl", "--model", model, "--text", TEXT, "--ctx", 64, "--windows", 1)
-    tally.check(re.fullmatch(r"balancekv, budget 0, ctx 64, caches .* ppl [\d.]+, .*\n",
+    tally.check(re.fullmatch(r"balancekv in f16, budget 0, ctx 64, caches .* ppl [\d.]+, .*\n",
                              plain.stdout.decode()), "ppl as text", plain.stdout.decode())
     endless = run(program, "ppl", "--model", model, "--text", TEXT, "--ctx", 512, "--endless",
                   "--budget", 256, "--windows", 20)
@@ -185,9 +194,9 @@ def check_generate(tally, program, model, folder):
                 "generate stops at --ctx", str(stopped.stderr))
 
 
-def check_chat(tally, program, model):
-    def chat(*turns):
-        ran = run(program, "chat", "--model", model, "--n", 12, "--budget", 256,
+def check_chat(tally, program, model, folder):
+    def chat(*turns, model=model, budget=256):
+        ran = run(program, "chat", "--model", model, "--n", 12, "--budget", budget,
                   "--temp", 1, "--ctx", 700, stdin="\n".join(turns) + "\n")
         tally.check(ran.returncode == 0, "chat runs", ran.stderr.decode())
         return ran
@@ -204,6 +213,38 @@ def check_chat(tally, program, model):
     tally.check(b"[nothing to take back]" in chat("/undo").stderr, "/undo at the start")
     full = chat(*["many words " * 8] * 12)
     tally.check(b"has reached --ctx 700" in full.stderr, "a chat that is full says so")
+    check_saved_chat(tally, chat, first, second, folder)
+
+
+def check_saved_chat(tally, chat, first, second, folder):
+    """Of two turns, saved after the first one."""
+    path = os.path.join(folder, "saved.chat")
+    saved = chat("hello", "/save " + path)
+    loaded = chat("something else", "/load " + path, "again", "/undo", "/undo")
+    tally.check(saved.stdout == first and loaded.stdout.endswith(second) and
+                b"saved.chat: loaded]" in loaded.stderr and b"[taken back]" in loaded.stderr and
+                b"[nothing to take back]" in loaded.stderr, "/load goes on where /save was",
+                "%r %r" % (saved, loaded))
+    with open(path, "rb") as f:
+        data = f.read()
+    for name, content in (("short", data[:-1]), ("start", data[:40]), ("empty", b""),
+                          ("flipped", data[:-999] + bytes([data[-999] ^ 4]) + data[-998:]),
+                          ("long", data.replace(b"\n5\nhello", b"\n99999999\nhello")),
+                          ("behind", re.sub(rb"(?<=^bkv-llm chat 1\n)(\d+) \d+", rb"\1 9999",
+                                            data)),
+                          ("model", re.sub(rb"(?<=^bkv-llm chat 1\n)\d+", b"1", data))):
+        with open(path, "wb") as f:
+            f.write(content)
+        ran = chat("hello", "/load " + path, "again")
+        tally.check(b"loaded]" not in ran.stderr and ran.stdout == first + second,
+                    "/load of a bad file, %s, changes nothing" % name, str(ran))
+    with open(path, "wb") as f:
+        f.write(data)
+    tally.check(b"saved with other options]" in chat("/load " + path, budget=320).stderr,
+                "/load with another budget")
+    said = chat("/load", "/save " + folder, "/load " + folder + "/none").stderr
+    tally.check(said.count(b"/save FILE") == 2 and b"Is a directory]" in said and
+                b"none: No such file" in said, "/save and /load say what is wrong", str(said))
 
 
 # ---- bad input ---------------------------------------------------------------------------------
@@ -274,6 +315,8 @@ def bad_options(folder):
     yield ppl + ["--ctx", "64", "--budget", "-5"], "--budget: '-5' is not"
     yield ppl + ["--ctx", "64", "--share", "0.01"], "--share 0.01 of 64 tokens is too small"
     yield ppl + ["--share", "0.5", "--budget", "512"], "give one of them"
+    yield ppl + ["--share", "1/0"], "--share: '0' is not"
+    yield ppl + ["--share", "3/2"], "--share: 3/2 is not"
     yield ppl + ["--method", "best"], "--method: 'best' is none of balancekv, sample, window"
     yield ppl + ["--set", "temp"], "is not KEY=VALUE"
     yield ppl + ["--set", "tmp=1"], "--set: 'tmp=1' is none of"
@@ -350,7 +393,7 @@ def main():
         check_dump(tally, program, tiny, folder)
         check_speed(tally, program, tiny)
         check_generate(tally, program, tiny, folder)
-        check_chat(tally, program, tiny)
+        check_chat(tally, program, tiny, folder)
         check_bad_input(tally, program, folder)
     if os.path.exists(model):
         check_real(tally, program, model)

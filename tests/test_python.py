@@ -119,6 +119,16 @@ def check_results(tally, module):
     held = pinned.tokens(0)
     tally.check(set(range(200, 210)) <= set(held["position"][held["weight"] == 1]) and
                 not set(range(200, 210)) <= set(kept[0]), "pinned tokens stay as they are")
+    twin = pinned.copy()
+    room = twin.stats()["room"]
+    twin.append(k[:room], v[:room])
+    twin.truncate(1000)
+    tally.check(room > 0 and twin.save() == pinned.save(), "truncate takes back what was appended")
+    loaded = module.Cache.load(pinned.save())
+    tally.check(loaded.stats()["tokens_seen"] == 1000 and
+                (loaded.attend(q[0]) == pinned.attend(q[0])).all(), "load goes on from save")
+    loaded.shrink(BUDGET - 64)
+    tally.check(loaded.stats()["slots"] <= BUDGET - 64, "shrink lowers the budget")
     small = module.Cache(Q_HEADS, KV_HEADS, DIM, BUDGET, value_dim=VALUE_DIM, kv_type="i8")
     tally.check(small.stats()["bytes"] < cache.stats()["bytes"] and
                 abs(small.prefill(k[:300], v[:300], q[:300])[-1] - exact).max() < 0.05,
@@ -151,6 +161,10 @@ def check_refusals(tally, module):
             (module.Error, "head or token index", lambda: filled.tokens(KV_HEADS)),
             (module.Error, "budget is smaller", lambda: module.Cache(1, 1, 8, 10)),
             (module.Error, "kv_type must be", lambda: module.Cache(1, 1, 8, 256, kv_type="f31")),
+            (TypeError, "saved: str, need bytes", lambda: module.Cache.load("x")),
+            (module.Error, "not a balancekv state", lambda: module.Cache.load(b"x" * 999)),
+            (module.Error, "damaged", lambda: module.Cache.load(
+                filled.save()[:-1] + bytes([filled.save()[-1] ^ 1]))),
             (TypeError, "no field windows in bkv_config", lambda: module.Cache(1, 1, 8, 256,
                                                                                windows=1)),
             (ValueError, "head_dim: -1 is out of range", lambda: module.Cache(1, 1, -1, 256)),

@@ -300,6 +300,45 @@ void llm_attention_restore(llm_attention *a, const void *snapshot) {
                a->state_bytes);
 }
 
+int llm_attention_write(const llm_attention *a, FILE *f, char *err) {
+    void *saved = malloc(a->state_bytes);
+    uint32_t i;
+    int ok = saved != NULL;
+    if (a->cfg.full || a->cfg.baseline) {
+        free(saved);
+        return llm_fail(err, "only caches of balancekv.h can be saved");
+    }
+    for (i = 0; i < a->shape.n_layers && ok; i++)
+        ok = bkv_save(&a->layers[i].cache, saved, a->state_bytes) == BKV_OK &&
+             fwrite(saved, 1, a->state_bytes, f) == a->state_bytes;
+    free(saved);
+    return ok ? 1 : llm_fail(err, "cannot be written; is there room for it?");
+}
+
+int llm_attention_read(llm_attention *a, FILE *f, char *err) {
+    uint32_t i, n = a->shape.n_layers;
+    char *memory = (char *)malloc(a->layer_bytes * n);
+    bkv_cache *caches = (bkv_cache *)malloc(n * sizeof *caches);
+    void *saved = malloc(a->state_bytes);
+    int ok = memory && caches && saved && !a->cfg.full && !a->cfg.baseline;
+    for (i = 0; i < n && ok; i++) {
+        ok = fread(saved, 1, a->state_bytes, f) == a->state_bytes &&
+             bkv_load(&caches[i], saved, a->state_bytes, memory + i * a->layer_bytes,
+                      a->layer_bytes, a->cfg.n_threads, a->cfg.bkv.backend) == BKV_OK &&
+             !memcmp(&caches[i].cfg, &a->layers[i].cache.cfg, sizeof caches[i].cfg);
+    }
+    free(saved);
+    if (ok) {
+        for (i = 0; i < n; i++) a->layers[i].cache = caches[i];
+        free(a->memory);
+        a->memory = memory;
+    } else {
+        free(memory);
+    }
+    free(caches);
+    return ok ? 1 : llm_fail(err, "damaged, or saved with other options");
+}
+
 void llm_attention_tap(llm_attention *a, llm_tap tap, void *user) {
     a->tap = tap;
     a->tap_user = user;

@@ -10,7 +10,7 @@
 struct baseline {
     const bl_method *method;
     bl_config cfg;
-    uint32_t n_heads, group;
+    uint32_t n_heads, group, kv_type;
     bl_cache *heads[]; /* [n_heads] */
 };
 
@@ -46,6 +46,7 @@ baseline *baseline_new(const char *method, const llm_shape *shape, const bkv_con
     b->method = bl_find(method);
     b->n_heads = shape->n_kv_heads;
     b->group = shape->n_q_heads / shape->n_kv_heads;
+    b->kv_type = c->kv_type;
     b->cfg.n_q_heads = b->group;
     b->cfg.n_kv_heads = 1;
     b->cfg.head_dim = shape->key_dim;
@@ -72,10 +73,14 @@ void baseline_free(baseline *b) {
     free(b);
 }
 
+/* bl_bytes() counts rows of f16. */
 size_t baseline_bytes(const baseline *b) {
-    size_t bytes = 0;
+    size_t elements = b->cfg.head_dim + b->cfg.value_dim, row = 2 * elements, bytes = 0;
     uint32_t h;
-    for (h = 0; h < b->n_heads; h++) bytes += bl_bytes(b->heads[h]);
+    if (b->kv_type == BKV_F32) row = 4 * elements;
+    if (b->kv_type == BKV_I8) row = elements + 4; /* and two scales */
+    for (h = 0; h < b->n_heads; h++)
+        bytes += bl_bytes(b->heads[h]) + b->cfg.budget * row - b->cfg.budget * 2 * elements;
     return bytes;
 }
 

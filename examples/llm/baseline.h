@@ -11,6 +11,7 @@ baseline *baseline_new(const char *method, const llm_shape *shape, const bkv_con
                        uint32_t layer, uint32_t *least);
 void baseline_free(baseline *b);
 int baseline_reset(baseline *b); /* 0: no memory */
+/* What its slots would take in the kv_type of cfg. It computes in f32: without rounding, for it. */
 size_t baseline_bytes(const baseline *b);
 
 /* As bkv_prefill(): a share of the heads, of all tokens of a step. */

@@ -10,6 +10,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #include "balancekv.h"
 #include "ggml.h"
@@ -70,6 +71,11 @@ uint64_t llm_attention_halvings(const llm_attention *a); /* of the first layer s
    (baselines). */
 int llm_attention_save(const llm_attention *a, void *snapshot);
 void llm_attention_restore(llm_attention *a, const void *snapshot);
+
+/* The same to a file, for any machine, and from one that the same settings wrote. When reading
+   fails nothing has changed. */
+int llm_attention_write(const llm_attention *a, FILE *f, char *err);
+int llm_attention_read(llm_attention *a, FILE *f, char *err);
 
 /* From now on q, k and v of each step are shown to a function, on one of the threads, before the
    next step. Not with full attention. */

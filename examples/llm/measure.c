@@ -203,6 +203,7 @@ void command_speed(program *p) {
         open_run(&two[s], n_ctx, p->opt.seed);
         feed(&two[s], tokens, first, 0, 0, NULL, NULL);
     }
+    fprintf(stderr, "%u tokens fed to both; timing\n", (unsigned)first);
     for (i = 0; i < TIMED; i += BLOCK)
         for (s = 0; s < 2; s++) {
             uint32_t t;

@@ -1,67 +1,82 @@
 #!/bin/sh
 # The tables of examples/llm/README.md:  sh examples/llm/measure.sh TEXT..
-# Perplexity of the texts (the longer ones are cut to WINDOWS windows) and pass keys hidden in them,
-# for every method and share of the bytes of a full f16 cache. Prints tables in Markdown; every run
-# adds a line to LOG, and what stands there is not run again. Hours for everything on one core.
-# Environment: METHODS, SHARES, CTX, WINDOWS, DEPTHS, SEEDS, WHAT ("ppl passkey"), LOG, THREADS, and
-# BKV_LLM, the folder that setup.sh has made.
+# Perplexity of the texts (WINDOWS windows of each) and pass keys hidden in them, for every method
+# and share of the bytes of a full f16 cache; all methods store TYPE. A TEXT `filler` stands for
+# the filler of bkv-llm passkey. Every run adds its lines to LOG, and what stands there is not run
+# again: it may be stopped at any time; several may share a LOG. Prints tables in Markdown of all
+# that LOG has; WHAT= only prints. Hours for everything on one core.
+# Environment: METHODS, SHARES, CTX, TYPE, WINDOWS, DEPTHS, SEEDS, WHAT ("ppl passkey"), LOG,
+# THREADS, and BKV_LLM, the folder that setup.sh has made.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 program=$root/build/examples/llm/bkv-llm
 model=${BKV_LLM:-${XDG_CACHE_HOME:-$HOME/.cache}/balancekv-llm}/SmolLM2-135M-Instruct.Q4_1.gguf
-methods=${METHODS:-balancekv walk uniform window} shares=${SHARES:-0.5 0.25 0.125}
+methods=${METHODS:-balancekv window uniform keydiff walk} shares=${SHARES:-1/2 1/4 1/8}
 ctx=${CTX:-4096 8192} windows=${WINDOWS:-1} depths=${DEPTHS:-10} seeds=${SEEDS:-3}
-what=${WHAT:-ppl passkey} log=${LOG:-$root/build/llm-measure.jsonl} threads=${THREADS:-1}
+type=${TYPE:-i8} what=${WHAT-ppl passkey} threads=${THREADS:-1}
+log=${LOG:-$root/build/llm-measure.jsonl}
 
-[ $# -gt 0 ] || { sed -n '2,8s/^# //p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,9s/^# //p' "$0"; exit 2; }
 for file in "$program" "$model" "$@"; do
-    [ -f "$file" ] || { echo "measure.sh: no $file; run examples/llm/setup.sh" >&2; exit 2; }
+    [ -f "$file" ] || [ "$file" = filler ] ||
+        { echo "measure.sh: no $file; run examples/llm/setup.sh" >&2; exit 2; }
 done
 touch "$log"
 
-once() { # command, text, method, share, further options
-    run="$*"
+once() { # command, tokens, text, method, share, seed, further options
+    name=$(basename "$3" .txt)
+    run="$1 $2 $name $4 $5 $6 $windows $depths"
+    command=$1 tokens=$2 text=$3 method=$4 share=$5 seed=$6 stored=$type
+    shift 6
+    if [ "$method" = full ]; then stored=f16; else set -- --share "$share" "$@"; fi
+    run="$run $stored"
     ! grep -Fq "\"run\": \"$run\"," "$log" || return 0
-    command=$1 text=$2 method=$3 share=$4
-    shift 4
-    [ "$method" = full ] || set -- --share "$share" "$@"
+    [ "$text" = filler ] || set -- --text "$text" "$@"
+    # Keys of full attention are looked for by caches that keep everything: no other answers, sooner.
+    [ "$command $method" != 'passkey full' ] || method=balancekv
     # Unpacked, as ggml has no fast product of many tokens with weights of this file's type.
-    "$program" "$command" --model "$model" --unpack bf16 --threads "$threads" --text "$text" \
-        --method "$method" --json "$@" >"$log.new"
-    sed "s|^{|{\"run\": \"$run\", \"text\": \"$text\", \"share\": $share, |" "$log.new" >>"$log"
-    rm "$log.new"
+    "$program" "$command" --model "$model" --unpack bf16 --threads "$threads" --ctx "$tokens" \
+        --set "kv_type=$stored" --method "$method" --seed "$seed" --json "$@" >"$log.$$"
+    sed "s|^{|{\"run\": \"$run\", \"text\": \"$name\", \"share\": \"$share\", |" "$log.$$" >>"$log"
+    rm "$log.$$"
     echo "done: $run" >&2
 }
 
-for n in $ctx; do
+each() { # tokens, text, method, share
+    for seed in $(seq "$seeds"); do
+        case $3-$seed in
+        full-1 | window-1 | keydiff-1 | balancekv* | uniform-* | walk-*) random=1 ;;
+        *) random=0 ;; # a seed changes nothing but the keys
+        esac
+        [ "$2" = filler ] || [ $random = 0 ] ||
+            case " $what " in
+            *' ppl '*) once ppl "$@" "$seed" --windows "$windows" ;;
+            esac
+        case " $what " in
+        *' passkey '*) once passkey "$@" "$seed" --depths "$depths" --each ;;
+        esac
+    done
+}
+
+[ -z "$what" ] || for n in $ctx; do
     for text; do
-        for share in 1 $shares; do
-            for method in full $methods; do
-                [ "$share" = 1 ] && [ "$method" != full ] && continue
-                [ "$share" != 1 ] && [ "$method" = full ] && continue
-                case " $what " in *' ppl '*)
-                    for seed in $(seq "$seeds"); do
-                        [ "$method" = full ] && [ "$seed" != 1 ] && continue
-                        once ppl "$text" "$method" "$share" --ctx "$n" --windows "$windows" \
-                            --seed "$seed"
-                    done ;;
-                esac
-                case " $what " in *' passkey '*)
-                    once passkey "$text" "$method" "$share" --ctx "$n" --depths "$depths" \
-                        --seeds "$seeds" --each ;;
-                esac
+        each "$n" "$text" full 1
+        for share in $shares; do
+            for method in $methods; do
+                each "$n" "$text" "$method" "$share"
             done
         done
     done
 done
 
-python3 - "$log" "$shares" "$ctx" "$methods" <<'PYTHON'
+python3 - "$log" "$shares" "$ctx" "$methods" "$type" <<'PYTHON'
 import json
 import math
 import sys
 
-log, shares, ctx, methods = sys.argv[1], *(x.split() for x in sys.argv[2:])
-runs = [json.loads(line) for line in open(log, encoding="utf-8")]
+log, shares, ctx, methods = sys.argv[1], *(x.split() for x in sys.argv[2:5])
+with open(log, encoding="utf-8") as lines:
+    runs = [json.loads(line) for line in lines]
 
 
 def mean(values):
@@ -69,50 +84,62 @@ def mean(values):
 
 
 def pick(command, method, share, n):
-    return [r for r in runs if (r["command"], r["method"], r["share"], r["ctx"]) ==
-            (command, method, float(share), int(n))]
+    """Of the runs, those of a method; full stands in run alone."""
+    return [r for r in runs if r["command"] == command and r["ctx"] == int(n) and
+            r["run"].split()[3:5] == [method, share] and
+            r["run"].split()[-1] == ("f16" if method == "full" else sys.argv[5])]
+
+
+def ppl(method, share, n, text):
+    """Mean over texts and seeds of ln(ppl / full), as a percentage of perplexity."""
+    full = {r["text"]: r["nll"] for r in pick("ppl", "full", "1", n)}
+    rise = [r["nll"] - full[r["text"]] for r in pick("ppl", method, share, n)
+            if r["text"] in full and text in ("all", r["text"])]
+    return "%+.2f %%" % (100 * math.expm1(mean(rise))) if rise else ""
+
+
+def passkey(method, share, n, text):
+    """Keys found, of those that full attention finds; nats per digit of all."""
+    def cases(*which):
+        return {(r["text"], r["seed"], r["depth"]): r for r in pick("passkey", *which)
+                if "depth" in r and text == r["text"]}
+    full = {k for k, r in cases("full", "1", n).items() if r["found"]}
+    mine = cases(method, share, n)
+    of = [r["found"] for k, r in mine.items() if k in full]
+    return "%d of %d (%.2f)" % (sum(of), len(of), mean([r["nll_per_digit"] for r in mine.values()
+                                                        ])) if of else ""
 
 
 def row(cells):
     print("| " + " | ".join(cells) + " |")
 
 
-def ppl(method, share, n):
-    """Mean over the texts of ln(ppl / full), as a percentage of perplexity."""
-    full = {r["text"]: r["nll"] for r in pick("ppl", "full", 1, n)}
-    rise = [r["nll"] - full[r["text"]] for r in pick("ppl", method, share, n) if r["text"] in full]
-    return "%+.1f %%" % (100 * math.expm1(mean(rise))) if rise else ""
+def table(name, cell, command):
+    texts = sorted({r["text"] for r in runs if r["command"] == command})
+    lengths = [n for n in ctx if any(r["command"] == command and r["ctx"] == int(n) for r in runs)]
+    if not lengths:
+        return
+    print("\n%s, by tokens and share of the bytes\n" % name)
+    row(["method", "text"] + ["%s, %s" % (n, s) for n in lengths for s in shares])
+    row(["---", "---"] + ["---:"] * (len(lengths) * len(shares)))
+    for text in (["all"] if command == "ppl" else []) + texts:
+        for method in methods:
+            cells = [cell(method, s, n, text) for n in lengths for s in shares]
+            if any(cells):
+                row([method, text] + cells)
+    print()
+    for n in lengths:
+        full = [r for r in pick(command, "full", "1", n) if command == "ppl" or "depth" in r]
+        if command == "ppl":
+            print("full attention, %s tokens: %s" % (
+                n, ", ".join("%s %.3f" % (r["text"], r["ppl"]) for r in full)))
+        for text in texts if command == "passkey" else []:
+            of = [r for r in full if r["text"] == text]
+            print("full attention, %s tokens, %s: %d of %d (%.2f)" % (
+                n, text, sum(r["found"] for r in of), len(of),
+                mean([r["nll_per_digit"] for r in of])))
 
 
-def passkey(method, share, n):
-    """Keys found, of those that full attention finds; nats per digit of all."""
-    def cases(*which):
-        return {(r["text"], r["key"], r["depth"]): r for r in pick("passkey", *which)
-                if "found" in r and "depth" in r}
-    full = {k for k, r in cases("full", 1, n).items() if r["found"]}
-    mine = cases(method, share, n)
-    of = [r["found"] for k, r in mine.items() if k in full]
-    return "%.0f %% (%.2f)" % (100 * mean(of), mean([r["nll_per_digit"] for r in mine.values()])) \
-        if of else ""
-
-
-for name, cell, command in (("perplexity above full attention", ppl, "ppl"),
-                            ("pass keys found (nats per digit)", passkey, "passkey")):
-    if not any(r["command"] == command for r in runs):
-        continue
-    print("\n" + name + ", by tokens and share of the bytes\n")
-    row(["method"] + ["%s, %s" % (n, s) for n in ctx for s in shares])
-    row(["---"] + ["---:"] * (len(ctx) * len(shares)))
-    for method in methods:
-        row([method] + [cell(method, s, n) for n in ctx for s in shares])
-    for n in ctx:
-        full = pick(command, "full", 1, n)
-        if command == "ppl" and full:
-            print("\nfull attention, %s tokens: perplexity %s" %
-                  (n, ", ".join("%.3f" % r["ppl"] for r in full)))
-        if command == "passkey":
-            single = [r for r in full if "depth" in r]
-            print("\nfull attention, %s tokens: %d of %d keys found, %.3f nats per digit" %
-                  (n, sum(r["found"] for r in single), len(single),
-                   mean([r["nll_per_digit"] for r in single])))
+table("perplexity above full attention", ppl, "ppl")
+table("pass keys found, of those that full attention finds (nats per digit)", passkey, "passkey")
 PYTHON

@@ -26,10 +26,10 @@ static const char usage[] =
     "                  flash attention over a growing f16 cache; walk, keydiff and the other\n"
     "                  streaming methods of build/bench/quality --list, to compare\n"
     "  --budget B      tokens kept per KV head; 0 (default): all of them\n"
-    "  --share X       instead of --budget: the most that fit X times the bytes of a full f16 "
-    "cache\n"
-    "  --set KEY=VALUE a field of bkv_config: kv_type=f16, window=256, sinks=16, temp=1 ..;\n"
-    "                  also behind the method: --method walk:temp=0.1:window=256\n"
+    "  --share X       instead of --budget: the most slots that fit X times the bytes of a full\n"
+    "                  f16 cache; 0.25 or 1/4\n"
+    "  --set KEY=VALUE a field of bkv_config: kv_type=f16 (default), i8, bf16, f32; window=256,\n"
+    "                  sinks=16 ..; also behind the method: --method sample:window=256:rounds=1\n"
     "  --ctx N         tokens of a sequence (default: what the model was trained on)\n"
     "  --seed S        of the halvings, the pass keys, the sampling (default 1)\n"
     "  --threads T     (default: the processors)   --chunk C  tokens of a step (default 512)\n"
@@ -89,8 +89,8 @@ static const word methods[] = {{"balancekv", BKV_RULE_DEFAULT},
                                {"sample", BKV_RULE_SAMPLE},
                                {"window", BKV_RULE_WINDOW},
                                {NULL, 0}};
-static const word kv_types[] = {{"f32", BKV_F32}, {"f16", BKV_F16}, {"bf16", BKV_BF16},
-                                 {"i8", BKV_I8},   {NULL, 0}};
+static const word kv_types[] = {
+    {"f32", BKV_F32}, {"f16", BKV_F16}, {"bf16", BKV_BF16}, {"i8", BKV_I8}, {NULL, 0}};
 static const word weight_types[] = {
     {"f16", GGML_TYPE_F16}, {"bf16", GGML_TYPE_BF16}, {"f32", GGML_TYPE_F32}, {NULL, 0}};
 
@@ -113,7 +113,7 @@ static const struct {
     {"softcap", offsetof(bkv_config, softcap), NULL, 1},
 };
 
-enum kind { FLAG, TEXT, WHOLE, REAL, METHOD, SET, WEIGHTS, LENGTHS };
+enum kind { FLAG, TEXT, WHOLE, REAL, SHARE, METHOD, SET, WEIGHTS, LENGTHS };
 static const struct {
     const char *name;
     enum kind kind;
@@ -127,7 +127,7 @@ static const struct {
     {"--layers", TEXT, offsetof(options, layers), 0, 0},
     {"--method", METHOD, offsetof(options, method), 0, 0},
     {"--budget", WHOLE, offsetof(options, attention.bkv.budget), 0, 1 << 24},
-    {"--share", REAL, offsetof(options, share), 1e-6, 1},
+    {"--share", SHARE, offsetof(options, share), 1e-6, 1},
     {"--set", SET, 0, 0, 0},
     {"--ctx", LENGTHS, 0, 1, 1 << 24},
     {"--seed", WHOLE, offsetof(options, seed), 0, 4294967295.0},
@@ -150,6 +150,20 @@ static double number(const char *what, const char *text, double least, double mo
     if (!*text || *end || !(x >= least && x <= most))
         die("%s: '%s' is not a number from %.10g to %.10g", what, text, least, most);
     return x;
+}
+
+/* A number, or one by another: 1/8. */
+static double ratio(const char *what, const char *text, double least, double most) {
+    char top[32];
+    const char *slash = strchr(text, '/');
+    double x, y;
+    if (!slash || slash - text >= (int)sizeof top) return number(what, text, least, most);
+    memcpy(top, text, (size_t)(slash - text));
+    top[slash - text] = 0;
+    x = number(what, top, 0, 1e9), y = number(what, slash + 1, 1e-9, 1e9);
+    if (!(x / y >= least && x / y <= most))
+        die("%s: %s is not from %.10g to %.10g", what, text, least, most);
+    return x / y;
 }
 
 static uint32_t whole(const char *what, const char *text, double least, double most) {
@@ -230,6 +244,7 @@ static void set_option(options *o, size_t i, const char *value) {
     case TEXT: *(const char **)target = value; break;
     case WHOLE: *(uint32_t *)target = whole(name, value, least, most); break;
     case REAL: *(double *)target = number(name, value, least, most); break;
+    case SHARE: *(double *)target = ratio(name, value, least, most); break;
     case SET: set_field(&o->attention.bkv, value); break;
     case LENGTHS: set_lengths(o, value, least, most); break;
     case WEIGHTS: o->weights = (enum ggml_type)find_word(name, value, weight_types, ""); break;
@@ -251,6 +266,7 @@ void parse_options(options *o, int argc, char **argv) {
     o->seeds = 1;
     o->seed = 1;
     o->weights = GGML_TYPE_COUNT;
+    o->attention.bkv.kv_type = BKV_F16;
     for (at = 1; at < argc; at++)
         if (!strcmp(argv[at], "--help") || !strcmp(argv[at], "-h")) {
             fputs(usage, stdout);
@@ -412,14 +428,17 @@ const float *step(program *p, int32_t token, uint32_t position) {
 
 void print_setting(const program *p, uint32_t n_ctx) {
     const options *o = &p->opt;
+    const word *type = kv_types;
     unsigned budget = o->attention.full ? 0 : (unsigned)o->attention.bkv.budget;
     size_t bytes = llm_attention_bytes(p->attention), full = llm_full_bytes(&p->model.shape, n_ctx);
+    while (type->value != o->attention.bkv.kv_type) type++;
     if (o->json)
-        printf("{\"command\": \"%s\", \"method\": \"%s\", \"budget\": %u, \"ctx\": %u, "
-               "\"seed\": %u, \"bytes_kv\": %zu, \"bytes_kv_full\": %zu, \"bytes_scratch\": %zu, ",
-               o->command, o->method, budget, (unsigned)n_ctx, (unsigned)o->seed, bytes, full,
-               llm_attention_scratch_bytes(p->attention));
+        printf("{\"command\": \"%s\", \"method\": \"%s\", \"kv_type\": \"%s\", \"budget\": %u, "
+               "\"ctx\": %u, \"seed\": %u, \"bytes_kv\": %zu, \"bytes_kv_full\": %zu, "
+               "\"bytes_scratch\": %zu, ",
+               o->command, o->method, type->name, budget, (unsigned)n_ctx, (unsigned)o->seed, bytes,
+               full, llm_attention_scratch_bytes(p->attention));
     else
-        printf("%s, budget %u, ctx %u, caches %.2f MB (full %.2f): ", o->method, budget,
-               (unsigned)n_ctx, (double)bytes * 1e-6, (double)full * 1e-6);
+        printf("%s in %s, budget %u, ctx %u, caches %.2f MB (full %.2f): ", o->method, type->name,
+               budget, (unsigned)n_ctx, (double)bytes * 1e-6, (double)full * 1e-6);
 }

@@ -1,4 +1,5 @@
 /* talk.c - generate and chat. */
+#include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -228,15 +229,76 @@ static int turn(program *p, chat *c, const char *line) {
     return 1;
 }
 
+/* A file of a chat: this line; the model's bytes, fed, position, n; for each message its bytes and
+   itself; the caches. */
+static const char magic[] = "bkv-llm chat 1\n";
+
+static int save(const program *p, const chat *c, const char *path, char *err) {
+    FILE *f = fopen(path, "wb");
+    size_t i;
+    int ok;
+    if (!f) return llm_fail(err, "%s", strerror(errno));
+    fprintf(f, "%s%zu %zu %u %zu\n", magic, p->model.file_bytes, c->fed, (unsigned)c->position,
+            c->n);
+    for (i = 0; i < c->n; i++)
+        fprintf(f, "%zu\n%s\n", strlen(c->messages[i].content), c->messages[i].content);
+    ok = llm_attention_write(p->attention, f, err);
+    if (fclose(f) && ok) ok = llm_fail(err, "%s", strerror(errno));
+    return ok;
+}
+
+/* A message of a file that may hold anything; NULL: it is none. */
+static char *read_message(FILE *f) {
+    size_t size;
+    char *text;
+    if (fscanf(f, "%zu", &size) != 1 || size > 1 << 24 || fgetc(f) != '\n') return NULL;
+    text = (char *)allocate(size + 1);
+    text[fread(text, 1, size, f)] = 0;
+    if (strlen(text) == size && fgetc(f) == '\n') return text;
+    free(text);
+    return NULL;
+}
+
+/* *c is empty; if this fails its messages mean nothing, the caches are as they were. */
+static int load(program *p, chat *c, const char *path, char *err) {
+    FILE *f = fopen(path, "rb");
+    char start[sizeof magic] = "", *text;
+    size_t bytes = 0, n = 0;
+    unsigned position = 0;
+    string s;
+    int ok;
+    if (!f) return llm_fail(err, "%s", strerror(errno));
+    ok = fread(start, 1, sizeof magic - 1, f) == sizeof magic - 1 && !strcmp(start, magic) &&
+         fscanf(f, "%zu %zu %u %zu", &bytes, &c->fed, &position, &n) == 4 && fgetc(f) == '\n';
+    if (ok && bytes != p->model.file_bytes) {
+        fclose(f);
+        return llm_fail(err, "of another model");
+    }
+    while (ok && c->n < n && (text = read_message(f))) {
+        say(c, c->n % 2 ? "assistant" : "user", text);
+        free(text);
+    }
+    c->position = position;
+    s = format(p, c, 0);
+    if (!ok || c->n != n || c->fed > s.size)
+        ok = llm_fail(err, "not a chat of this program, or damaged");
+    free(s.text);
+    if (ok) ok = llm_attention_read(p->attention, f, err);
+    fclose(f);
+    return ok;
+}
+
 void command_chat(program *p) {
     chat now_ = {NULL, 0, 0, 0}, before = now_;
     string line = {NULL, 0, 0};
+    char err[LLM_ERROR];
     void *undo;
     int can_undo = 0, c;
     open_run(p, p->opt.ctx[0], p->opt.seed);
     undo = allocate(llm_attention_bytes(p->attention));
     free(format(p, &now_, 0).text); /* is there a template? */
-    fputs("[/undo takes the last turn back, /quit ends]\n", stderr);
+    fputs("[/undo takes the last turn back, /save FILE and /load FILE keep the chat, /quit ends]\n",
+          stderr);
     do {
         fputs("> ", stderr);
         line.size = 0;
@@ -255,6 +317,18 @@ void command_chat(program *p) {
             }
             fputs(can_undo ? "[taken back]\n" : "[nothing to take back]\n", stderr);
             can_undo = 0;
+        } else if (!strcmp(line.text, "/save") || !strcmp(line.text, "/load")) {
+            fputs("[/save FILE or /load FILE]\n", stderr);
+        } else if (!strncmp(line.text, "/save ", 6)) {
+            int ok = save(p, &now_, line.text + 6, err);
+            fprintf(stderr, "[%s: %s]\n", line.text + 6, ok ? "saved" : err);
+        } else if (!strncmp(line.text, "/load ", 6)) {
+            chat loaded = {NULL, 0, 0, 0};
+            int ok = load(p, &loaded, line.text + 6, err);
+            fprintf(stderr, "[%s: %s]\n", line.text + 6, ok ? "loaded" : err);
+            unsay(ok ? &now_ : &loaded, 0);
+            free(ok ? now_.messages : loaded.messages);
+            if (ok) now_ = loaded, can_undo = 0;
         } else if (line.size && strcmp(line.text, "/quit")) {
             int saved = llm_attention_save(p->attention, undo);
             before = now_;

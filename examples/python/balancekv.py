@@ -21,8 +21,7 @@ import numpy as np
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _LIBRARY = os.environ.get("BALANCEKV_LIBRARY", os.path.join(_ROOT, "build/python/libbalancekv.so"))
 _TYPES = {"uint32_t": ctypes.c_uint32, "uint64_t": ctypes.c_uint64, "size_t": ctypes.c_size_t,
-          "float": ctypes.c_float, "const void *": ctypes.c_void_p,
-          "unsigned char *": ctypes.c_void_p}
+          "float": ctypes.c_float}
 
 
 # ---- what the header says ------------------------------------------------------------------------
@@ -34,10 +33,10 @@ def _read_header():
     for name, body in re.findall(r"typedef struct (bkv_\w+) \{(.*?)\} \1;", text, re.S):
         fields = []
         for declaration in filter(None, map(str.strip, body.split(";"))):
-            kind, names = re.fullmatch(r"((?:const void|unsigned char) \*|\w+\s)\s*(.*)",
-                                       declaration, re.S).groups()
-            kind = {**_TYPES, **types}[kind.strip()]
-            fields += [(field.strip(), kind) for field in names.split(",")]
+            kind, names = re.fullmatch(r"(?:const |unsigned )?(\w+)\s+(.*)", declaration,
+                                       re.S).groups()
+            fields += [(field.strip("* \n"), ctypes.c_void_p if "*" in field else
+                        {**_TYPES, **types}[kind]) for field in names.split(",")]
         types[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     numbers = dict(re.findall(r"#define BALANCEKV_(\w+) (\d+)\n", text))
     numbers["NONE"] = re.search(r"#define BKV_NONE (\w+)u", text)[1]
@@ -62,8 +61,12 @@ def _load():
     for name, result, arguments in (
             ("check", ctypes.c_int, [config]), ("size", size, [config]),
             ("init", ctypes.c_int, [cache, config, pointer, size]),
-            ("attach", ctypes.c_int, [cache, pointer, size, u32]),
             ("reset", ctypes.c_int, [cache]),
+            ("truncate", ctypes.c_int, [cache, ctypes.c_uint64]),
+            ("shrink", ctypes.c_int, [cache, u32]),
+            ("save", ctypes.c_int, [cache, pointer, size]),
+            ("load_size", size, [ctypes.c_char_p, size, u32]),
+            ("load", ctypes.c_int, [cache, ctypes.c_char_p, size, pointer, size, u32, u32]),
             ("append", ctypes.c_int, [cache, tensor, tensor, size] + share),
             ("attend", ctypes.c_int, [cache, tensor, pointer, u32, u32]),
             ("prefill", ctypes.c_int, [cache, tensor, tensor, tensor, pointer, size] + share),
@@ -187,13 +190,35 @@ class Cache:
         """Empties the cache."""
         _must(_lib.bkv_reset(self._cache))
 
+    def truncate(self, n_tokens):
+        """Takes back all but the first n_tokens, as far back as the last halving."""
+        _must(_lib.bkv_truncate(self._cache, n_tokens))
+
+    def shrink(self, budget):
+        """Lowers the budget in place."""
+        _must(_lib.bkv_shrink(self._cache, budget))
+
+    def save(self):
+        """The state as bytes, the same on every machine."""
+        saved = np.empty(self.stats()["state_bytes"], np.uint8)
+        _must(_lib.bkv_save(self._cache, saved.ctypes.data, saved.size))
+        return saved.tobytes()
+
+    @classmethod
+    def load(cls, saved):
+        """A cache that goes on where the saved one was. The bytes may come from anywhere."""
+        if not isinstance(saved, bytes):
+            raise TypeError("saved: %s, need bytes" % type(saved).__name__)
+        made = object.__new__(cls)
+        made._cache = types.cache()
+        made._memory = np.empty(_lib.bkv_load_size(saved, len(saved), 1), np.uint8)
+        _must(_lib.bkv_load(made._cache, saved, len(saved), made._memory.ctypes.data,
+                            made._memory.size, 1, C.BACKEND_AUTO))
+        return made
+
     def copy(self):
         """A second cache in the same state, for instance to try two continuations."""
-        twin = object.__new__(Cache)
-        twin._cache, twin._memory = types.cache(), self._memory.copy()
-        _must(_lib.bkv_attach(twin._cache, twin._memory.ctypes.data, twin._memory.size,
-                              self._cache.cfg.backend))
-        return twin
+        return self.load(self.save())
 
     def _keys(self, k):
         return _tensor(k, "k", self._cache.cfg.n_kv_heads, self._cache.cfg.head_dim)
