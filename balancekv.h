@@ -56,38 +56,21 @@
      Weights stand in the numerator AND in the denominator. With softcap c > 0 the logit is
      c * tanh(s_i / c). While nothing was halved all w_i are 1 and this is exact attention.
 
-   The stream. slots = budget rounded down to a multiple of 16. The sinks, rounded up to a multiple
-     of 16, come off first, the rest is whole pages, what that leaves over goes to the sinks. Tokens
-     fill the sinks, then the newest page, and never move until they are halved. When all pages are
-     full, ONE halving frees one: of the pages older than the window (the newest ceil(window / 64))
-     that pair of neighbours with the smallest larger level, among equals the oldest; the merged
-     page has that level + 1 (rule `window`: the same). So an append costs at most one halving per
-     KV head, and at least the newest `window` tokens (up to 63 more) are exact at any time.
-
-   The rules. A block is the 128 tokens of two pages in order, with weights w; 64 stay. The exact
-     statement, to the last tie, is tests/golden/README.md; what was measured, bench/QUALITY.md.
-     - BKV_RULE_SAMPLE   balanced sampling with unequal chances (ours). A token's importance is made
-         of shares of w, of its use and of what the queries' means expect, the latter two times
-         |v - mean v|. It stays with a chance p in proportion to that; certain tokens (p = 1) keep
-         their weight, the others weigh w / p (a page at most the tokens seen). The draw
-         (pivotal sampling) is then balanced: in `rounds` rounds tokens that stay change places with
-         such that go, whenever this shortens the error sum_i (w'_i - w_i) phi_i, as measured by
-             K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
-         the paper's kernel, with keys and values relative to the block's means.
-     - BKV_RULE_WINDOW   the newer 64, weights unchanged: sinks + sliding window (StreamingLLM), for
-         comparison. The only rule that loses mass.
-     Random numbers come from a counter over (seed, head, number of the halving) and nothing else.
-   Pins. A token appended with BKV_PIN is certain to stay, as it is, in every halving; of more than
-     32 in a block the oldest 32, which thus hold for ever, and such blocks are halved last. A pin
-     that finds no place, or rule `window`, leaves an ordinary token.
-   Learning. bkv_attend() and bkv_prefill() tell the cache what matters: of each query head a
-     running mean, += 0.01 (q - mean); of each token of the two newest pages the use, += p^2 per
-     query head, p its share of attention (in the older of the two, of the attention up to there).
-     A cache that never attends still works; give it BKV_IMPORTANCE_KEY.
-   Error. Whenever the newest page is full, attention estimates for one query head how far its
-     output is from exact attention, |out - exact| / |exact|, from what halvings left to chance:
+   The method, at length in docs/method.md, to the last tie in tests/golden/README.md.
+     Stream: tokens fill the sinks, then page after page, and never move until they are halved. When
+     no page is free, ONE halving frees one: two neighbours older than the window, the least halved,
+     the oldest. So an append costs at most one halving per KV head, and at least the newest
+     `window` tokens are exact at any time.
+     BKV_RULE_SAMPLE: 64 of the 128 tokens stay, with chances p in proportion to importance (shares
+     of weight, of use and of what the queries' means expect), and weigh w / p from then on. The
+     draw is then balanced: tokens change places while that shortens its error under
+         K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
+     the kernel of the paper. BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
+     Learning: attention moves a running mean of each query head, += 0.01 (q - mean), and the use of
+     the tokens of the two newest pages, += p^2, p their share. Without: BKV_IMPORTANCE_KEY.
+     Pins: tokens of a call with BKV_PIN stay as they are in every halving, 32 of a block at most.
+     Error: bkv_error() is a running mean of |out - exact| / |exact|, estimated once a page as
          sqrt(sum_i p_i^2 (1 - 1 / w_i) |v_i - out|^2) / |out|,     p_i the share of attention.
-     bkv_error() is a running mean. 0 before the first halving, and always under rule `window`.
 
    Memory. bkv_size() bytes, state and n_threads * scratch. The state holds no pointer: it may be
      copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
@@ -271,8 +254,9 @@ typedef struct bkv_config {
 #define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
     (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
      BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
-                   (kv_type) == BALANCEKV_F32 ? 4 : (kv_type) == BALANCEKV_I8 ? 1 : 2) *           \
+                   BKV_SIZE_ELEM(kv_type)) *                                                       \
          (n_kv_heads))
+#define BKV_SIZE_ELEM(type) ((type) == BALANCEKV_F32 ? 4 : (type) == BALANCEKV_I8 ? 1 : 2)
 #define BKV_SIZE_HEAD(group, dim, slots, elem)                                                     \
     (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + BKV_SIZE_PAD(dim, 16) * 4 * (group) +          \
      12 * (slots) + ((elem) == 1 ? BKV_SIZE_I8(dim, slots) : 0) + /* words */                      \
@@ -493,6 +477,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_BARE 1
 #define memcpy __builtin_memcpy
 #define memset __builtin_memset
+#define memmove __builtin_memmove
 #define memcmp __builtin_memcmp
 #endif
 
@@ -604,6 +589,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #endif
 #if BALANCEKV_SIMDE && BKVI_HAVE_NEON
 #include <simde/arm/neon.h>
+#include <simde/x86/f16c.h>
 #elif BALANCEKV_SIMDE
 #include <simde/x86/avx512.h>
 #elif BKVI_HAVE_NEON
@@ -673,7 +659,8 @@ enum {
     BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
-    BKVI_TILE_MAX = BKVI_SMALL ? 1 : 4, /* rows that share a register tile, at most */
+    BKVI_TILE_MAX = 4,       /* rows that share a register tile, at most: the size of scratch */
+    BKVI_TILE_ROWS = BKVI_SMALL ? 1 : BALANCEKV_SIMDE ? 2 : 4, /* the same, of this build */
     BKVI_DIM_MAX = 512,      /* elements of a key or value, at most */
     BKVI_HEADER_BYTES = 256, /* of the state: magic, version, config */
     BKVI_CONFIG_BYTES = 64,  /* of bkv_config, all that stands before the seed */
@@ -2393,12 +2380,17 @@ BKVI_VFN bkvi_vec bkvi_v(load_i8)(const void *p) {
     memcpy(&x, p, sizeof x);
     return __builtin_convertvector(x, bkvi_vec);
 }
+#if BKVI_HAVE_NEON && defined(SIMDE_X86_F16C_NATIVE)
+BKVI_OP(load_f16, (const void *p),
+        simde_mm_cvtph_ps(simde_mm_loadl_epi64((const simde__m128i *)p)))
+#else
 BKVI_VFN bkvi_vec bkvi_v(load_f16)(const void *p) { /* times 2^112; Inf and NaN keep theirs */
     bkvi_words all = bkvi_v(widen)(p) << 13, low = all & 0x0FFFE000u;
     bkvi_vec x = (bkvi_vec)low * 5.192296858534827628530496329e33f;
     return (bkvi_vec)((bkvi_words)x | ((bkvi_words)(x >= 65536.0f) & 0x7F800000u) |
                       (all ^ low) << 3);
 }
+#endif
 BKVI_VFN void bkvi_v(store_f16)(void *p, bkvi_vec x) {
     bkvi_halves h;
     BKVI_EACH_LANE(h[i] = bkvi_to_f16(x[i]);)
@@ -2462,6 +2454,8 @@ BKVI_VFN float bkvi_v(top)(bkvi_vec x) {
 #define BKVI_VECS(rows) 1
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_VECS(rows) 4
+#elif BALANCEKV_SIMDE /* 16 registers of 4 lanes, on most of its CPUs */
+#define BKVI_VECS(rows) ((rows) == 1 ? 2 : 1)
 #else /* 16 registers of 8 lanes, or 32 of 4 */
 #define BKVI_VECS(rows) ((rows) == 1 ? 4 : (rows) < (BKVI_WIDTH == 8 ? 4 : 3) ? 2 : 1)
 #endif
@@ -2926,13 +2920,17 @@ static BKVI_NOINLINE void bkvi_k(entries)(const bkvi_block *block, int values, u
 }
 
 /* The 16 rows of panel i, in tiles of 5, 5 and 6: more than the 8 sums in flight that hide the
-   latency of an FMA on 16 registers. */
+   latency of an FMA on 16 registers; or, small or in 16 registers of 4 lanes, by twos. */
 BKVI_VFN void bkvi_k(rows)(const bkvi_block *block, const int vecs, uint32_t i, uint32_t first,
                            uint32_t dim, size_t stride) {
     const unsigned char *x = (const unsigned char *)(block->panels + first * stride);
     const float *c = block->panels + i * stride;
     uint32_t row;
-    for (row = 0; row < 10; row += 5)
+    for (row = 0; row < BKVI_LANES && (BKVI_SMALL || BALANCEKV_SIMDE); row += 2)
+        bkvi_k(tile_fma)(BKV_F32, 2, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
+                         block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
+    if (row) return;
+    for (; row < 10; row += 5)
         bkvi_k(tile_fma)(BKV_F32, 5, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
                          block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
     bkvi_k(tile_fma)(BKV_F32, 6, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
@@ -3293,8 +3291,8 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
     /* Row r: token r / group, query head r % group of this KV head. */
     for (begin = 0; begin < run->n * group; begin += BKVI_ROWS) {
         uint32_t n = bkvi_min(BKVI_ROWS, run->n * group - begin), tile_rows, size;
-        /* Tiles of equal size, at most BKVI_TILE_MAX rows; the queries of a tile side by side. */
-        size = (n + BKVI_TILE_MAX - 1) / BKVI_TILE_MAX;
+        /* Tiles of equal size, at most BKVI_TILE_ROWS rows; the queries of a tile side by side. */
+        size = (n + BKVI_TILE_ROWS - 1) / BKVI_TILE_ROWS;
         size = (n + size - 1) / size;
         for (r = 0; r < n; r++) {
             uint32_t token = (begin + r) / group, tile = r / size * size;
@@ -3462,6 +3460,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #ifdef BKVI_BARE
 #undef memcpy
 #undef memset
+#undef memmove
 #undef memcmp
 #undef BKVI_BARE
 #endif
