@@ -350,7 +350,8 @@ BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
 /* Takes back all but the first n_tokens tokens. What is left is, bit for bit, the state before
    them, but for what attention to tokens that were no drafts has taught. Tokens from before the
    last halving, of BKV_I8 from before the newest page, cannot be taken back (all pages can, before
-   any halving): stats.room says how many more are safe. Returns BKV_E_NULL, _ROLLBACK. Cost: proportional to the tokens taken back. */
+   any halving): stats.room says how many more are safe. Returns BKV_E_NULL, _ROLLBACK.
+   Cost: proportional to the tokens taken back. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens);
 
 /* Lowers the budget in place: the oldest pages are halved by the rule in use until the tokens fit,
@@ -1331,8 +1332,8 @@ static uint32_t bkvi_block_slot(const bkv_cache *c, const bkvi_head *h, const un
     return c->sink_slots + BKVI_PAGE * b;
 }
 
-/* BKV_I8: how many of the n slots of a block, which starts at this slot, have rests: all of the page
-   whose first token has the position off_rest_of, while it is the newest. */
+/* BKV_I8: how many of the n slots of a block, which starts at this slot, have rests: all of the
+   page whose first token has the position off_rest_of, while it is the newest. */
 static uint32_t bkvi_n_rests(const bkv_cache *c, unsigned char *mem, uint32_t slot, uint32_t n,
                              int newest) {
     if (slot < c->sink_slots) return slot ? 0 : bkvi_min(n, BKVI_LANES);
@@ -1750,7 +1751,7 @@ BALANCEKV_API bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens) {
 
 /* The pages of a head into places that there still are; then its parts to where the new layout has
    them, at or below where they were. */
-static void bkvi_move_head(const bkv_cache *c, const bkv_cache *to, uint32_t head) {
+static BKVI_NOINLINE void bkvi_move_head(const bkv_cache *c, const bkv_cache *to, uint32_t head) {
     unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
     unsigned char *taken = (unsigned char *)bkvi_scratch(c, 0); /* a bit for each of <= 2^18 */
     bkvi_head h = bkvi_head_get(mem);
@@ -2547,8 +2548,8 @@ static void bkvi_k(rotated_row)(float *x, const unsigned char *row, uint32_t typ
     bkvi_k(rotate)(x, padded);
 }
 
-/* x becomes round(x / scale) + 1.5 * 2^23, whose low byte is what is stored; BKVI_DIM_MAX behind it,
-   the same of 128 times the rest. scale = max |x| / 127, rounded up to bf16, so that nothing is
+/* x becomes round(x / scale) + 1.5 * 2^23, whose low byte is what is stored; BKVI_DIM_MAX behind
+   it, the same of 128 times the rest. scale = max |x| / 127, rounded up to bf16, so that nothing is
    clipped; the floor keeps its inverse finite. */
 static BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n) {
     const bkvi_vec magic = bkvi_v(set)(12582912.0f);
