@@ -5,7 +5,7 @@
 set -eu
 cd "$(dirname -- "$0")/../.."
 mkdir -p build/web
-options='-std=c99 -O2 -mbulk-memory -Wall -Wextra -Wconversion -Wshadow -ffreestanding -nostdlib'
+options='-std=c99 -O2 -mbulk-memory -msimd128 -Wall -Wextra -Wconversion -Wshadow -ffreestanding -nostdlib'
 
 try() { # compiler and its options
     # shellcheck disable=SC2086 # options are meant to split
