@@ -104,15 +104,16 @@ static void hash_elements(uint64_t *h, const void *data, size_t bytes, size_t el
     }
 }
 
-/* The state is made of 4-byte words, except for the scales of I8 (2 bytes) and the K and V elements
-   at the end of each head. */
+/* The state is made of 4-byte words, except for the scales (2 bytes) and rests (1) of I8 and the K
+   and V elements at the end of each head. */
 static void hash_state(uint64_t *h, const bkv_cache *c) {
     size_t heads = c->cfg.n_kv_heads, header = c->state_bytes - heads * c->head_bytes, i;
     hash_elements(h, c->mem, header, 4);
     for (i = 0; i < heads; i++) {
         const unsigned char *head = c->mem + header + i * c->head_bytes;
         hash_elements(h, head, c->off_k_scale, 4);
-        hash_elements(h, head + c->off_k_scale, c->off_k - c->off_k_scale, 2);
+        hash_elements(h, head + c->off_k_scale, c->off_k_rest - c->off_k_scale, 2);
+        hash_elements(h, head + c->off_k_rest, c->off_k - c->off_k_rest, 1);
         hash_elements(h, head + c->off_k, c->head_bytes - c->off_k, c->elem_bytes);
     }
 }

@@ -60,7 +60,8 @@ int main(void) {
 }
 #else
 
-/* All that the library calls. Left alone, a compiler sees what the loops do and makes them calls. */
+/* All that is called here; bkv_shrink() would want memmove, too. Left alone, a compiler sees what
+   the loops do and makes them calls. */
 #define BYTE_BY_BYTE __asm__ volatile("")
 void *memcpy(void *restrict to, const void *restrict from, size_t n) {
     unsigned char *t = (unsigned char *)to;

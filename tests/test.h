@@ -169,8 +169,9 @@ static inline void rotate(float *x, size_t n) {
         if (n & size) hadamard(x, size), x += size;
 }
 
-/* A key, or a value, becomes what a cache of this type holds of it. */
-static inline void round_row(double *x, size_t n, uint32_t kv_type, int is_value) {
+/* A key, or a value, becomes what a cache of this type holds of it. BKV_I8: of a sink or a token of
+   the newest page the rest is held, too, in 1/128 of a step. */
+static inline void round_row(double *x, size_t n, uint32_t kv_type, int is_value, int with_rest) {
     float row[512] = {0}, largest = 1e-28f;
     for (size_t i = 0; i < n; i++)
         if (kv_type == BKV_I8)
@@ -187,8 +188,11 @@ static inline void round_row(double *x, size_t n, uint32_t kv_type, int is_value
     bits = (bits + 0xFFFF) & 0xFFFF0000u; /* up to bf16 */
     memcpy(&step, &bits, 4);
     inverse = 1 / step;
-    for (size_t i = 0; i < padded; i++)
-        row[i] = (float)nearbyint((double)row[i] * (double)inverse) * step;
+    for (size_t i = 0; i < padded; i++) {
+        double steps = (double)row[i] * (double)inverse, q = nearbyint(steps); /* exact */
+        double rest = with_rest ? nearbyint((double)(float)(steps - q) * 128) / 128 : 0;
+        row[i] = (float)(q + rest) * step;
+    }
     rotate(row, padded);
     for (size_t i = 0; i < n; i++) x[i] = (double)row[i];
 }

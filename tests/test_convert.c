@@ -78,7 +78,7 @@ static list sampled(list l) {
 static void expected(double *row, const list *l, size_t first, size_t n, uint32_t type,
                      uint32_t kv_type, int is_value) {
     for (size_t i = 0; i < n; i++) row[i] = decode(l->bits[(first + i) % l->n], type);
-    round_row(row, n, kv_type, is_value);
+    round_row(row, n, kv_type, is_value, 1);
 }
 
 static bkv_config config(uint32_t n_kv, uint32_t group, uint32_t head_dim, uint32_t value_dim,

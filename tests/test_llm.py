@@ -189,6 +189,9 @@ def check_generate(tally, program, model, folder):
                                              "--temp", 2, "--json"))[0]
     tally.check(long.get("resident_after", 1 << 40) - long.get("resident_before", 0) < 200000,
                 "memory stays", str(long))
+    tally.check(got.get("estimated_error") == 0 < long.get("estimated_error", 0) < 2 and
+                b"estimated error of attention: 0.0000]" in told[0].stderr,
+                "the estimated error: 0 as long as all is kept", str(long))
     stopped = say("--prompt", prompt, "--ctx", 30, "--budget", 256, "--temp", 1)
     tally.check(b"[stopped at --ctx 30]" in stopped.stderr or b"answer: 1" in stopped.stderr,
                 "generate stops at --ctx", str(stopped.stderr))

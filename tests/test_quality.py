@@ -738,6 +738,16 @@ def check_options(tally, program, folder, t):
     tally.check(all(list(r)[:9] == fields for r in rows), "the fields, in order", str(rows[0]))
     tally.check(all(r["trace"] == os.path.basename(folder) and r["held_max"] <= r["budget"] and
                     0 < r["rel_err"] < r["rel_err_p95"] for r in rows), "plausible values")
+    told = [r for r in rows if r["method"] == "balancekv"]
+    tally.check(all(("est_err" in r) == (r["method"] in ("balancekv", "window")) for r in rows),
+                "estimates are the header's", str(rows[0]))
+    tally.check(all(0 < e < 4 * r["rel_err"] for r in told for e in r["head_est"]) and
+                all(math.isclose(r["est_err"], np.mean(r["head_est"]), rel_tol=1e-5) for r in told),
+                "estimates are plausible", str(told[0]))
+    ratios = [e / x for r in told for e, x in zip(r["head_est"], r["head_err"])]
+    said = program.run(*base, "--seed", "1,2").stdout.splitlines()[-1]
+    tally.check(said == "estimate within a factor 2: %d of %d" % (
+        sum(0.5 < x < 2 for x in ratios), len(ratios)), "estimates are counted", said)
     for option in (("--chunk", 1), ("--chunk", 7), ("--threads", 1), ("--threads", 5)):
         again = program.rows(*base, "--method", weighted_ones, "--seed", "1,2", *option)
         tally.check(strip(again) == rows, "%s %d changes nothing" % option)

@@ -284,6 +284,17 @@ uint64_t llm_attention_halvings(const llm_attention *a) {
     return s.halvings;
 }
 
+double llm_attention_error(const llm_attention *a) {
+    double sum = 0;
+    uint32_t i;
+    for (i = 0; i < a->shape.n_layers && !a->cfg.full && !a->cfg.baseline; i++) {
+        bkv_stats_info s;
+        bkv_stats(&a->layers[i].cache, &s);
+        sum += (double)s.error;
+    }
+    return sum / a->shape.n_layers;
+}
+
 int llm_attention_save(const llm_attention *a, void *snapshot) {
     uint32_t i;
     if (!a->memory) return 0;

@@ -66,6 +66,8 @@ size_t llm_attention_need(const llm_shape *shape, const llm_attention_config *cf
 size_t llm_full_bytes(const llm_shape *shape, uint32_t n_tokens);
 
 uint64_t llm_attention_halvings(const llm_attention *a); /* of the first layer so far */
+/* The estimate of the caches of what their outputs are wrong by, relative, mean over the layers. */
+double llm_attention_error(const llm_attention *a);
 
 /* The state of all layers, llm_attention_bytes(), to return to. save: 0 if it is no block of bytes
    (baselines). */

@@ -115,10 +115,11 @@ static answer ask(program *p, const int32_t *prompt, uint32_t n_prompt, uint32_t
 static void print_speed(const program *p, const answer *a) {
     fprintf(stderr,
             "\n[prompt: %u tokens, %.1f tokens/s; answer: %u tokens, %.1f tokens/s; caches: "
-            "%.2f MB, of f16 for all %u tokens: %.2f MB]\n",
+            "%.2f MB, of f16 for all %u tokens: %.2f MB; estimated error of attention: %.4f]\n",
             (unsigned)a->n_prompt, a->n_prompt / a->prompt_seconds, (unsigned)a->n_tokens,
             a->n_tokens / a->seconds, (double)llm_attention_bytes(p->attention) * 1e-6,
-            (unsigned)a->position, (double)llm_full_bytes(&p->model.shape, a->position) * 1e-6);
+            (unsigned)a->position, (double)llm_full_bytes(&p->model.shape, a->position) * 1e-6,
+            llm_attention_error(p->attention));
 }
 
 void command_generate(program *p) {
@@ -142,10 +143,10 @@ void command_generate(program *p) {
     if (p->opt.json) {
         print_setting(p, n_ctx);
         printf("\"prompt_tokens\": %u, \"tokens\": %u, \"prompt_tokens_per_s\": %.2f, "
-               "\"tokens_per_s\": %.2f, \"resident_before\": %zu, \"resident_after\": %zu, "
-               "\"text\": ",
+               "\"tokens_per_s\": %.2f, \"estimated_error\": %.5f, \"resident_before\": %zu, "
+               "\"resident_after\": %zu, \"text\": ",
                (unsigned)n, (unsigned)a.n_tokens, n / a.prompt_seconds, a.n_tokens / a.seconds,
-               a.resident_before, a.resident_after);
+               llm_attention_error(p->attention), a.resident_before, a.resident_after);
         print_json_string(&a.text);
         puts("}");
     } else {
