@@ -170,7 +170,7 @@ echo
 cat $table
 [ -z "$write" ] || cp $table tests/MATRIX.md
 [ "${CI:-}" != true ] || failed=$((failed + left))
-echo "backends whose hash was compared: $(sed -n 's/^| \([a-z0-9_-]*\) | [^|]* | \([a-z0-9]*\) | [0-9a-f].*/\1:\2/p' \
+echo "backends whose hash was compared: $(sed -n 's/^| \([a-z0-9_-]*\) | [^|]* | \([a-z0-9]*\) | [0-9a-f]\{16\}.*/\1:\2/p' \
     $table | tr '\n' ' ')"
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ] && [ $passed -gt 0 ]
