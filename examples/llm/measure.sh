@@ -91,11 +91,15 @@ def pick(command, method, share, n):
 
 
 def ppl(method, share, n, text):
-    """Mean over texts and seeds of ln(ppl / full), as a percentage of perplexity."""
+    """Mean over seeds, and over all texts, of ln(ppl / full), as a percentage of perplexity."""
     full = {r["text"]: r["nll"] for r in pick("ppl", "full", "1", n)}
-    rise = [r["nll"] - full[r["text"]] for r in pick("ppl", method, share, n)
-            if r["text"] in full and text in ("all", r["text"])]
-    return "%+.2f %%" % (100 * math.expm1(mean(rise))) if rise else ""
+    rise = {}
+    for r in pick("ppl", method, share, n):
+        rise.setdefault(r["text"], []).append(r["nll"] - full.get(r["text"], math.nan))
+    texts = list(full) if text == "all" else [text]
+    if not all(x in rise and x in full for x in texts):
+        return ""
+    return "%+.2f %%" % (100 * math.expm1(mean([mean(rise[x]) for x in texts])))
 
 
 def passkey(method, share, n, text):
@@ -133,7 +137,7 @@ def table(name, cell, command):
         if command == "ppl":
             print("full attention, %s tokens: %s" % (
                 n, ", ".join("%s %.3f" % (r["text"], r["ppl"]) for r in full)))
-        for text in texts if command == "passkey" else []:
+        for text in sorted({r["text"] for r in full}) if command == "passkey" else []:
             of = [r for r in full if r["text"] == text]
             print("full attention, %s tokens, %s: %d of %d (%.2f)" % (
                 n, text, sum(r["found"] for r in of), len(of),
