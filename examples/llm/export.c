@@ -14,7 +14,7 @@
 #include <ggml.h>
 
 enum { KV_HEADS = 4, GROUP = 3, Q_HEADS = KV_HEADS * GROUP, DIM = 64 };
-enum { BUDGET = 1000, PROMPT = 4010, MORE = 7, DRAFTS = 5, OTHERS = 2 }; /* they fit in a page */
+enum { BUDGET = 1000, PROMPT = 4010, MORE = 7, DRAFTS = 5, OTHERS = 6 }; /* they fit in a page */
 enum { ROWS_STEP = 256 }; /* what the fast kernels of GPUs ask for */
 
 /* ---- what a runtime has, per layer ----------------------------------------------------------- */
@@ -68,7 +68,8 @@ static void flash_update(flash *f, bkv_cache *cache) {
         for (int i = 0; i < 2; i++) GGML_ASSERT(bkv_export(cache, h, &f->rows[h][i]) == BKV_OK);
 }
 
-/* After bkv_truncate(): rows of tokens that are no more have to go, too. */
+/* After bkv_truncate(): rows of tokens that are no more have to go, and those which new tokens took
+   have to come, whatever their number. */
 static void flash_forget(flash *f) {
     for (int h = 0; h < KV_HEADS; h++) f->rows[h][0].seen = f->rows[h][1].seen = 0;
 }
