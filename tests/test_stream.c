@@ -556,7 +556,8 @@ static void pinned_tokens_stay(void) {
     enum { FIRST = 270, N_TOKENS = 2000 };
     static const struct {
         uint32_t budget, n, at_least;
-    } cases[] = {{144, 32, 32}, {144, 40, 32}, {208, 32, 32}, {208, 33, 32}, {300, 64, 32}, {1024, 200, 200}, {400, 900, 32}};
+    } cases[] = {{144, 32, 32}, {144, 40, 32},    {208, 32, 32},  {208, 33, 32},
+                 {300, 64, 32}, {1024, 200, 200}, {400, 900, 32}};
     stream s = stream_new(N_TOKENS, BKV_F32);
     float *out = new_floats(900 * ROW);
     for (size_t i = 0; i < COUNT(cases); i++)
