@@ -487,10 +487,10 @@ def main():
                 print("%d of %d\r" % (done, len(chosen)), end="", file=sys.stderr, flush=True)
             if verdict is not None:
                 caught[m.name] = how
+            if args.markdown:  # at once, as all of them take long
+                write_page(text, caught)
     if counts[None]:
         print("%d left out" % counts[None])
-    if args.markdown:
-        write_page(text, caught)
     print("%d passed, %d failed" % (counts[1], counts[0]))
     return counts[0] > 0 or not counts[1]
 

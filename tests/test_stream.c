@@ -232,7 +232,7 @@ static void ways_to_feed(void) {
 static void many_sinks(void) {
     stream s = stream_new(720, BKV_F32);
     bkv_config cfg = config(BKV_RULE_SAMPLE, BKV_I8, 400);
-    cfg.sinks = 200;
+    cfg.sinks = 200, cfg.window = 64;
     lockstep(cfg, &s);
     stream_free(&s);
 }
