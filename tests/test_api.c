@@ -253,6 +253,7 @@ static void defaults(void) {
         CHECK(full.value_dim == 64 && full.kv_type == BKV_F16 && full.rule == BKV_RULE_SAMPLE);
         CHECK(full.importance == (BKV_IMPORTANCE_QUERY | BKV_IMPORTANCE_USE) && full.rounds == 2);
         CHECK(full.sinks > 0 && full.window > 0 && full.n_threads == 1);
+        if (budgets[i] > 208) CHECK(full.window == budgets[i] / 3 / 64 * 64);
         CHECK(full.temp == 0.1f && full.softcap == 0);
         CHECK(full.scale == 0.125f && full.budget == budgets[i] && full.seed == 0);
         CHECK(bkv_size(&zero) == bkv_size(&full));
@@ -618,6 +619,9 @@ static void memory_too_small(void) {
 
 static void attach_backends(void) {
     fixture f = fixture_new(BKV_F16, BKV_F32, 10);
+    uint32_t backends[8];
+    size_t n = test_backends(backends);
+    CHECK(cache_stats(&f.c).backend == backends[n - 1]); /* left open: the last is the fastest */
     for (uint32_t b = BKV_BACKEND_SCALAR; b <= BKV_BACKEND_NEON + 1; b++)
         if (b <= BKV_BACKEND_NEON && bkv_backends() >> b & 1) {
             bkv_cache c;
@@ -634,6 +638,9 @@ static void attach_foreign_bytes(void) {
     FAILS(bkv_attach(&f.c, block, f.c.bytes, 0), BKV_E_STATE);
     memset(block, 0xFF, f.c.bytes);
     FAILS(bkv_attach(&f.c, block, f.c.bytes, 0), BKV_E_STATE);
+    memcpy(block, f.c.mem, f.c.state_bytes); /* as a machine of the other byte order begins */
+    for (size_t i = 0; i < 4; i++) block[i] = f.c.mem[3 - i];
+    FAILS(bkv_attach(&f.c, block, f.c.bytes, 0), BKV_E_VERSION);
     for (int n = 0; n < 200; n++) {
         for (size_t i = 0; i < f.c.bytes; i++) block[i] = (unsigned char)random_bits();
         FAILS(bkv_attach(&f.c, block, f.c.bytes, 0), BKV_E_STATE);
@@ -649,6 +656,18 @@ static void attach_uneven_heads(void) {
     unsigned char *last = block + f.c.state_bytes - f.c.head_bytes;
     memcpy(block, f.c.mem, f.c.state_bytes);
     memset(last, 0, f.c.off_pages);
+    FAILS(bkv_attach(&f.c, block, f.c.bytes, 0), BKV_E_STATE);
+    free(block);
+    fixture_free(&f);
+}
+
+/* Two pages of a head in one place. */
+static void attach_twofold_pages(void) {
+    fixture f = fixture_new(BKV_F16, BKV_F32, 400);
+    unsigned char *block = (unsigned char *)checked(malloc(f.c.bytes));
+    unsigned char *pages = block + f.c.state_bytes - f.c.head_bytes + f.c.off_pages;
+    memcpy(block, f.c.mem, f.c.state_bytes);
+    memcpy(pages + 8, pages, 4);
     FAILS(bkv_attach(&f.c, block, f.c.bytes, 0), BKV_E_STATE);
     free(block);
     fixture_free(&f);
@@ -672,6 +691,7 @@ static void attach_damaged_bytes(void) {
             block[i] ^= (unsigned char)(1u << bit);
             bkv_result r = bkv_attach(&f.c, block, c.bytes, 0);
             seen[-(int)r]++;
+            if (i >= 80 && i < header) CHECK(r == BKV_E_STATE); /* behind the config all is 0 */
             if (r != BKV_OK) {
                 CHECK(untouched(&f));
                 block[i] ^= (unsigned char)(1u << bit);
@@ -721,5 +741,5 @@ int main(int argc, char **argv) {
               T(null_pointers), T(counts_flags_threads), T(tensors), T(indices), T(bad_values),
               T(largest_values), T(any_alignment), T(no_allocation), T(memory_too_small),
               T(attach_backends), T(attach_foreign_bytes), T(attach_damaged_bytes),
-              T(attach_uneven_heads), T(names));
+              T(attach_uneven_heads), T(attach_twofold_pages), T(names));
 }

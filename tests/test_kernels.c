@@ -161,6 +161,10 @@ static void expected_backends_ran(void) {
         if (exercised >> b & 1) printf(" %s", bkv_backend_name(b));
     printf("\n");
     CHECK(exercised == bkv_backends());
+    for (uint32_t a = 0; a < 32; a++) /* and by functions of their own */
+        for (uint32_t b = 0; b < a; b++)
+            if ((exercised >> a & exercised >> b & 1) != 0)
+                CHECK(bkvi_kernels_of(a).attend != bkvi_kernels_of(b).attend);
     while (want && *want) {
         size_t n = strcspn(want, ",");
         int ran = 0;

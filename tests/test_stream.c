@@ -228,6 +228,15 @@ static void ways_to_feed(void) {
     }
 }
 
+/* Sinks that reach over several blocks of 64 slots. */
+static void many_sinks(void) {
+    stream s = stream_new(720, BKV_F32);
+    bkv_config cfg = config(BKV_RULE_SAMPLE, BKV_I8, 400);
+    cfg.sinks = 200, cfg.window = 64;
+    lockstep(cfg, &s);
+    stream_free(&s);
+}
+
 /* ---- the state at any time, against a model of the manual's "The stream" --------------------- */
 
 enum { MOST_PAGES = 64, MOST_SLOTS = 2048 };
@@ -547,7 +556,8 @@ static void pinned_tokens_stay(void) {
     enum { FIRST = 270, N_TOKENS = 2000 };
     static const struct {
         uint32_t budget, n, at_least;
-    } cases[] = {{208, 32, 32}, {208, 33, 32}, {300, 64, 32}, {1024, 200, 200}, {400, 900, 32}};
+    } cases[] = {{144, 32, 32}, {144, 40, 32},    {208, 32, 32},  {208, 33, 32},
+                 {300, 64, 32}, {1024, 200, 200}, {400, 900, 32}};
     stream s = stream_new(N_TOKENS, BKV_F32);
     float *out = new_floats(900 * ROW);
     for (size_t i = 0; i < COUNT(cases); i++)
@@ -766,7 +776,7 @@ static void two_caches(void) {
 }
 
 int main(int argc, char **argv) {
-    TEST_MAIN(T(ways_to_feed), T(state_at_any_time), T(long_streams),
+    TEST_MAIN(T(ways_to_feed), T(many_sinks), T(state_at_any_time), T(long_streams),
               T(any_importance_of_any_input), T(weights_on_average), T(certain_tokens_stay),
               T(pinned_tokens_stay), T(odd_keys_stay), T(rounds_of_balancing_help),
               T(reset_is_init), T(branches), T(seeds), T(positions_do_not_matter), T(two_caches));

@@ -106,6 +106,25 @@ static void rejected_drafts_leave_no_trace(void) {
     stream_free(&s);
 }
 
+/* While the newest tokens are drafts attention changes nothing; the next token accepts them. */
+static void drafts_teach_once_accepted(void) {
+    stream s = stream_new();
+    bkv_config cfg = config(BKV_F16);
+    bkv_cache c = cache_new(&cfg), before;
+    float out[N_Q * VALUE_DIM];
+    append(&c, &s, 0, 20, 0);
+    append(&c, &s, 20, 3, BKV_DRAFT);
+    before = copy_of(&c);
+    attend(&c, &s, 22, out);
+    CHECK(same_state(&c, &before));
+    append(&c, &s, 23, 1, 0);
+    memcpy(before.mem, c.mem, c.state_bytes);
+    attend(&c, &s, 23, out);
+    CHECK(!same_state(&c, &before));
+    cache_free(&c), cache_free(&before);
+    stream_free(&s);
+}
+
 static void rollback_before_any_halving_and_its_limits(void) {
     stream s = stream_new();
     bkv_config cfg = config(BKV_F16);
@@ -349,22 +368,41 @@ static void exported_rows_attend_alike(void) {
     stream_free(&s);
 }
 
-static void selects_what_a_cache_would_hold(void) {
+/* What f16 cannot hold is refused, and left in the cache as it was. */
+static void exported_numbers_fit(void) {
     stream s = stream_new();
     bkv_config cfg = config(BKV_F32);
+    bkv_cache c = cache_new(&cfg);
+    unsigned char k[2 * BUDGET * DIM];
+    bkv_rows rows;
+    tensor_set(&s.k, 5, 0, 3, 65520);
+    append(&c, &s, 0, 9, 0);
+    memset(&rows, 0, sizeof rows);
+    rows.k = k, rows.type = BKV_F16, rows.n_rows = BUDGET;
+    RESULT(bkv_export(&c, 0, &rows), BKV_E_VALUE);
+    OK(bkv_export(&c, 1, &rows));
+    cache_free(&c);
+    stream_free(&s);
+}
+
+static void selects_what_a_cache_would_hold(void) {
+    enum { ROW = BUDGET + 3 }; /* not a whole number of sixteens */
+    stream s = stream_new();
+    bkv_config cfg = config(BKV_F32);
+    cfg.budget = ROW;
     cfg.importance = BKV_IMPORTANCE_KEY;
     bkv_cache c = cache_new(&cfg);
     size_t bytes = bkv_size(&cfg);
     void *mem = checked(malloc(bytes));
-    uint32_t *index = (uint32_t *)checked(calloc(N_KV * BUDGET, 4)), kept;
-    float *weight = new_floats(N_KV * BUDGET);
+    uint32_t *index = (uint32_t *)checked(calloc(N_KV * ROW, 4)), kept;
+    float *weight = new_floats(N_KV * ROW);
     append(&c, &s, 0, 1000, 0);
     OK(bkv_select(&cfg, mem, bytes, s.k.view, s.v.view, 1000, index, weight, &kept));
     CHECK(kept == cache_stats(&c).tokens_held);
     for (uint32_t head = 0; head < N_KV; head++)
         for (uint32_t i = 0; i < kept; i++) {
             bkv_token_info t = cache_token(&c, head, i);
-            CHECK(t.position == index[head * BUDGET + i] && t.weight == weight[head * BUDGET + i]);
+            CHECK(t.position == index[head * ROW + i] && t.weight == weight[head * ROW + i]);
         }
     RESULT(bkv_select(&cfg, mem, bytes - 1, s.k.view, s.v.view, 9, index, weight, &kept),
            BKV_E_MEMORY);
@@ -386,6 +424,7 @@ static void budget_for_bytes_inverts_size(void) {
         if (budget) {
             cfg.budget = budget;
             CHECK(bkv_size(&cfg) && bkv_size(&cfg) <= bytes);
+            CHECK(bkv_budget_for_bytes(&cfg, bkv_size(&cfg)) == budget);
         }
         cfg.budget = budget + 16;
         CHECKF(bkv_size(&cfg) == 0 || bkv_size(&cfg) > bytes, "%u slots in %zu bytes", budget,
@@ -504,9 +543,11 @@ static void soak(void) {
 }
 
 int main(int argc, char **argv) {
-    TEST_MAIN(T(rejected_drafts_leave_no_trace), T(rollback_before_any_halving_and_its_limits),
+    TEST_MAIN(T(rejected_drafts_leave_no_trace), T(drafts_teach_once_accepted),
+              T(rollback_before_any_halving_and_its_limits),
               T(shrinks_in_place), T(saved_states_go_on_bit_for_bit),
               T(broken_bytes_are_rejected_or_harmless), T(validation_finds_every_flipped_bit),
-              T(exported_rows_attend_alike), T(selects_what_a_cache_would_hold),
-              T(budget_for_bytes_inverts_size), T(configs_stay_in_bounds), T(soak));
+              T(exported_rows_attend_alike), T(exported_numbers_fit),
+              T(selects_what_a_cache_would_hold), T(budget_for_bytes_inverts_size),
+              T(configs_stay_in_bounds), T(soak));
 }

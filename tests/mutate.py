@@ -1,0 +1,499 @@
+#!/usr/bin/env python3
+"""Do the tests notice? Breaks copies of balancekv.h in many small ways, one at a time, and shows
+for each that a test goes red.
+
+    mutate.py [--only NAME,..] [--jobs N] the mutations whose name contains a NAME; a table
+    mutate.py --markdown                  their rows of tests/MUTATIONS.md anew, too
+    mutate.py --check                     only: does every old text occur exactly once? (fast)
+
+A mutation names the tests that should catch it, the one that is meant to first. "trust:shrinks"
+are the tests of test_trust.c with "shrinks" in their names, "hash" is bench/hash.c; behind an @
+stands the build (BUILDS), which is `scalar` if there is none. Only red counts: a mutation that does
+not compile fails here, and so does a test that is red on the unbroken header, too.
+"""
+import argparse
+import datetime
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+from bad_config import ROOT, Tally, on_x86
+
+CROSS, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+TIMEOUT = 900  # seconds of one test; a mutation may well make it endless
+
+Mutation = namedtuple("Mutation", "name old new tests")
+M = Mutation
+
+MUTATIONS = [
+    # ---- sizes and constants
+    M("size-macro-words", "12 * (slots) +", "8 * (slots) +", ["api:constant_sizes"]),
+    M("size-macro-rests", "BKV_SIZE_PAD((dim)*80, 64)", "BKV_SIZE_PAD((dim)*64, 64)",
+      ["api:constant_sizes"]),
+    M("fewer-pins", "BKVI_PINS = 32,", "BKVI_PINS = 31,", ["stream:pinned"]),
+    M("learns-faster", "BKVI_LEARN = 0.01f", "BKVI_LEARN = 0.02f", ["golden:f32"]),
+
+    # ---- numbers
+    M("high-word-lost", "(uint64_t)bkvi_get32(p) | (uint64_t)bkvi_get32(p + 4) << 32",
+      "(uint64_t)bkvi_get32(p)", ["stream:positions"]),
+    M("heads-draw-alike", "BKVI_GOLDEN * ((uint64_t)head + 1)", "BKVI_GOLDEN * (0 * head + 1)",
+      ["stream:seeds"]),
+    M("seed-ignored", "bkvi_mix(bkvi_mix(seed +", "bkvi_mix(bkvi_mix(0 * seed +", ["stream:seeds"]),
+    M("half-the-numbers", ">> 40) * 5.9604644775390625e-8f;", ">> 40) * 2.98023223876953e-8f;",
+      ["stream:weights_on_average"]),
+    M("default-scale-early", "for (i = 0; i < 8; i++) y = y *", "for (i = 0; i < 3; i++) y = y *",
+      ["api:default_scales"]),
+    M("bf16-ties-up", "(u + 0x7FFFu + (u >> 16 & 1u))", "(u + 0x8000u)", ["convert:values"]),
+    M("f16-ties-up", "rest += 0xFFFu + (rest >> 13 & 1u);", "rest += 0x1000u;",
+      ["convert:values"]),
+    M("root-early", "for (i = 0; i < 4; i++) y = 0.5", "for (i = 0; i < 2; i++) y = 0.5",
+      ["kernels@all", "hash"]),
+    M("fma-rounds-twice", "(p - (sum - back)) + ((double)c - back);",
+      "0.0 * back;", ["hash@soft"]),
+
+    # ---- dispatch
+    M("any-backend-granted", "return have >> wanted & 1 ? wanted : 0;", "return wanted;",
+      ["api:configs"]),
+    M("auto-takes-the-slowest", "for (b = BKV_BACKEND_NEON; b > 0 && !(have >> b & 1);) b--;",
+      "for (b = 1; b < BKV_BACKEND_NEON && !(have >> b & 1);) b++;", ["api:attach_backends@all"]),
+    M("wrong-kernels", "k = bkvi_kernels_avx2();", "k = bkvi_kernels_scalar();", ["kernels@all"]),
+
+    # ---- halving
+    M("certain-not-counted", "(double)(BKVI_PAGE - before) / sum", "(double)BKVI_PAGE / sum",
+      ["golden:f32"]),
+    M("draw-biased", "u * bkvi_least(sum, 2.0f - sum)", "u * bkvi_least(sum, 1.0f)",
+      ["stream:weights_on_average"]),
+    M("weight-not-raised", "(chance[i] + (float)!keep[i])", "(1.0f + (float)!keep[i])",
+      ["stream:weights_on_average"]),
+    M("mass-not-capped", "i < BKVI_BLOCK && kept > seen; i++", "i < BKVI_BLOCK && kept < 0.0; i++",
+      ["stream:any_importance", "stream:state_at", "hash"]),
+    M("window-keeps-old", "keep[i] = i >= BKVI_PAGE;", "keep[i] = i < BKVI_PAGE;",
+      ["stream:state_at"]),
+    M("pins-have-no-chance", "chance[i] = pinned[i], certain += pinned[i];", "chance[i] = 0.0f;",
+      ["stream:pinned"]),
+
+    # ---- stream
+    M("use-left-behind",
+      "memcpy(bkvi_word(mem, c->off_use, to), bkvi_word(mem, c->off_use, from), 4);", ";",
+      ["stream:certain"]),
+    M("scale-left-behind",
+      "memcpy(bkvi_scale(mem, c->off_v_scale, to), bkvi_scale(mem, c->off_v_scale, from), 2);", ";",
+      ["attend:extremes", "attend:errors"]),
+    M("rest-of-wrong-lane", "(size_t)(rest - lane) * c->cfg.head_dim + lane;",
+      "(size_t)(rest - lane) * c->cfg.head_dim + (lane ^ 1);", ["attend:exact", "hash"]),
+    M("use-not-cleared", "memset(bkvi_word(mem, c->off_use, slot), 0, 4 * (size_t)n);", ";",
+      ["trust:shrinks"]),
+    M("pin-outlives-weight", "bkvi_getf(bkvi_word(mem, c->off_weight, slot)) <= 1.0f;",
+      "bkvi_getf(bkvi_word(mem, c->off_weight, slot)) <= 100.0f;", ["stream:pinned"]),
+    M("window-halved", "i + 1 < c->n_pages - c->window_pages; i++", "i + 1 < c->n_pages; i++",
+      ["stream:state_at"]),
+    M("youngest-pair", "if (level < best_level) best = i,", "if (level <= best_level) best = i,",
+      ["stream:state_at"]),
+    M("full-of-pins-no-matter", "level += pins > BKVI_PINS ? 1u << 31 : 0;",
+      "level += 0 * pins;", ["stream:pinned"]),
+    M("lost-pin-still-marks", "if (block.use[i] >= BKVI_PINNED) block.use[i] = 0.0f;", ";",
+      ["stream:pinned", "golden:f32", "hash"]),
+    M("level-not-in-sum", "h->sum += bkvi_sum(c, mem, slot[0], BKVI_PAGE) + level;",
+      "h->sum += bkvi_sum(c, mem, slot[0], BKVI_PAGE);", ["trust:validation"]),
+    M("window-has-levels", "(c->cfg.rule == BKV_RULE_WINDOW ? 0 : 1);", "1;", ["stream:state_at"]),
+    M("run-crosses-a-block",
+      "return bkvi_min(BKVI_PAGE - h->sinks % BKVI_PAGE, c->sink_slots - h->sinks);",
+      "return c->sink_slots - h->sinks;", ["stream:ways", "stream:many_sinks"]),
+    M("position-of-the-run", "c->off_position, slot), (uint32_t)(h->seen + t));",
+      "c->off_position, slot), (uint32_t)h->seen);", ["stream:ways"]),
+    M("draft-pins", "flags & BKV_PIN ? BKVI_PINNED", "flags & BKV_DRAFT ? BKVI_PINNED",
+      ["stream:pinned"]),
+
+    # ---- which slots attention sees
+    M("sink-block-fill", "(h->sinks - 1) % BKVI_PAGE + 1;", "h->sinks % BKVI_PAGE;",
+      ["stream:ways", "stream:many_sinks"]),
+    M("old-page-twice", "b += b >= bkvi_min(newest, second);", ";", ["attend:weighted"]),
+    M("rests-of-all-sinks", "slot ? 0 : bkvi_min(n, BKVI_LANES);", "slot ? 0 : n;",
+      ["attend:exact", "hash"]),
+
+    # ---- checks of arguments
+    M("window-without-pages", "if (pages < window + 2)", "if (pages < window + 1)",
+      ["api:budgets"]),
+    M("narrow-default-window", "r->budget / 3 / BKVI_PAGE", "r->budget / 4 / BKVI_PAGE",
+      ["api:defaults"]),
+    M("group-of-17", "r->n_q_heads / r->n_kv_heads > 16", "r->n_q_heads / r->n_kv_heads > 17",
+      ["api:configs"]),
+    M("nan-softcap", "(r->softcap >= 1.0f && r->softcap <= 100.0f)",
+      "!(r->softcap < 1.0f || r->softcap > 100.0f)", ["api:configs"]),
+    M("softcap-of-a-half", "r->softcap >= 1.0f", "r->softcap >= 0.5f", ["api:configs"]),
+    M("memory-not-checked",
+      "if (mem_bytes < made.bytes) return BKV_E_MEMORY;\n    made.mem = (unsigned char *)mem;\n"
+      "    *c = made;",
+      "made.mem = (unsigned char *)mem;\n    *c = made;", ["api:memory_too_small"]),
+    M("dense-token-stride", "t->token_stride = n_heads * t->head_stride;",
+      "t->token_stride = t->head_stride;", ["attend:exact"]),
+    M("overlap-accepted", "if (stride[i] < extent) return BKV_E_STRIDE;", ";", ["api:tensors"]),
+    M("share-not-checked", "if (ith >= nth || nth >", "if (nth >", ["api:counts"]),
+    M("flags-not-checked", "if (flags & ~(uint32_t)(BKV_PIN | BKV_DRAFT)) return BKV_E_FLAGS;", ";",
+      ["api:counts"]),
+    M("too-large-for-f16",
+      "in[0].limit = in[1].limit = c->cfg.kv_type == BKV_F16 ? 65520.0f : BKVI_HUGE;",
+      "in[0].limit = in[1].limit = BKVI_HUGE;", ["api:bad_values"]),
+    M("empty-not-checked", "if (bkvi_head_get(bkvi_head_mem(c, 0)).seen == 0) return BKV_E_EMPTY;",
+      ";", ["api:counts"]),
+
+    # ---- checks of states
+    M("header-rest-ignored", "if (mem[i]) return BKV_E_STATE;", ";", ["api:attach_damaged"]),
+    M("byte-order-ignored", "if (magic != BKVI_MAGIC && swapped != BKVI_MAGIC) return",
+      "if (magic != BKVI_MAGIC) return", ["api:attach_foreign"]),
+    M("a-page-twice", "if (taken[bit / 8] >> bit % 8 & 1) return 0;", ";",
+      ["api:attach_twofold"]),
+    M("heads-may-differ", "return !memcmp(mem, bkvi_head_mem(c, 0), BKVI_COUNTER_BYTES);",
+      "return 1;", ["api:attach_uneven"]),
+
+    # ---- drafts, rolling back, shrinking
+    M("drafts-never-accepted", "bkvi_min(h.drafts, 1u << 30) + n : 0;",
+      "bkvi_min(h.drafts, 1u << 30) + n : h.drafts;", ["trust:drafts_teach"]),
+    M("drafts-teach-means", "h->drafts ? NULL : queries +", "queries +",
+      ["trust:rejected"]),
+    M("drafts-teach-use", "b + 2 < n_blocks || h->drafts ? NULL", "b + 2 < n_blocks ? NULL",
+      ["trust:rejected"]),
+    M("no-draft-remains", "h.drafts = h.drafts > n ? h.drafts - n : 0;", "h.drafts = 0;",
+      ["trust:rejected"]),
+    M("sum-not-taken-back", "h.sum -= bkvi_sum(c, mem, slot, 1);", ";", ["trust:rollback"]),
+    M("rest-not-taken-back", "memset(bkvi_value_rest(c, mem, rest), 0, c->v_dim_pad);", ";",
+      ["trust:rejected"]),
+    M("rest-page-not-taken-back",
+      "if (h.used == 1 && h.fill == 1) bkvi_put32(mem + c->off_rest_of, 0);", ";",
+      ["trust:rejected"]),
+    M("one-token-too-far", "h.seen - n_tokens >= h.fill)", "h.seen - n_tokens > h.fill)",
+      ["trust:rollback"]),
+    M("room-for-too-many", "BKVI_PAGE + c->sink_slots - h.sinks - h.fill);",
+      "BKVI_PAGE + c->sink_slots - h.sinks);", ["trust:rejected"]),
+    M("shrink-halves-the-window", "full.window_pages = made.window_pages + 1;",
+      "full.window_pages = 0;", ["trust:shrinks"]),
+    M("shrink-leaves-a-page", "bkvi_set_page(mem + c->off_pages, h.used, 0, 0);", ";",
+      ["trust:shrinks"]),
+    M("shrink-leaves-the-header", "*c = made;\n    bkvi_header_put(c, c->mem);", "*c = made;",
+      ["trust:shrinks"]),
+    M("shrink-page-off-by-one", "if (bkvi_place(pages, i) < to->n_pages) continue;",
+      "if (bkvi_place(pages, i) <= to->n_pages) continue;", ["trust:shrinks"]),
+    M("budget-not-exact", "(r == BKV_OK && c.bytes <= bytes)) best += step;",
+      "(r == BKV_OK && c.bytes < bytes)) best += step;", ["trust:budget"]),
+
+    # ---- saving, validation, export, selection
+    M("save-overruns", "if (out_bytes < c->state_bytes) return BKV_E_MEMORY;", ";",
+      ["trust:saved"]),
+    M("checksum-skipped",
+      "return memcmp(header + BKVI_SUM_AT, sum, sizeof sum) ? BKV_E_STATE : BKV_OK;",
+      "return BKV_OK;", ["trust:broken"]),
+    M("load-forgets-threads", "cfg.n_threads = n_threads;", ";", ["trust:saved"]),
+    M("load-does-not-validate", "if ((r = bkv_validate(&made)) == BKV_OK) *c = made;", "*c = made;",
+      ["trust:broken"]),
+    M("sum-not-validated", "if (sum != h.sum || h.drafts > h.seen ||", "if (h.drafts > h.seen ||",
+      ["trust:validation"]),
+    M("header-not-validated", "if (memcmp(header, c->mem, sizeof header)) return BKV_E_STATE;", ";",
+      ["trust:validation"]),
+    M("coarse-logarithm", "for (i = 0; i < 24; i++) {", "for (i = 0; i < 12; i++) {",
+      ["trust:exported"]),
+    M("mask-sign", "w = bkvi_log(w);", "w = -bkvi_log(w);", ["trust:exported"]),
+    M("empty-rows-seen", "bkvi_put32(scratch, 0xFF800000u);", "bkvi_put32(scratch, 0u);",
+      ["trust:exported"]),
+    M("export-is-stale", "rows->seen <= h.seen && rows->halvings == h.halvings &&",
+      "rows->seen <= h.seen &&", ["trust:exported"]),
+    M("export-starts-late", "bkvi_slot_of(c, &h, mem, bkvi_held(&h) - rows->n) : 0;",
+      "bkvi_slot_of(c, &h, mem, bkvi_held(&h) - rows->n) + 1 : 0;", ["trust:exported"]),
+    M("export-without-rests", "(row < c->sink_slots || row - newest < BKVI_PAGE))",
+      "row < c->sink_slots)", ["trust:exported"]),
+    M("export-overflows", "rows->type == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE",
+      "2.0f * BKVI_HUGE", ["trust:exported"]),
+    M("select-stride", "index[(size_t)head * cfg->budget + i]", "index[(size_t)head * c.slots + i]",
+      ["trust:selects"]),
+    M("kind-off-by-one", "bkvi_held(&h) - i <= c->window", "bkvi_held(&h) - i < c->window",
+      ["stream:state_at"]),
+    M("errors-added-up", "bkvi_getf(mem + BKVI_ERROR_AT) / (float)c->cfg.n_kv_heads;",
+      "bkvi_getf(mem + BKVI_ERROR_AT);", ["attend:errors"]),
+
+    # ---- one operation of each backend, and more
+    M("scalar-unsigned-bytes", "(float)*(const int8_t *)p)", "(float)*(const uint8_t *)p)",
+      ["attend:exact"]),
+    M("avx2-f16-truncates", "_mm256_cvtps_ph(x, 0)", "_mm256_cvtps_ph(x, 3)",
+      ["convert:values@avx2"]),
+    M("avx2-zip", "_mm256_permute2f128_ps(low, high, 0x31)",
+      "_mm256_permute2f128_ps(low, high, 0x13)", ["golden:f32@avx2", "hash@avx2"]),
+    M("avx512-sixteenth-lane", "(__mmask16)0xFFFF, x, 0)", "(__mmask16)0x7FFF, x, 0)",
+      ["convert:values@avx512"]),
+    M("avx512-not-greater", "(a, b, 30 /* > */)", "(a, b, 29 /* >= */)",
+      ["attend:exact@avx512"]),
+    M("avx512-fma-sign", "vfmadd231ps %2", "vfnmadd231ps %2", ["attend:exact@avx512"]),
+    M("neon-zip", "BKVI_I(vzip1q_f32)(BKVI_F(*a)", "BKVI_I(vzip2q_f32)(BKVI_F(*a)",
+      ["golden:f32@neon"]),
+    M("neon-lane", "vfmaq_laneq_f32(y, x, four, 2);", "vfmaq_laneq_f32(y, x, four, 3);",
+      ["golden:f32@neon"]),
+    M("neon-bf16", "vreinterpret_u16_u8(vld1_u8((const uint8_t *)p)), 16))",
+      "vreinterpret_u16_u8(vld1_u8((const uint8_t *)p)), 15))", ["golden:bf16@neon"]),
+    M("sign-without-fma", "return product + z;", "return product - z;", ["hash@nofma"]),
+    M("top-of-half", "for (n = 1; n < BKVI_WIDTH; n *= 2)", "for (n = 2; n < BKVI_WIDTH; n *= 2)",
+      ["attend:exact@avx2", "golden:f32@avx2", "hash@avx2"]),
+
+    # ---- kernels: rows and bytes
+    M("row-overread", "uint32_t count = bkvi_min(BKVI_LANES, n - i);",
+      "uint32_t count = BKVI_LANES;", ["attend:exact"]),
+    M("negative-not-scanned", "size = bkvi_v(max)(x, zero - x);", "size = bkvi_v(max)(x, x);",
+      ["api:bad_values"]),
+    M("rotation-sign", "b = (a - b) * bkvi_v(set)(factor);", "b = (b - a) * bkvi_v(set)(factor);",
+      ["attend:exact"]),
+    M("scale-to-nearest", "bkvi_bits(largest / 127.0f) + 0xFFFFu",
+      "bkvi_bits(largest / 127.0f) + 0x7FFFu", ["convert:values"]),
+    M("rest-in-64ths", "bkvi_v(set)(128.0f), magic)", "bkvi_v(set)(64.0f), magic)",
+      ["attend:exact"]),
+    M("fetch-in-64ths", "* (1.0f / 128.0f); /* exact */", "* (1.0f / 64.0f); /* exact */",
+      ["trust:exported"]),
+
+    # ---- kernels: halving
+    M("means-doubled", "turned[j] * (1.0f / (float)BKVI_BLOCK);",
+      "turned[j] * (2.0f / (float)BKVI_BLOCK);", ["golden:f32"]),
+    M("expected-without-weight",
+      "bkvi_v(load)(logit + i) * bkvi_v(load)(block->weight + i)", "bkvi_v(load)(logit + i)",
+      ["golden:f32"]),
+    M("like-the-others", "bkvi_v(set)(-4.0f * BKVI_LOG2E)", "bkvi_v(set)(4.0f * BKVI_LOG2E)",
+      ["stream:odd_keys"]),
+    M("share-of-use", "use, block->norm, 2.0f);", "use, block->norm, 1.0f);", ["golden:f32"]),
+    M("kernel-factor", "bkvi_v(set)(factor[k] * a) * col;", "bkvi_v(set)(factor[k] * a);",
+      ["golden:f32"]),
+    M("temp-ignored", "c->cfg.scale * c->cfg.temp * BKVI_LOG2E", "c->cfg.scale * BKVI_LOG2E",
+      ["golden:f32"]),
+    M("kernel-constant", "(1.0f / 4096.0f)", "(1.0f / 512.0f)", ["golden:f32"]),
+    M("exchange-sign", "bkvi_v(fma)(bkvi_v(load)(step + j), x + x, bkvi_v(load)(own + j));",
+      "bkvi_v(fma)(bkvi_v(load)(step + j), zero - (x + x), bkvi_v(load)(own + j));",
+      ["stream:rounds_of"]),
+    M("exchange-for-nothing", "if (!bkvi_v(any_gt)(most, least)) continue;", ";",
+      ["golden:f32"]),
+
+    # ---- kernels: attention
+    M("power-of-two", "6.931471825e-1f", "6.931461825e-1f", ["attend:powers"]),
+    M("never-quite-zero", "t[k], bkvi_v(set)(-127.0f));", "t[k], bkvi_v(set)(-126.0f));",
+      ["attend:powers"]),
+    M("error-of-exact-tokens", "y = x - x / bkvi_v(load)(span->weight + 4 * (size_t)i);", "y = x;",
+      ["attend:errors"]),
+    M("error-rate", "bkvi_getf(error) > 0.0f ? 0.0625f : 1.0f",
+      "bkvi_getf(error) > 0.0f ? 0.125f : 1.0f", ["attend:errors"]),
+    M("softcap-base", "bkvi_v(set)(softcap * BKVI_LOG2E));", "bkvi_v(set)(softcap));",
+      ["attend:exact"]),
+    M("sum-not-shrunk", "bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * shrink[0]);", ";",
+      ["attend:exact"]),
+    M("weight-only-below", "bkvi_v(store)(s + i, x * w);", "bkvi_v(store)(s + i, x);",
+      ["attend:weighted"]),
+    M("use-not-squared", "bkvi_v(fma)(x, x, bkvi_v(load)(use))",
+      "bkvi_v(fma)(x, one, bkvi_v(load)(use))", ["golden:f32"]),
+    M("use-of-one-page", "b + 2 < n_blocks || h->drafts", "b + 1 < n_blocks || h->drafts",
+      ["golden:f32"]),
+    M("learns-the-opposite", "bkvi_v(fma)(x - m,", "bkvi_v(fma)(m - x,", ["golden:f32"]),
+    M("sees-the-next", "(h) - run->n + 1 + token", "(h) - run->n + 2 + token",
+      ["stream:ways"]),
+    M("maximum-in-base-2", "max[r] * BKVI_LN2;", "max[r];", ["attend:partials"]),
+    M("negative-zero", "max[r] == 0.0f ? 0.0f : max[r] * BKVI_LN2;", "max[r] * BKVI_LN2;",
+      ["kernels:zeros@all"]),
+    M("sum-of-half-the-lanes", "for (n = 4; n; n /= 2)", "for (n = 4; n > 1; n /= 2)",
+      ["attend:exact"]),
+]
+
+
+def header():
+    with open(ROOT + "/balancekv.h", encoding="utf-8") as file:
+        return file.read()
+
+
+def check(text):
+    """The list against the header as it is now."""
+    tally = Tally()
+    for m in MUTATIONS:
+        tally.check(text.count(m.old) == 1, "%s: its old text occurs %d times in balancekv.h"
+                    % (m.name, text.count(m.old)), m.old)
+        tally.check(m.new != m.old and m.tests, m.name + " changes nothing or names no test")
+    names = [m.name for m in MUTATIONS]
+    tally.check_none("names used twice", [name for name in names if names.count(name) > 1])
+    return tally
+
+
+def section(text, old):
+    return "§" + re.findall(r"\n   §(\d+) [A-Z]", text[:text.index(old)])[-1]
+
+
+# ---- builds ------------------------------------------------------------------------------------
+def simd(name, flags=""):
+    return ["-DBALANCEKV_DISPATCH=0", "-DBALANCEKV_SIMD=BALANCEKV_SIMD_" + name] + flags.split()
+
+
+FAST_SCALAR = "-mfma" if on_x86() else ""
+BUILDS = {  # one backend compiles a good deal faster than all of them
+    "scalar": simd("SCALAR", FAST_SCALAR),
+    "soft": simd("SCALAR"),  # fused multiply-add made of doubles
+    "nofma": simd("SCALAR", FAST_SCALAR) + ["-DBALANCEKV_FMA=0"],
+    "avx2": simd("AVX2", "-mavx2 -mfma -mf16c"),
+    "avx512": simd("AVX512", "-mavx512f -mavx2 -mfma -mf16c"),
+    "neon": simd("NEON"),  # in an emulator, but on AArch64
+    "all": [],  # as by default, what the CPU has is found at run time
+}
+
+
+def on_arm64():
+    return platform.machine() in ("aarch64", "arm64")
+
+
+@lru_cache(None)
+def available(build):
+    if build == "neon":
+        return on_arm64() or bool(shutil.which(CROSS) and shutil.which(EMULATOR))
+    if build in ("avx2", "avx512"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return on_x86() and build.replace("512", "512f") in file.read().split()
+    return build not in ("soft", "all") or on_x86()
+
+
+# ---- one test on one header --------------------------------------------------------------------
+class Broken(Exception):
+    """No verdict: it does not compile, or is red without any mutation."""
+
+
+def failure(folder, test):
+    """Compiles a test with the balancekv.h in the folder and runs it; what was red, or None."""
+    what, _, build = test.partition("@")
+    program, _, part = what.partition(":")
+    build = build or "scalar"
+    cross = build == "neon" and not on_arm64()
+    source = "bench/hash.c" if program == "hash" else "tests/test_%s.c" % program
+    with tempfile.TemporaryDirectory() as scratch:
+        binary = scratch + "/test"
+        made = subprocess.run(
+            [CROSS if cross else "cc", "-std=c99", "-O1", "-I", folder] + BUILDS[build]
+            + ["-static"] * cross + [ROOT + "/" + source, "-o", binary, "-lm", "-lpthread"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, check=False)
+        if made.returncode:
+            raise Broken("does not compile: " + made.stdout[-500:])
+        command = [EMULATOR] * cross + [binary] + [part] * bool(part)
+        if program == "hash":
+            golden = ROOT + "/bench/hash%s.golden" % ("-nofma" if build == "nofma" else "")
+            with open(golden, encoding="utf-8") as file:
+                command += ["--expect", file.read().strip()]
+        try:
+            ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 universal_newlines=True, errors="replace", timeout=TIMEOUT,
+                                 env=dict(os.environ, BKV_QUICK="1"), check=False)
+        except subprocess.TimeoutExpired:
+            return "%s, endless" % test
+    if ran.returncode == 0:
+        return None
+    red = re.search(r"^FAILED +(\w+)", ran.stdout, re.M)
+    if program != "hash" and not red and ran.returncode > 0:
+        raise Broken("%s failed, but no test of it: %s" % (test, ran.stdout[-300:]))
+    if ran.returncode < 0:
+        how = "%s of `%s`" % (signal.Signals(-ran.returncode).name, part or program)
+    else:
+        how = "`%s`" % red.group(1) if red else "another hash"
+    return "%s, %s%s" % (source, how, "" if build == "scalar" else ", build `%s`" % build)
+
+
+@lru_cache(None)
+def green(test):
+    return failure(ROOT, test) is None
+
+
+def caught_by(mutation):
+    """(1, what caught it), (0, what went wrong) or (None, why it was left out)."""
+    tests = [test for test in mutation.tests if available((test.partition("@")[2] or "scalar"))]
+    if not tests:
+        return None, "left out: this machine has not what %s needs" % mutation.tests[0]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            with open(folder + "/balancekv.h", "w", encoding="utf-8") as file:
+                file.write(header().replace(mutation.old, mutation.new))
+            for test in tests:
+                red = failure(folder, test)
+                if red and not green(test):
+                    raise Broken("%s is red on the unbroken header, too" % test)
+                if red:
+                    return 1, red
+    except Broken as error:
+        return 0, str(error)
+    return 0, "SURVIVES %s" % ", ".join(tests)
+
+
+# ---- all of them -------------------------------------------------------------------------------
+PAGE = """# Mutations
+
+Each line is a change that breaks `balancekv.h`, one at a time, and the test that went red for it,
+with `BKV_QUICK=1`. The build is one backend, scalar if no other is named: it compiles fastest.
+Written by `python3 tests/mutate.py --markdown`.
+
+| Mutation | in | this | becomes | red | on |
+|---|---|---|---|---|---|
+%s
+
+%d of the %d in `tests/mutate.py`.
+"""
+PAGE_AT = ROOT + "/tests/MUTATIONS.md"
+
+
+def code(text):
+    """Of a table: one line, with nothing that would end the cell."""
+    text = " ".join(text.split())
+    return "*nothing*" if text in ("", ";") else "`%s`" % text.replace("|", "\\|")
+
+
+def cells(text, m):
+    """How the row of a mutation begins: of another one it would be, if it had changed."""
+    return "| %s | %s | %s | %s | " % (m.name, section(text, m.old), code(m.old), code(m.new))
+
+
+def write_page(text, caught):
+    """The rows of this run, but for what survives; those of mutations that did not run stay."""
+    rows = []
+    if os.path.exists(PAGE_AT):
+        with open(PAGE_AT, encoding="utf-8") as file:
+            rows = file.read().split("\n")
+    page = []
+    for m in MUTATIONS:
+        begin = cells(text, m)
+        if caught.get(m.name):
+            page.append("%s%s | %s |" % (begin, caught[m.name], datetime.date.today()))
+        elif m.name not in caught:
+            page += [row for row in rows if row.startswith(begin)]
+    with open(PAGE_AT, "w", encoding="utf-8") as file:
+        file.write(PAGE % ("\n".join(page), len(page), len(MUTATIONS)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--only", metavar="NAME,..", default="")
+    parser.add_argument("--jobs", metavar="N", type=int, default=1)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
+    text = header()
+    fits = check(text)
+    if args.check or fits.failed:
+        fits.done()
+    chosen = [m for m in MUTATIONS if any(part in m.name for part in args.only.split(","))]
+    caught, counts = {}, {1: 0, 0: 0, None: 0}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for done, (m, (verdict, how)) in enumerate(zip(chosen, pool.map(caught_by, chosen)), 1):
+            counts[verdict] += 1
+            print("%-26s %-4s %s" % (m.name, section(text, m.old), how), flush=True)
+            if sys.stderr.isatty():
+                print("%d of %d\r" % (done, len(chosen)), end="", file=sys.stderr, flush=True)
+            if verdict is not None:
+                caught[m.name] = how if verdict else None
+            if args.markdown:  # at once, as all of them take long
+                write_page(text, caught)
+    if counts[None]:
+        print("%d left out" % counts[None])
+    print("%d passed, %d failed" % (counts[1], counts[0]))
+    return counts[0] > 0 or not counts[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
