@@ -775,10 +775,10 @@ static BKVI_INLINE float bkvi_fma(float a, float b, float c) {
 #else
     double p = (double)a * (double)b, sum = p + (double)c;
     double back = sum - p, error = (p - (sum - back)) + ((double)c - back);
-    int64_t u, e; /* one step towards the error from an even inexact sum */
+    uint64_t u, e; /* one step towards the error from an even inexact sum */
     memcpy(&u, &sum, sizeof u);
     memcpy(&e, &error, sizeof e);
-    u += (error != 0.0 ? ~u & 1 : 0) * ((u ^ e) >> 63 | 1);
+    u += (error != 0.0 ? ~u & 1 : 0) * (1 - ((u ^ e) >> 63) * 2);
     memcpy(&sum, &u, sizeof sum);
     return (float)sum;
 #endif
