@@ -7,6 +7,9 @@
 # compiled once per backend, each once per backend that this CPU has - reached by AVX2 is not reached
 # by AVX-512. Nothing is inlined (-Dalways_inline), as every inlined copy would count anew, with the
 # branches that its constants rule out.
+# What stays out of reach on x86-64: BKV_E_SIZE of a plan (a size_t of 32 bits: i686 and ARMv7 in
+# tests/matrix.sh), bkvi_swap (big-endian: s390x there), CPUs without AVX2, in the scalar block what
+# §12 does across the lanes of one vector, and the default of a switch that has every case.
 set -u
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 cd "$root" || exit 1
@@ -33,7 +36,8 @@ summary='
 import bisect, collections, json, re, sys
 bar, backends, paths = float(sys.argv[1]), sys.argv[2].split(), sys.argv[3:]
 source = open("balancekv.h", encoding="utf-8").read().splitlines()
-starts = [(n, m[1]) for n, text in enumerate(source, 1) for m in [re.match(r" +(§\d+) [A-Z]", text)] if m]
+starts = [(n, m[1]) for n, text in enumerate(source, 1)
+          for m in [re.match(r" +(§\d+) [A-Z]", text)] if m]
 absent = {"scalar", "avx2", "avx512", "neon"} - set(backends)
 lines, branches = collections.Counter(), {}
 for path in paths:

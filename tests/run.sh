@@ -194,6 +194,16 @@ if have meson && have ninja; then
         step 'the web page, in Chromium' python3 tests/test_web.py
     fi
 
+    if have gcc && have gcov; then
+        step 'coverage of the header' sh tests/coverage.sh
+    else
+        leave_out 'coverage of the header' 'no gcc or no gcov'
+    fi
+    for tool in gcc cppcheck clang-tidy; do
+        have $tool || leave_out "analysis by $tool" "no $tool"
+    done
+    step 'static analysis' sh tests/analyse.sh
+
     # From here on it is about the instructions and the memory, not about every size.
     export BKV_QUICK=1
     step 'address, undefined sanitizers' meson_run build/sanitize "$native" \
