@@ -32,7 +32,7 @@ check() { # what it is, a pattern of findings, command...
 
 # gcc 12 does not end within minutes and gigabytes unless it looks at fewer states a point, and
 # inlining repeats the work. It takes a double whose bits memcpy() reads, and an array that a loop
-# fills, for uninitialised: that question is left to the two others (and to the sanitizers).
+# fills, for uninitialised: that question is left to the two others.
 # shellcheck disable=SC2086 # options are meant to split, here and below
 ! have gcc || check 'gcc -fanalyzer, scalar' 'warning:' \
     gcc -std=c99 -O0 -Dalways_inline=unused -fanalyzer -Wno-analyzer-use-of-uninitialized-value \

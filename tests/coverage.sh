@@ -3,13 +3,14 @@
 # Needs gcc, gcov and Python. Prints the share per section and in all, and every line that nothing
 # reached; at least 95 % of lines and branches make it pass. COVERAGE_JOBS: programs at a time.
 #
-# What is counted: of §4 to §10 every line and branch once, as gcov does; of §11 and §12, which are
-# compiled once per backend, each once per backend that this CPU has - reached by AVX2 is not reached
-# by AVX-512. Nothing is inlined (-Dalways_inline), as every inlined copy would count anew, with the
-# branches that its constants rule out.
-# What stays out of reach on x86-64: BKV_E_SIZE of a plan (a size_t of 32 bits: i686 and ARMv7 in
-# tests/matrix.sh), bkvi_swap (big-endian: s390x there), CPUs without AVX2, in the scalar block what
-# §12 does across the lanes of one vector, and the default of a switch that has every case.
+# What is counted: of §4 to §10 every line and branch once; of §11 and §12, which are compiled once
+# per backend, each once per backend that this CPU has: what AVX2 reaches is not reached for AVX-512.
+# Nothing is inlined (-Dalways_inline), as every inlined copy would count anew, with the branches that
+# its constants rule out.
+#
+# Out of reach on x86-64: BKV_E_SIZE of a plan (it takes a size_t of 32 bits), bkvi_swap (a big-endian
+# machine), CPUs without AVX2; in the scalar block what §12 does across the lanes of one vector; the
+# default of a switch that has every case.
 set -u
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 cd "$root" || exit 1

@@ -388,7 +388,7 @@ static void exports_parts_and_refuses(void) {
     tensor_set(&s.k, 3, 1, 2, 65520);
     append(&c, &s, 0, 5, 0);
     OK(bkv_export(&c, 0, &rows));
-    memset(&rows.first, 0, sizeof rows - offsetof(bkv_rows, first));
+    rows.seen = rows.halvings = 0;
     RESULT(bkv_export(&c, 1, &rows), BKV_E_VALUE);
     cache_free(&c);
     stream_free(&s);
@@ -473,7 +473,7 @@ static void budget_for_bytes_inverts_size(void) {
     }
     CHECK(bkv_budget_for_bytes(NULL, 1000000) == 0);
     bkv_config cfg = bkv_config_default(1, 1, 512, 0);
-    CHECK(bkv_budget_for_bytes(&cfg, SIZE_MAX) == 1u << 24);
+    CHECK(sizeof(size_t) < 8 || bkv_budget_for_bytes(&cfg, SIZE_MAX) == 1u << 24);
     cfg.head_dim = 513;
     CHECK(bkv_budget_for_bytes(&cfg, SIZE_MAX) == 0);
 }
