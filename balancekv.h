@@ -768,18 +768,21 @@ static float bkvi_sqrt(float x) {
 
 /* Correctly rounded a * b + c. Without the instruction: the product of two floats is exact in
    double; TwoSum gives the rounding error of the sum; rounding the sum to odd then makes the final
-   rounding to float correct (Boldo, Melquiond 2008). No branch: compilers may vectorise it. */
+   rounding to float correct (Boldo, Melquiond 2008). */
 static BKVI_INLINE float bkvi_fma(float a, float b, float c) {
 #if BKVI_HARDWARE_FMA
     return __builtin_fmaf(a, b, c);
 #else
     double p = (double)a * (double)b, sum = p + (double)c;
     double back = sum - p, error = (p - (sum - back)) + ((double)c - back);
-    uint64_t u, e; /* one step towards the error from an even inexact sum */
-    memcpy(&u, &sum, sizeof u);
-    memcpy(&e, &error, sizeof e);
-    u += (error != 0.0 ? ~u & 1 : 0) * (1 - ((u ^ e) >> 63) * 2);
-    memcpy(&sum, &u, sizeof sum);
+    if (error != 0.0) {
+        uint64_t u;
+        memcpy(&u, &sum, sizeof u);
+        if (!(u & 1)) {
+            u += (error > 0.0) == (sum > 0.0) ? 1u : (uint64_t)-1;
+            memcpy(&sum, &u, sizeof sum);
+        }
+    }
     return (float)sum;
 #endif
 }

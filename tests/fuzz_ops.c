@@ -126,8 +126,14 @@ static void bad_call(bkv_cache *c) {
     case 0: REQUIRE(bkv_append(c, t, t, 0, 0, 0, 1) == BKV_E_COUNT); break;
     case 1: REQUIRE(bkv_append(c, t, t, 1, 1u << 31, 0, 1) == BKV_E_FLAGS); break;
     case 2: REQUIRE(bkv_append(c, t, t, 1, 0, 1, 1) == BKV_E_THREADS); break;
-    case 3: bad.type = 99; REQUIRE(bkv_append(c, t, bad, 1, 0, 0, 1) == BKV_E_TYPE); break;
-    case 4: bad.data = NULL; REQUIRE(bkv_append(c, bad, t, 1, 0, 0, 1) == BKV_E_NULL); break;
+    case 3:
+        bad.type = 99;
+        REQUIRE(bkv_append(c, t, bad, 1, 0, 0, 1) == BKV_E_TYPE);
+        break;
+    case 4:
+        bad.data = NULL;
+        REQUIRE(bkv_append(c, bad, t, 1, 0, 0, 1) == BKV_E_NULL);
+        break;
     case 5: {
         float old = k_in[0];
         k_in[0] = below(2) ? NAN : INFINITY;
@@ -257,7 +263,8 @@ static int run_file(const char *name) {
 
 int main(int argc, char **argv) {
     if (argc >= 3 && !strcmp(argv[1], "--random")) {
-        uint64_t wanted = strtoull(argv[2], NULL, 10), state = argc > 3 ? strtoull(argv[3], 0, 10) : 1;
+        uint64_t wanted = strtoull(argv[2], NULL, 10),
+                 state = argc > 3 ? strtoull(argv[3], 0, 10) : 1;
         while (done_operations < wanted) {
             uint8_t data[400];
             for (size_t i = 0; i < sizeof data; i++) {

@@ -33,24 +33,28 @@ G = 0x9E3779B97F4A7C15  # the increment of splitmix64
 
 # One row per case; a 0 is the library's default, as in bkv_config. `data` is the seed of the
 # inputs, `seed` that of the halvings; `every`: after how many tokens the cache attends (0: only at
-# the checkpoints); every `pin`-th token is pinned; `at` are the stream lengths at which it is examined.
+# the checkpoints); every `pin`-th token is pinned; `i8`: stored as bytes, else as they are; `at` are
+# the stream lengths at which it is examined.
 FIELDS = ("rule importance rounds n_q_heads n_kv_heads head_dim value_dim budget sinks window "
-          "temp scale softcap seed data every pin at").split()
+          "temp scale softcap seed data every pin i8 at").split()
 CASES = [dict(zip(FIELDS, row)) for row in [
-    (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 14, 1, 1, 0, (340, 700)),
-    (SAMPLE,  0,     0,    3, 1, 16, 8, 350, 0, 0, 0, 1, 20, 15, 1, 1, 0, (400, 900)),
-    (SAMPLE,  3,     0,    3, 1, 16, 24, 480, 20, 128, 0, 0, 0, 12, 1, 2, 0, (449, 1100)),
-    (SAMPLE,  QUERY, 0,    2, 1, 24, 24, 272, NONE, 100, 0.5, 0.25, 0, G, 1, 3, 0, (321, 700)),
-    (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4, NONE, 0, 1, 5, 21, 1, 1, 0, (209, 500)),
-    (SAMPLE,  KEY,   0,    1, 1, 16, 16, 208, 4, 64, 0, 0, 0, 22, 2, 0, 0, (273, 800)),
-    (SAMPLE,  NONE,  0,    2, 2, 8, 8, 208, 4, NONE, 1, 0, 0, 23, 1, 0, 0, (209, 270)),
-    (SAMPLE,  7,     1,    3, 1, 16, 24, 272, 4, 64, 0, 1, 0, 24, 1, 1, 0, (300, 700)),
-    (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4, 64, 0, 1, 0, 25, 1, 1, 0, (300, 900)),
-    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 2, 0, 26, 2, 1, 0, (400, 1500)),
-    (SAMPLE,  0,     0,    1, 1, 8, 8, 144, 4, NONE, 0, 2, 0, 27, 1, 1, 0, (200, 1300)),
-    (SAMPLE,  0,     0,    2, 1, 16, 16, 400, 4, 64, 0, 1, 0, 28, 1, 1, 2, (450, 1200)),
-    (SAMPLE,  KEY,   0,    1, 1, 16, 8, 400, 4, 64, 0, 1, 0, 29, 1, 0, 5, (450, 1200)),
-    (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 5, 19, 1, 0, 0, (337, 640)),
+    (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 14, 1, 1, 0, 0, (340, 700)),
+    (SAMPLE,  0,     0,    3, 1, 16, 8, 350, 0, 0, 0, 1, 20, 15, 1, 1, 0, 0, (400, 900)),
+    (SAMPLE,  3,     0,    3, 1, 16, 24, 480, 20, 128, 0, 0, 0, 12, 1, 2, 0, 0, (449, 1100)),
+    (SAMPLE,  QUERY, 0,    2, 1, 24, 24, 272, NONE, 100, 0.5, 0.25, 0, G, 1, 3, 0, 0, (321, 700)),
+    (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4, NONE, 0, 1, 5, 21, 1, 1, 0, 0, (209, 500)),
+    (SAMPLE,  KEY,   0,    1, 1, 16, 16, 208, 4, 64, 0, 0, 0, 22, 2, 0, 0, 0, (273, 800)),
+    (SAMPLE,  NONE,  0,    2, 2, 8, 8, 208, 4, NONE, 1, 0, 0, 23, 1, 0, 0, 0, (209, 270)),
+    (SAMPLE,  7,     1,    3, 1, 16, 24, 272, 4, 64, 0, 1, 0, 24, 1, 1, 0, 0, (300, 700)),
+    (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4, 64, 0, 1, 0, 25, 1, 1, 0, 0, (300, 900)),
+    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 2, 0, 26, 2, 1, 0, 0, (400, 1500)),
+    (SAMPLE,  0,     0,    1, 1, 8, 8, 144, 4, NONE, 0, 2, 0, 27, 1, 1, 0, 0, (200, 1300)),
+    (SAMPLE,  0,     0,    2, 1, 16, 16, 400, 4, 64, 0, 1, 0, 28, 1, 1, 2, 0, (450, 1200)),
+    (SAMPLE,  KEY,   0,    1, 1, 16, 8, 400, 4, 64, 0, 1, 0, 29, 1, 0, 5, 0, (450, 1200)),
+    (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 5, 19, 1, 0, 0, 0, (337, 640)),
+    (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 30, 1, 1, 0, 1, (340, 700)),
+    (SAMPLE,  7,     0,    3, 1, 16, 24, 350, 40, 64, 0, 1, 20, 31, 1, 1, 3, 1, (400, 900)),
+    (WINDOW,  0,     0,    2, 1, 24, 8, 208, NONE, NONE, 0, 1, 0, 32, 1, 1, 0, 1, (193, 640)),
 ]]
 
 
@@ -92,6 +96,35 @@ def query_of(case, token, head):  # the offset gives the queries a mean, too
     dim = case["head_dim"]
     return (noise(case["data"], 2, token, head, dim)
             + noise(case["data"], 4, 0, head, dim)) / 64.0
+
+
+# ---- storage as bytes ----------------------------------------------------------------------------
+def rotate(x):
+    """x in powers of two, the largest first, times their Hadamard matrices, in f32."""
+    x, at = x.astype(np.float32), 0
+    for size in (1 << bit for bit in range(9, -1, -1)):
+        if not len(x) & size:
+            continue
+        part, half = x[at:at + size], size // 2
+        while half:
+            pairs = part.reshape(-1, 2, half)
+            part = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], 1).ravel()
+            half //= 2
+        x[at:at + size] = part * np.float32(math.sqrt(1 / size))
+        at += size
+    return x
+
+
+def stored(x, padded):
+    """What is held of a key or value: without the rest, and with it."""
+    y = rotate(np.concatenate([x, np.zeros(padded - len(x))]))
+    step = np.maximum(np.abs(y).max(), np.float32(1e-28)) / np.float32(127)
+    bits = (np.array([step], np.float32).view(np.uint32) + 0xFFFF) & 0xFFFF0000  # up to bf16
+    step = bits.astype(np.uint32).view(np.float32)[0]
+    steps = y.astype(float) * float(np.float32(1) / step)
+    whole = np.rint(steps)
+    fine = whole + np.rint((steps - whole).astype(np.float32).astype(float) * 128) / 128
+    return [rotate(z * float(step)).astype(float)[:len(x)] for z in (whole, fine)]
 
 
 # ---- the rules: which of 128 tokens stay, and with which weights -------------------------------
@@ -244,6 +277,7 @@ class Head:
         else:
             self.n_exact = 0 if case["window"] == NONE else -(-case["window"] // PAGE)
         self.keys, self.values, self.use = [], [], []  # of every token ever seen
+        self.fine = []  # its key and value while it is in the newest page, or an early sink
         self.sinks, self.pages, self.halvings = [], [], 0
         group = case["n_q_heads"] // case["n_kv_heads"]
         self.mean_queries = np.zeros((group, case["head_dim"]))
@@ -259,6 +293,11 @@ class Head:
                 self.pages.append((0, [], []))
             self.pages[-1][1].append(token)
             self.pages[-1][2].append(1.0)
+        self.fine.append((key, value))
+        if self.case["i8"]:
+            (key, fine_key), (value, fine_value) = (
+                stored(key, len(key)), stored(value, -(-len(value) // 16) * 16))
+            self.fine[-1] = fine_key, fine_value
         self.keys.append(key)
         self.values.append(value)
         self.use.append(0.0)
@@ -293,6 +332,10 @@ class Head:
         """The outputs of the group's queries; the head learns from them."""
         tokens, w = self.held()
         k, v, w = np.array(self.keys)[tokens], np.array(self.values)[tokens], np.array(w)
+        fine = set(self.sinks[:16] + (self.pages[-1][1] if self.pages else []))
+        for i, token in enumerate(tokens):
+            if token in fine:
+                k[i], v[i] = self.fine[token]
         s = queries @ k.T * scale_of(self.case)
         if self.case["softcap"]:
             s = self.case["softcap"] * np.tanh(s / self.case["softcap"])
@@ -361,8 +404,8 @@ def render():
             ["BKV_RULE_" + case["rule"].upper()]
             + ["BKV_NONE" if case[name] == NONE else "%du" % case[name] for name in FIELDS[1:10]]
             + ["%sf" % float(case[name]) for name in FIELDS[10:13]])
-            + ",\n     0x%xu, %du, %du, %du, {%s}},\n" % (
-                case["seed"], case["data"], case["every"], case["pin"],
+            + ",\n     0x%xu, %du, %du, %du, %du, {%s}},\n" % (
+                case["seed"], case["data"], case["every"], case["pin"], case["i8"],
                 ", ".join("%du" % n for n in case["at"])))
     flat = [[x for r in runs for x in r[i]] for i in range(4)]
     return ("/* Made by gen_golden.py, read by test_golden.c; not to be edited. */\n"

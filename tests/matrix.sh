@@ -3,6 +3,7 @@
 # runs them where an emulator exists. Any folder:  sh tests/matrix.sh [--write] [TARGET...]
 # Targets are the rows below; tests/cross/NAME.ini holds the tools of each. Every row must give
 # bench/hash.golden on the backend it names, and bench/hash-nofma.golden where it says "both".
+# Rows that run tests save a state, too, which this machine loads and goes on with (tests/saved.c).
 # Ends with a table (--write: into tests/MATRIX.md) and the line "N passed, N failed"; a row whose
 # tools are missing is left out, and a failure under CI=true. MATRIX_JOBS: rows at a time.
 set -u
@@ -115,8 +116,16 @@ row() { # the fields of one row; prints its lines of the table
         for test in kernels golden convert; do
             build tests/test_$test.c "$out/$name-$test.exe" -lpthread
             run "$out/$name-$test.exe" || fail "$name: test_$test"
-            passed="$passed$test: $(tail -n 1 "$log" | sed 's/ passed.*//') "
+            passed="$passed$test $(tail -n 1 "$log" | sed 's/ passed.*//') "
         done
+        # A state that was saved there goes on here.
+        build tests/saved.c "$out/$name-saved.exe" ''
+        run "$out/$name-saved.exe" write "$out/$name.state" || fail "$name: cannot save a state"
+        here=${CC:-cc}
+        $here -std=c99 -O2 -I. tests/saved.c -o "$out/$name-here.exe" >"$log" 2>&1 &&
+            "$out/$name-here.exe" read "$out/$name.state" >"$log" 2>&1 ||
+            fail "$name: the state that it saved does not go on here"
+        passed="${passed}saved 1 "
     fi
     version=$($compiler --version 2>/dev/null | sed -n 1p | sed 's/(.*) *//')
     echo "| $name | $version | $backend | $hashes| ${passed:--} | $(($(date +%s) - start)) |"
@@ -161,7 +170,7 @@ echo
 cat $table
 [ -z "$write" ] || cp $table tests/MATRIX.md
 [ "${CI:-}" != true ] || failed=$((failed + left))
-echo "backends whose hash was compared: $(sed -n 's/^| \([a-z0-9_-]*\) | [^|]* | \([a-z0-9]*\) | [0-9a-f].*/\1:\2/p' \
+echo "backends whose hash was compared: $(sed -n 's/^| \([a-z0-9_-]*\) | [^|]* | \([a-z0-9]*\) | [0-9a-f]\{16\}.*/\1:\2/p' \
     $table | tr '\n' ' ')"
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ] && [ $passed -gt 0 ]

@@ -2,7 +2,8 @@
 
    tests/golden/cases.h holds what the float64 NumPy model of gen_golden.py keeps of a stream, with
    which weights and uses, and what attention over it gives. Each case is replayed on every backend
-   and with every storage type: the inputs are exact in all of them, so the results must agree. */
+   and with every storage type but I8: the inputs are exact in all of them, so the results must
+   agree. I8 has cases of its own, whose model rounds as tests/golden/README.md says. */
 #include "test.h"
 
 #define BALANCEKV_IMPLEMENTATION
@@ -15,6 +16,7 @@ typedef struct golden_case {
     uint64_t seed, data; /* of the halvings; of the inputs */
     uint32_t every;      /* tokens from one attend to the next; 0: only at checkpoints */
     uint32_t pin;        /* every so many tokens one is pinned; 0: none */
+    uint32_t i8;         /* 1: answers of BKV_I8; 0: of every other type */
     uint32_t at[2];      /* checkpoints: tokens seen */
 } golden_case;
 
@@ -91,7 +93,7 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
     unsigned errors_before = test_errors;
     bkv_config cfg = bkv_config_default(g->n_q_heads, g->n_kv_heads, g->head_dim, g->budget);
     cfg.value_dim = g->value_dim;
-    cfg.kv_type = kv_type;
+    cfg.kv_type = g->i8 ? (uint32_t)BKV_I8 : kv_type;
     cfg.sinks = g->sinks;
     cfg.window = g->window;
     cfg.rule = g->rule;

@@ -273,8 +273,8 @@ static void validation_finds_every_flipped_bit(void) {
             for (size_t bit = 0; bit < 8 * parts[p].bytes; bit++) {
                 unsigned char *at = c.mem + parts[p].at + bit / 8;
                 *at = (unsigned char)(*at ^ 1u << bit % 8);
-                CHECKF(bkv_validate(&c) == BKV_E_STATE, "%zu tokens, part %zu, bit %zu",
-                       lengths[i], p, bit);
+                CHECKF(bkv_validate(&c) == BKV_E_STATE, "%zu tokens, part %zu, bit %zu", lengths[i],
+                       p, bit);
                 *at = (unsigned char)(*at ^ 1u << bit % 8);
             }
         cache_free(&c);
@@ -312,8 +312,10 @@ static void exported_rows_attend_alike(void) {
             for (uint32_t g = 0; g < GROUP; g++) {
                 double sum = 0, o[VALUE_DIM] = {0}, norm = 0, off = 0;
                 for (uint32_t r = 0; r < rows_n; r++) {
-                    double logit = decode(load_bits(mask + r * format_of(mask_type).bytes, mask_type),
-                                          mask_type), p;
+                    double logit =
+                               decode(load_bits(mask + r * format_of(mask_type).bytes, mask_type),
+                                      mask_type),
+                           p;
                     for (uint32_t i = 0; i < DIM; i++)
                         logit += tensor_get(&s.q, (n - 1) % LENGTH, GROUP + g, i) *
                                  decode(load_bits(k + (r * DIM + i) * es, type), type) *
@@ -457,7 +459,8 @@ static void selects_what_a_cache_would_hold(void) {
 
 static void budget_for_bytes_inverts_size(void) {
     for (unsigned round = 0; round < amount(3000, 100000); round++) {
-        bkv_config cfg = bkv_config_default(4, 1 + random_below(4) * 3 / 2, 1 + random_below(200), 0);
+        bkv_config cfg =
+            bkv_config_default(4, 1 + random_below(4) * 3 / 2, 1 + random_below(200), 0);
         cfg.n_q_heads = cfg.n_kv_heads * (1 + random_below(8));
         cfg.kv_type = storage_types[random_below(4)];
         cfg.window = random_below(2) ? 0 : 64 * (1 + random_below(3));
@@ -478,11 +481,120 @@ static void budget_for_bytes_inverts_size(void) {
     CHECK(bkv_budget_for_bytes(&cfg, SIZE_MAX) == 0);
 }
 
+/* Sizes are exact: whatever the config, all operations stay within bkv_size() bytes. */
+static void configs_stay_in_bounds(void) {
+    enum { HEADS = 3, MOST_DIM = 70, N = 330, GUARD = 64 };
+    tensor k = tensor_random(N, HEADS, MOST_DIM, BKV_F32),
+           v = tensor_random(N, HEADS, MOST_DIM, BKV_F32);
+    tensor q = tensor_random(N, HEADS * 4, MOST_DIM, BKV_F32);
+    float *out = new_floats(N * HEADS * 4 * MOST_DIM);
+    for (unsigned round = 0; round < amount(300, 10000); round++) {
+        bkv_config cfg = bkv_config_default(1, 1, 8, 256);
+        cfg.n_kv_heads = 1 + random_below(HEADS);
+        cfg.n_q_heads = cfg.n_kv_heads * (1 + random_below(4));
+        cfg.head_dim = 1 + random_below(MOST_DIM), cfg.value_dim = 1 + random_below(MOST_DIM);
+        cfg.kv_type = storage_types[random_below(4)];
+        cfg.budget = 192 + random_below(400), cfg.sinks = random_below(40);
+        cfg.window = random_below(2) ? 0 : 64;
+        cfg.n_threads = 1 + random_below(3);
+        size_t bytes = bkv_size(&cfg), shift = random_below(64);
+        if (!bytes) continue; /* the budget has no room for sinks, window and two pages */
+        unsigned char *block = (unsigned char *)checked(malloc(bytes + shift + 2 * GUARD));
+        memset(block, 0xA5, bytes + shift + 2 * GUARD);
+        bkv_cache c;
+        RESULT(bkv_init(&c, &cfg, block + GUARD + shift, bytes - 1), BKV_E_MEMORY);
+        OK(bkv_init(&c, &cfg, block + GUARD + shift, bytes));
+        size_t n = 1 + random_below(N);
+        for (uint32_t ith = 0; ith < cfg.n_threads; ith++)
+            OK(bkv_prefill(&c, k.view, v.view, q.view, out, n, random_below(4) ? 0 : BKV_DRAFT, ith,
+                           cfg.n_threads));
+        bkv_result r = bkv_truncate(&c, n - 1);
+        CHECK(r == BKV_OK || r == BKV_E_ROLLBACK);
+        if (n > 1) OK(bkv_attend(&c, q.view, out, 0, 1));
+        r = bkv_shrink(&c, 192 + random_below(200));
+        CHECK(r == BKV_OK || r == BKV_E_BUDGET);
+        OK(bkv_append(&c, k.view, v.view, n, 0, 0, 1));
+        OK(bkv_validate(&c));
+        for (size_t i = 0; i < GUARD + shift; i++) CHECK(block[i] == 0xA5);
+        for (size_t i = 0; i < GUARD; i++) CHECK(block[GUARD + shift + bytes + i] == 0xA5);
+        free(block);
+    }
+    free(out);
+    tensor_free(&k), tensor_free(&v), tensor_free(&q);
+}
+
+/* Millions of tokens, the same 4096 again and again, so that exact attention is known: the error
+   does not grow, the weights still add up, what was learnt stays near what is asked. */
+static void soak(void) {
+    enum { SHORT = 24 };
+    stream s = stream_new();
+    for (size_t t = 0; t < LENGTH; t++)
+        for (size_t h = 0; h < N_KV; h++)
+            for (size_t i = 0; i < VALUE_DIM; i++)
+                tensor_set(&s.v, t, h, i, 1 + 0.3 * tensor_get(&s.v, t, h, i));
+    unsigned passes = amount(SHORT, 2442);
+    for (size_t type = 1; type < 4; type += 2) { /* f16, i8 */
+        bkv_config cfg = config(storage_types[type]);
+        cfg.budget = 528;
+        bkv_cache c = cache_new(&cfg);
+        float *out = new_floats(LENGTH * N_Q * VALUE_DIM);
+        double early = 0, late = 0;
+        for (unsigned pass = 1; pass <= passes; pass++) {
+            OK(bkv_prefill(&c, s.k.view, s.v.view, s.q.view, out, LENGTH, 0, 0, 1));
+            if (pass != SHORT && pass != passes && pass != 1) continue;
+            double error = 0;
+            for (size_t t = 0; t < 16; t++) {
+                attend(&c, &s, t * 251, out);
+                for (size_t h = 0; h < N_Q; h++) {
+                    double sum = 0, o[VALUE_DIM] = {0}, off = 0, norm = 0;
+                    for (size_t i = 0; i < LENGTH; i++) {
+                        double p = 0;
+                        for (size_t j = 0; j < DIM; j++)
+                            p +=
+                                tensor_get(&s.q, t * 251, h, j) * tensor_get(&s.k, i, h / GROUP, j);
+                        p = exp(p * (double)c.cfg.scale);
+                        sum += p;
+                        for (size_t j = 0; j < VALUE_DIM; j++)
+                            o[j] += p * tensor_get(&s.v, i, h / GROUP, j);
+                    }
+                    for (size_t j = 0; j < VALUE_DIM; j++) {
+                        double d = o[j] / sum - (double)out[h * VALUE_DIM + j];
+                        off += d * d, norm += o[j] / sum * o[j] / sum;
+                    }
+                    error += sqrt(off / norm) / 16 / N_Q;
+                }
+            }
+            if (pass <= SHORT) early = error;
+            late = error;
+        }
+        OK(bkv_validate(&c));
+        double weights = 0, seen = (double)passes * LENGTH, most = 0;
+        bkv_stats_info info = cache_stats(&c);
+        for (uint32_t head = 0; head < N_KV; head++)
+            for (uint32_t i = 0; i < info.tokens_held; i++)
+                weights += (double)cache_token(&c, head, i).weight / N_KV;
+        for (size_t head = 0; head < N_KV; head++) { /* queries have mean 0, variance 1 */
+            const unsigned char *means = bkvi_head_mem(&c, (uint32_t)head) + c.off_queries;
+            for (size_t i = 0; i < GROUP * 16; i++) {
+                double m = fabs((double)bkvi_getf(means + 4 * i));
+                most = m > most ? m : most;
+            }
+        }
+        printf("%s: %.0f tokens, error %.4f, at most 98,304 before %.4f, weights %.3f of them\n",
+               type_name(cfg.kv_type), seen, late, early, weights / seen);
+        CHECK(info.tokens_seen == (uint64_t)passes * LENGTH);
+        CHECK(late < 1.5 * early + 0.005 && weights > 0.7 * seen && weights < 1.6 * seen);
+        CHECK(most < 0.5); /* 7 deviations of a mean at rate 0.01 */
+        free(out), cache_free(&c);
+    }
+    stream_free(&s);
+}
+
 int main(int argc, char **argv) {
     TEST_MAIN(T(rejected_drafts_leave_no_trace), T(rollback_before_any_halving_and_its_limits),
               T(shrinks_in_place), T(saved_states_go_on_bit_for_bit),
               T(broken_bytes_are_rejected_or_harmless), T(validation_finds_every_flipped_bit),
               T(exported_rows_attend_alike), T(exports_parts_and_refuses),
               T(impossible_states_are_refused), T(selects_what_a_cache_would_hold),
-              T(budget_for_bytes_inverts_size));
+              T(budget_for_bytes_inverts_size), T(configs_stay_in_bounds), T(soak));
 }
