@@ -342,6 +342,28 @@ static void null_pointers(void) {
     FAILS(bkv_stats(&never_made, &stats), BKV_E_NULL);
     FAILS(bkv_token(&never_made, 0, 0, &info), BKV_E_NULL);
     FAILS(bkv_reset(&never_made), BKV_E_NULL);
+    FAILS(bkv_truncate(&never_made, 0), BKV_E_NULL);
+    FAILS(bkv_shrink(&never_made, 144), BKV_E_NULL);
+    FAILS(bkv_validate(&never_made), BKV_E_NULL);
+    FAILS(bkv_error(&never_made, 0, &error), BKV_E_NULL);
+
+    bkv_cache other;
+    bkv_rows rows;
+    uint32_t index, kept;
+    float weight;
+    memset(&rows, 0, sizeof rows);
+    unsigned char saved[8] = {0};
+    FAILS(bkv_save(0, saved, sizeof saved), BKV_E_NULL);
+    FAILS(bkv_save(&never_made, saved, sizeof saved), BKV_E_NULL);
+    FAILS(bkv_save(&f.c, 0, 0), BKV_E_NULL);
+    FAILS(bkv_load(0, saved, sizeof saved, f.c.mem, bytes, 1, 0), BKV_E_NULL);
+    FAILS(bkv_load(&other, 0, sizeof saved, f.c.mem, bytes, 1, 0), BKV_E_NULL);
+    FAILS(bkv_load(&other, saved, sizeof saved, 0, bytes, 1, 0), BKV_E_NULL);
+    CHECK(bkv_load_size(0, 0, 1) == 0 && bkv_load_size(saved, sizeof saved, 1) == 0);
+    FAILS(bkv_export(0, 0, &rows), BKV_E_NULL);
+    FAILS(bkv_export(&never_made, 0, &rows), BKV_E_NULL);
+    FAILS(bkv_select(&f.cfg, f.c.mem, bytes, k, v, N, &index, 0, &kept), BKV_E_NULL);
+    FAILS(bkv_select(&f.cfg, f.c.mem, bytes, k, v, N, &index, &weight, 0), BKV_E_NULL);
     fixture_free(&f);
 }
 
@@ -499,6 +521,29 @@ static void bad_values(void) {
                 }
             }
             fixture_free(&f);
+        }
+}
+
+static void bad_values_on_every_backend(void) {
+    uint32_t backends[8];
+    size_t n_backends = test_backends(backends);
+    for (size_t b = 0; b < n_backends; b++)
+        for (size_t t = 0; t < COUNT(test_types); t++) {
+            bkv_config cfg = config();
+            cfg.backend = backends[b];
+            bkv_cache c = cache_new(&cfg);
+            tensor k = tensor_random(1, N_KV, DIM, test_types[t]);
+            tensor v = tensor_random(1, N_KV, VALUE_DIM, test_types[t]);
+            format m = format_of(test_types[t]);
+            const uint32_t bad[] = {m.infinity, m.infinity | m.sign, m.infinity + 1};
+            for (size_t i = 0; i < COUNT(bad); i++) {
+                uint32_t was = load_bits(tensor_at(&k, 0, N_KV - 1, DIM - 1), test_types[t]);
+                store_bits(tensor_at(&k, 0, N_KV - 1, DIM - 1), bad[i], test_types[t]);
+                RESULT(bkv_append(&c, k.view, v.view, 1, 0, 0, 1), BKV_E_VALUE);
+                store_bits(tensor_at(&k, 0, N_KV - 1, DIM - 1), was, test_types[t]);
+            }
+            OK(bkv_append(&c, k.view, v.view, 1, 0, 0, 1));
+            tensor_free(&k), tensor_free(&v), cache_free(&c);
         }
 }
 
@@ -739,7 +784,7 @@ static void names(void) {
 int main(int argc, char **argv) {
     TEST_MAIN(T(configs), T(budgets), T(defaults), T(default_scales), T(constant_sizes),
               T(null_pointers), T(counts_flags_threads), T(tensors), T(indices), T(bad_values),
-              T(largest_values), T(any_alignment), T(no_allocation), T(memory_too_small),
-              T(attach_backends), T(attach_foreign_bytes), T(attach_damaged_bytes),
-              T(attach_uneven_heads), T(attach_twofold_pages), T(names));
+              T(bad_values_on_every_backend), T(largest_values), T(any_alignment), T(no_allocation),
+              T(memory_too_small), T(attach_backends), T(attach_foreign_bytes),
+              T(attach_damaged_bytes), T(attach_uneven_heads), T(attach_twofold_pages), T(names));
 }

@@ -368,6 +368,89 @@ static void exported_rows_attend_alike(void) {
     stream_free(&s);
 }
 
+/* Any part of the rows can be left out, every backend exports the same bytes, and a number that f16
+   has not is an error. */
+static void exports_parts_and_refuses(void) {
+    stream s = stream_new();
+    uint32_t backends[8];
+    size_t n_backends = test_backends(backends);
+    for (size_t type = 0; type < COUNT(storage_types); type++) {
+        static unsigned char first[BUDGET * (DIM + VALUE_DIM) * 4];
+        for (size_t b = 0; b < n_backends; b++) {
+            bkv_config cfg = config(storage_types[type]);
+            cfg.backend = backends[b];
+            bkv_cache c = cache_new(&cfg);
+            static unsigned char k[BUDGET * DIM * 4], v[BUDGET * VALUE_DIM * 4];
+            bkv_rows rows;
+            append(&c, &s, 0, 900, 0);
+            memset(&rows, 0, sizeof rows);
+            rows.type = BKV_F32, rows.n_rows = BUDGET, rows.k = k;
+            OK(bkv_export(&c, 0, &rows)); /* no values, no mask */
+            memset(&rows, 0, sizeof rows);
+            rows.type = BKV_F32, rows.n_rows = BUDGET, rows.v = v;
+            OK(bkv_export(&c, 0, &rows));
+            if (b == 0) memcpy(first, k, sizeof k), memcpy(first + sizeof k, v, sizeof v);
+            CHECK(!memcmp(first, k, sizeof k) && !memcmp(first + sizeof k, v, sizeof v));
+            rows.type = 0;
+            RESULT(bkv_export(&c, 0, &rows), BKV_E_TYPE);
+            rows.type = BKV_I8;
+            RESULT(bkv_export(&c, 0, &rows), BKV_E_TYPE);
+            rows.type = BKV_F32, rows.v_stride = VALUE_DIM * 4 - 1;
+            RESULT(bkv_export(&c, 0, &rows), BKV_E_STRIDE);
+            cache_free(&c);
+        }
+    }
+    bkv_config cfg = config(BKV_F32);
+    bkv_cache c = cache_new(&cfg);
+    static uint16_t halves[BUDGET * DIM];
+    bkv_rows rows;
+    memset(&rows, 0, sizeof rows);
+    rows.type = BKV_F16, rows.n_rows = BUDGET, rows.k = halves;
+    tensor_set(&s.k, 3, 1, 2, 65520);
+    append(&c, &s, 0, 5, 0);
+    OK(bkv_export(&c, 0, &rows));
+    rows.seen = rows.halvings = 0;
+    RESULT(bkv_export(&c, 1, &rows), BKV_E_VALUE);
+    cache_free(&c);
+    stream_free(&s);
+}
+
+/* What a saved or a living state may not hold, and flipped bits by themselves do not give. */
+static void impossible_states_are_refused(void) {
+    stream s = stream_new();
+    float out[N_Q * VALUE_DIM];
+    bkv_config cfg = config(BKV_F32);
+    bkv_cache c = cache_new(&cfg), back;
+    go_on(&c, &s, 0, 900, out);
+    const struct {
+        size_t at;
+        uint32_t word;
+    } wrong[] = {{BKVI_ERROR_AT, 0x7FC00000u}, {c.off_queries, 0x7F800000u},
+                 {c.off_use, 0xBF800000u},     {c.off_use, 0x7F7FFFFFu},
+                 {c.off_weight, 0x7F000000u},  {c.off_k, 0x7FC00000u},
+                 {c.off_v, 0xFF800000u}};
+    size_t bytes = cache_stats(&c).state_bytes, head = BKVI_HEADER_BYTES + c.head_bytes;
+    unsigned char *saved = (unsigned char *)checked(malloc(bytes));
+    void *mem = checked(malloc(c.bytes));
+    for (size_t i = 0; i < COUNT(wrong); i++) {
+        unsigned char *at = c.mem + head + wrong[i].at;
+        uint32_t was = bkvi_get32(at);
+        bkvi_put32(at, wrong[i].word);
+        RESULT(bkv_validate(&c), BKV_E_STATE);
+        OK(bkv_save(&c, saved, bytes));
+        RESULT(bkv_load(&back, saved, bytes, mem, c.bytes, 1, 0), BKV_E_STATE);
+        bkvi_put32(at, was);
+        OK(bkv_validate(&c));
+    }
+    OK(bkv_save(&c, saved, bytes)); /* of a machine of the other byte order, or another version */
+    bkvi_put32(saved, bkvi_get32(saved) << 24 | (bkvi_get32(saved) & 0xFF00u) << 8 |
+                          (bkvi_get32(saved) >> 8 & 0xFF00u) | bkvi_get32(saved) >> 24);
+    RESULT(bkv_load(&back, saved, bytes, mem, c.bytes, 1, 0), BKV_E_VERSION);
+    CHECK(bkv_load_size(saved, bytes, 1) == 0);
+    free(saved), free(mem), cache_free(&c);
+    stream_free(&s);
+}
+
 /* What f16 cannot hold is refused, and left in the cache as it was. */
 static void exported_numbers_fit(void) {
     stream s = stream_new();
@@ -431,6 +514,10 @@ static void budget_for_bytes_inverts_size(void) {
                bytes);
     }
     CHECK(bkv_budget_for_bytes(NULL, 1000000) == 0);
+    bkv_config cfg = bkv_config_default(1, 1, 512, 0);
+    CHECK(sizeof(size_t) < 8 || bkv_budget_for_bytes(&cfg, SIZE_MAX) == 1u << 24);
+    cfg.head_dim = 513;
+    CHECK(bkv_budget_for_bytes(&cfg, SIZE_MAX) == 0);
 }
 
 /* Sizes are exact: whatever the config, all operations stay within bkv_size() bytes. */
@@ -544,10 +631,10 @@ static void soak(void) {
 
 int main(int argc, char **argv) {
     TEST_MAIN(T(rejected_drafts_leave_no_trace), T(drafts_teach_once_accepted),
-              T(rollback_before_any_halving_and_its_limits),
-              T(shrinks_in_place), T(saved_states_go_on_bit_for_bit),
-              T(broken_bytes_are_rejected_or_harmless), T(validation_finds_every_flipped_bit),
-              T(exported_rows_attend_alike), T(exported_numbers_fit),
-              T(selects_what_a_cache_would_hold), T(budget_for_bytes_inverts_size),
-              T(configs_stay_in_bounds), T(soak));
+              T(rollback_before_any_halving_and_its_limits), T(shrinks_in_place),
+              T(saved_states_go_on_bit_for_bit), T(broken_bytes_are_rejected_or_harmless),
+              T(validation_finds_every_flipped_bit), T(exported_rows_attend_alike),
+              T(exported_numbers_fit), T(exports_parts_and_refuses),
+              T(impossible_states_are_refused), T(selects_what_a_cache_would_hold),
+              T(budget_for_bytes_inverts_size), T(configs_stay_in_bounds), T(soak));
 }
