@@ -74,7 +74,7 @@
 
    Memory. bkv_size() bytes, state and n_threads * scratch. The state holds no pointer: it may be
      copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
-     below 1 KiB. The library calls mem{cpy,set,move,cmp} and nothing else.
+     below 1 KiB. The library calls mem{cpy,set,move} and nothing else.
    Storage. f32, f16 and bf16 round every element. BKV_I8 turns each key and value by Hadamard
      matrices, which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head;
      of the first 16 sinks and the newest page, from which most of the error would come, a second
@@ -479,7 +479,6 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define memcpy __builtin_memcpy
 #define memset __builtin_memset
 #define memmove __builtin_memmove
-#define memcmp __builtin_memcmp
 #endif
 
 #if !defined(__GNUC__) && !defined(__clang__)
@@ -710,6 +709,12 @@ static BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t unit) {
 }
 static BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) {
     return type == BKV_F32 ? 4 : type == BKV_I8 ? 1 : 2;
+}
+
+/* memcmp() == 0, which clang would turn into a call of bcmp(). */
+static int bkvi_same(const unsigned char *a, const unsigned char *b, size_t n) {
+    for (; n && *a == *b; n--) a++, b++;
+    return n == 0;
 }
 
 /* n elements between rows of any stride (bytes). A loop each: a copy of no constant size would call
@@ -1494,7 +1499,7 @@ static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
             taken[bit / 8] = (unsigned char)(taken[bit / 8] | 1u << bit % 8);
         }
     }
-    return !memcmp(mem, bkvi_head_mem(c, 0), BKVI_COUNTER_BYTES);
+    return bkvi_same(mem, bkvi_head_mem(c, 0), BKVI_COUNTER_BYTES);
 }
 
 /* A config from a state; the state may ask for what this build or CPU has not. */
@@ -1900,7 +1905,7 @@ static bkv_result bkvi_check_saved(const unsigned char *saved, size_t bytes, uin
     if (bytes < made->state_bytes) return BKV_E_STATE;
     bkvi_put_sum(header, bkvi_checksum(check, saved + BKVI_HEADER_BYTES,
                                        made->state_bytes - BKVI_HEADER_BYTES));
-    return memcmp(header + BKVI_SUM_AT, sum, sizeof sum) ? BKV_E_STATE : BKV_OK;
+    return bkvi_same(header + BKVI_SUM_AT, sum, sizeof sum) ? BKV_OK : BKV_E_STATE;
 }
 BALANCEKV_API size_t bkv_load_size(const void *saved, size_t saved_bytes, uint32_t n_threads) {
     bkv_cache made;
@@ -1969,7 +1974,7 @@ BALANCEKV_API bkv_result bkv_validate(const bkv_cache *c) {
     if (!c || !c->mem) return BKV_E_NULL;
     kernels = bkvi_kernels_of(c->cfg.backend);
     bkvi_header_put(c, header);
-    if (memcmp(header, c->mem, sizeof header)) return BKV_E_STATE;
+    if (!bkvi_same(header, c->mem, sizeof header)) return BKV_E_STATE;
     for (head = 0; head < c->cfg.n_kv_heads; head++)
         if (!bkvi_head_sound(c, head) || !bkvi_head_valid(c, &kernels, head)) return BKV_E_STATE;
     return BKV_OK;
@@ -3465,7 +3470,6 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef memcpy
 #undef memset
 #undef memmove
-#undef memcmp
 #undef BKVI_BARE
 #endif
 #endif
