@@ -175,8 +175,6 @@ MUTATIONS = [
       "BKVI_PAGE + c->sink_slots - h.sinks);", ["trust:rejected"]),
     M("shrink-halves-the-window", "full.window_pages = made.window_pages + 1;",
       "full.window_pages = 0;", ["trust:shrinks"]),
-    M("shrink-leaves-a-page", "bkvi_set_page(mem + c->off_pages, h.used, 0, 0);", ";",
-      ["trust:shrinks"]),
     M("shrink-leaves-the-header", "*c = made;\n    bkvi_header_put(c, c->mem);", "*c = made;",
       ["trust:shrinks"]),
     M("shrink-page-off-by-one", "if (bkvi_place(pages, i) < to->n_pages) continue;",
