@@ -68,7 +68,8 @@
      the kernel of the paper. BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
      Learning: attention moves a running mean of each query head, += 0.01 (q - mean), and the use of
      the tokens of the two newest pages, += p^2, p their share. Without: BKV_IMPORTANCE_KEY.
-     Pins: tokens of a call with BKV_PIN stay as they are in every halving, 32 of a block at most.
+     Pins: tokens of a call with BKV_PIN stay as they are in every halving, 32 of a block at most
+     (not under BKV_RULE_WINDOW).
      Error: bkv_error() is a running mean of |out - exact| / |exact|, estimated once a page as
          sqrt(sum_i p_i^2 (1 - 1 / w_i) |v_i - out|^2) / |out|,     p_i the share of attention.
 
@@ -275,7 +276,8 @@ typedef struct bkv_tensor {
 } bkv_tensor;
 
 /* A cache handle: fields are private, the size is not. Holds the only pointer to the memory. Copy
-   it freely; it is made anew by bkv_attach(). */
+   it freely; it is made anew by bkv_attach(), as it must be after another copy
+   of it went through bkv_shrink(). */
 typedef struct bkv_cache {
     unsigned char *mem;
     bkv_config cfg; /* every default resolved; backend is the one in use */
@@ -348,7 +350,8 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_attach(bkv_cache *c, void *mem, size_t
 BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
 
 /* Takes back all but the first n_tokens tokens. What is left is, bit for bit, the state before
-   them, but for what attention to tokens that were no drafts has taught. Tokens from before the
+   them, but for what attention to tokens that were no drafts has taught, and drafts that a later
+   token accepted stay accepted. Tokens from before the
    last halving, of BKV_I8 from before the newest page, cannot be taken back (all pages can, before
    any halving): stats.room says how many more are safe. Returns BKV_E_NULL, _ROLLBACK.
    Cost: proportional to the tokens taken back. */
@@ -379,8 +382,9 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_load(bkv_cache *c, const void *saved, 
                                                uint32_t backend);
 
 /* BKV_OK if every invariant of the state holds: header, counters, page tables, positions, weights
-   (one flipped bit in any of these is found), no NaN or Inf in what was learnt, keys and values.
-   BKV_E_STATE otherwise. For debug builds. Cost: reads the state once. */
+   (one flipped bit in any of these is found, but for the count of drafts of a lone head), no NaN or
+   Inf in what was learnt, keys and values. BKV_E_STATE otherwise. For debug builds. Cost: reads the
+   state once. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_validate(const bkv_cache *c);
 
 /* A dense tensor [n_tokens][n_heads][dim]. */
@@ -435,7 +439,8 @@ typedef struct bkv_rows {
     uint32_t n_rows;            /* at least stats.slots */
     uint32_t first, n;          /* out: the range of rows that this call wrote */
     uint64_t seen, halvings;    /* of the last call on this buffer, so that only what has changed
-                                   since is written; zeros write all, as after bkv_truncate() */
+                                   since is written; zeros write all: set them after any of
+                                   bkv_truncate, _reset, _load, or for another head */
 } bkv_rows;
 /* Returns BKV_E_NULL, _INDEX (head), _TYPE, _STRIDE, _COUNT (n_rows), _VALUE (a number is too large
    for f16). Uses the scratch of the first thread. Cost: the rows that changed, all after a halving.
@@ -1933,7 +1938,7 @@ BALANCEKV_API bkv_result bkv_load(bkv_cache *c, const void *saved, size_t saved_
 static int bkvi_head_valid(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head) {
     unsigned char *mem = bkvi_head_mem(c, head);
     const uint32_t type = c->cfg.kv_type, dim = c->cfg.head_dim;
-    const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE;
+    const float limit = type == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE; /* bf16 may round up to it */
     bkvi_head h = bkvi_head_get(mem);
     uint32_t i, held = 0, sum = bkvi_sum(c, mem, 0, c->slots);
     uint64_t next = 0;
@@ -1948,6 +1953,7 @@ static int bkvi_head_valid(const bkv_cache *c, const bkvi_kernels *kernels, uint
         uint32_t slot = bkvi_slot_of(c, &h, mem, i);
         uint64_t position = bkvi_get32(bkvi_word(mem, c->off_position, slot));
         if (h.seen >> 32 == 0 && (position < next || position >= h.seen)) return 0;
+        if (!(bkvi_getf(bkvi_word(mem, c->off_weight, slot)) >= 1.0f)) return 0;
         next = position + 1;
     }
     for (i = 0; i < c->slots; i++) {
@@ -1963,9 +1969,13 @@ static int bkvi_head_valid(const bkv_cache *c, const bkvi_kernels *kernels, uint
                                                    dim * BKVI_LANES, limit)))
             return 0;
     }
-    return held == bkvi_held(&h) &&
+    if (type == BKV_I8 &&
+        (!kernels->scan(mem + c->off_k_scale, BKV_BF16, 2, c->slots, BKVI_HUGE) ||
+         !kernels->scan(mem + c->off_v_scale, BKV_BF16, 2, c->slots, BKVI_HUGE)))
+        return 0;
+    return held == bkvi_held(&h) && /* rotated queries may be sqrt(512) times as large */
            kernels->scan(mem + c->off_queries, BKV_F32, 4,
-                         c->group * bkvi_round_up(dim, BKVI_LANES), BKVI_HUGE);
+                         c->group * bkvi_round_up(dim, BKVI_LANES), 32.0f * BKVI_HUGE);
 }
 BALANCEKV_API bkv_result bkv_validate(const bkv_cache *c) {
     unsigned char header[BKVI_HEADER_BYTES];
@@ -2587,9 +2597,9 @@ static BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint3
 static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, unsigned char *scale,
                         uint32_t kv_type, const unsigned char *src, uint32_t type, size_t stride,
                         uint32_t n, float *work) {
-    size_t bytes = bkvi_type_bytes(BKVI_TYPE(kv_type));
+    size_t bytes = bkvi_type_bytes(kv_type);
     uint32_t i, lane, padded = step == 1 ? bkvi_round_up(n, BKVI_LANES) : n;
-    if (BKVI_TYPE(kv_type) == BKV_I8) {
+    if (kv_type == BKV_I8) {
         bkvi_k(rotated_row)(work, src, type, stride, n, padded);
         bkvi_k(quantise)(work, scale, padded);
         for (i = 0; i < padded; i++) {
@@ -2603,7 +2613,7 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, un
         unsigned char *to = (unsigned char *)part; /* converted in place, front to back */
         bkvi_k(row)(part, src, type, stride, i, n);
         for (lane = 0; lane < BKVI_LANES && bytes == 2; lane++)
-            if (BKVI_TYPE(kv_type) == BKV_BF16)
+            if (kv_type == BKV_BF16)
                 bkvi_put16(to + 2 * lane, bkvi_to_bf16(part[lane]));
             else if (lane % BKVI_WIDTH == 0)
                 bkvi_v(store_f16)(to + 2 * lane, bkvi_v(load)(part + lane));

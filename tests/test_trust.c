@@ -629,6 +629,43 @@ static void soak(void) {
     stream_free(&s);
 }
 
+/* Numbers at the limits go in and come back; scales that are none, and holes, do not. */
+static void limits_of_states(void) {
+    stream s = stream_new();
+    float out[N_Q * VALUE_DIM];
+    for (size_t type = 0; type < COUNT(storage_types); type++) {
+        bkv_config cfg = config(storage_types[type]);
+        bkv_cache c = cache_new(&cfg), back;
+        size_t bytes = cache_stats(&c).state_bytes, head = BKVI_HEADER_BYTES + c.head_bytes;
+        unsigned char *saved = (unsigned char *)checked(malloc(bytes)), was[2], *at;
+        void *mem = checked(malloc(c.bytes));
+        tensor_set(&s.k, 1, 1, 0, storage_types[type] == BKV_F16 ? 65519.0 : 7.2057e16);
+        for (size_t i = 0; i < DIM; i++) tensor_set(&s.q, 3, 1, i, 7e16);
+        append(&c, &s, 0, 400, 0);
+        for (int i = 0; i < 300; i++) attend(&c, &s, 3, out);
+        OK(bkv_save(&c, saved, bytes));
+        OK(bkv_load(&back, saved, bytes, mem, c.bytes, 1, 0));
+        uint32_t w = bkvi_get32(c.mem + head + c.off_weight); /* slots 0 and, once empty, 271 */
+        OK(bkv_reset(&c));
+        append(&c, &s, 2, 5, 0);
+        bkvi_put32(c.mem + head + c.off_weight, 0);
+        bkvi_put32(c.mem + head + c.off_weight + 4 * (BUDGET - 1), w);
+        RESULT(bkv_validate(&c), BKV_E_STATE);
+        OK(bkv_reset(&c));
+        append(&c, &s, 2, 5, 0);
+        if (storage_types[type] == BKV_I8) {
+            at = c.mem + head + c.off_k_scale;
+            memcpy(was, at, 2);
+            bkvi_put16(at, 0x7FC0);
+            RESULT(bkv_validate(&c), BKV_E_STATE);
+            memcpy(at, was, 2);
+        }
+        OK(bkv_validate(&c));
+        free(saved), free(mem), cache_free(&c);
+    }
+    stream_free(&s);
+}
+
 int main(int argc, char **argv) {
     TEST_MAIN(T(rejected_drafts_leave_no_trace), T(drafts_teach_once_accepted),
               T(rollback_before_any_halving_and_its_limits), T(shrinks_in_place),
@@ -636,5 +673,6 @@ int main(int argc, char **argv) {
               T(validation_finds_every_flipped_bit), T(exported_rows_attend_alike),
               T(exported_numbers_fit), T(exports_parts_and_refuses),
               T(impossible_states_are_refused), T(selects_what_a_cache_would_hold),
-              T(budget_for_bytes_inverts_size), T(configs_stay_in_bounds), T(soak));
+              T(budget_for_bytes_inverts_size), T(configs_stay_in_bounds), T(limits_of_states),
+              T(soak));
 }
