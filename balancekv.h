@@ -79,7 +79,7 @@
    Storage. f32, f16 and bf16 round every element. BKV_I8 turns each key and value by Hadamard
      matrices, which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head;
      of the first 16 sinks and the newest page, from which most of the error would come, a second
-     byte that holds the rest. Queries and outputs are turned along, and halvings need not know.
+     byte that holds the rest, if there are 512 slots. Queries and outputs are turned along.
      Beside softmax over what was given, |out| is off by <= 0.02 * max |v| (normal numbers, logits
      to about 10; tests/test_attend.c); on traces of a model 0.002 of |out| in the mean.
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
@@ -238,7 +238,7 @@ typedef struct bkv_config {
     uint32_t budget;     /* slots per KV head, everything included, up to 2^24; required */
     uint32_t sinks;      /* first tokens kept exactly, rounded up to 16; 0: 4; or BKV_NONE */
     uint32_t window;     /* newest tokens kept exactly, rounded up to 64; 0: budget / 3 rounded
-                            down to 64, at least 64 if two pages remain; or BKV_NONE */
+                            down to 64, below 512 slots 64, if two pages remain; or BKV_NONE */
     uint32_t rule;       /* BKV_RULE_*; 0: BKV_RULE_SAMPLE */
     uint32_t importance; /* BKV_IMPORTANCE_*, added up, or BKV_NONE; 0: QUERY + USE */
     uint32_t rounds;     /* rounds of balancing by BKV_RULE_SAMPLE, up to 64, or BKV_NONE; 0: 2 */
@@ -262,8 +262,9 @@ typedef struct bkv_config {
     (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + BKV_SIZE_PAD(dim, 16) * 4 * (group) +          \
      12 * (slots) + ((elem) == 1 ? BKV_SIZE_I8(dim, slots) : 0) + /* words */                      \
      BKV_SIZE_PAD((slots) * (dim) * (elem), 64) + BKV_SIZE_PAD(dim, 16) * (slots) * (elem))
-#define BKV_SIZE_I8(dim, slots) /* scales, and rests of 16 sinks and a page */                     \
-    (64 + 2 * BKV_SIZE_PAD((slots)*2, 64) + BKV_SIZE_PAD((dim)*80, 64) + BKV_SIZE_PAD(dim, 16) * 80)
+#define BKV_SIZE_I8(dim, slots) /* scales, and second bytes of 16 sinks and a page */              \
+    (2 * BKV_SIZE_PAD((slots)*2, 64) +                                                             \
+     ((slots) < 512 ? 0 : 64 + BKV_SIZE_PAD((dim)*80, 64) + BKV_SIZE_PAD(dim, 16) * 80))
 #define BKV_SIZE_PAD(n, unit) (((size_t)(n) + (unit)-1) / (unit) * (unit))
 
 /* A tensor of the caller's: element (token t, head h, index i) is at
@@ -281,7 +282,7 @@ typedef struct bkv_tensor {
 typedef struct bkv_cache {
     unsigned char *mem;
     bkv_config cfg; /* every default resolved; backend is the one in use */
-    uint32_t group, slots, sink_slots, n_pages, window_pages, v_dim_pad;
+    uint32_t group, slots, sink_slots, n_pages, window_pages, v_dim_pad, rests;
     size_t elem_bytes;
     size_t off_pages, off_weight, off_use, off_position, off_queries; /* in a head */
     size_t off_rest_of, off_k_rest, off_v_rest, off_k_scale, off_v_scale, off_k, off_v;
@@ -661,6 +662,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 enum {
     BKVI_PAGE = 64,          /* slots of a page */
     BKVI_PINS = 32,          /* pins that hold in a halving */
+    BKVI_FEW = 512,          /* with fewer slots than these every slot goes to the pages (ours) */
     BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
@@ -1071,13 +1073,12 @@ static unsigned char *bkvi_scale(unsigned char *mem, size_t offset, uint32_t slo
     return mem + offset + 2 * (size_t)slot;
 }
 
-/* BKV_I8: where the rest of a slot is. The first sixteen sinks and the newest page have one. */
-static uint32_t bkvi_first_rests(const bkv_cache *c) {
-    return bkvi_min(c->sink_slots, BKVI_LANES);
-}
+/* BKV_I8: where the rest of a slot is: first those of the sinks, then those of the newest page. */
 static uint32_t bkvi_rest(const bkv_cache *c, uint32_t slot) {
-    if (slot < c->sink_slots) return slot < bkvi_first_rests(c) ? slot : BKV_NONE;
-    return bkvi_first_rests(c) + (slot - c->sink_slots) % BKVI_PAGE;
+    uint32_t sinks = c->rests - BKVI_PAGE;
+    if (BKVI_TYPE(c->cfg.kv_type) != BKV_I8 || !c->rests) return BKV_NONE;
+    if (slot < c->sink_slots) return slot < sinks ? slot : BKV_NONE;
+    return sinks + (slot - c->sink_slots) % BKVI_PAGE;
 }
 static unsigned char *bkvi_key_rest(const bkv_cache *c, unsigned char *mem, uint32_t rest) {
     uint32_t lane = rest % BKVI_LANES;
@@ -1114,11 +1115,11 @@ static uint32_t bkvi_slot_of(const bkv_cache *c, const bkvi_head *h, const unsig
     return bkvi_page_slot(c, mem + c->off_pages, i / BKVI_PAGE) + i % BKVI_PAGE;
 }
 
-/* Tokens that fit before the next halving; BKV_I8: before the next page takes the rests. */
+/* Tokens that fit before the next halving, or before the next page takes the rests. */
 static uint32_t bkvi_room(const bkv_cache *c) {
     bkvi_head h = bkvi_head_get(bkvi_head_mem(c, 0));
     uint32_t all = c->slots - bkvi_held(&h);
-    if (c->cfg.kv_type != BKV_I8) return all;
+    if (!c->rests) return all;
     return bkvi_min(all, BKVI_PAGE + c->sink_slots - h.sinks - h.fill);
 }
 
@@ -1259,7 +1260,7 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
         bkvi_put32(bkvi_word(mem, c->off_position, slot), (uint32_t)(h->seen + t));
         if (BKVI_TYPE(c->cfg.kv_type) == BKV_I8) {
             uint32_t rest = bkvi_rest(c, slot);
-            if (rest == bkvi_first_rests(c)) { /* a new page */
+            if (rest == c->rests - BKVI_PAGE) { /* a new page */
                 bkvi_put32(mem + c->off_rest_of, (uint32_t)(h->seen + t));
                 memset(bkvi_key_rest(c, mem, rest), 0, BKVI_PAGE * (size_t)c->cfg.head_dim);
                 memset(bkvi_value_rest(c, mem, rest), 0, BKVI_PAGE * (size_t)c->v_dim_pad);
@@ -1349,6 +1350,7 @@ static uint32_t bkvi_block_slot(const bkv_cache *c, const bkvi_head *h, const un
    page whose first token has the position off_rest_of, while it is the newest. */
 static uint32_t bkvi_n_rests(const bkv_cache *c, unsigned char *mem, uint32_t slot, uint32_t n,
                              int newest) {
+    if (!c->rests) return 0;
     if (slot < c->sink_slots) return slot ? 0 : bkvi_min(n, BKVI_LANES);
     return newest && bkvi_get32(mem + c->off_rest_of) ==
                          bkvi_get32(bkvi_word(mem, c->off_position, slot)) ? n : 0;
@@ -1372,7 +1374,7 @@ static int bkvi_add_part(size_t *end, size_t *offset, size_t n, size_t unit) {
 static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     bkv_config *r = &c->cfg;
     size_t end = 0, part = 0, halve, attend;
-    uint32_t sinks, pages, window, rests;
+    uint32_t sinks, pages, window, i8_slots;
     memset(c, 0, sizeof *c);
     *r = *cfg;
     if (!r->n_q_heads) r->n_q_heads = r->n_kv_heads;
@@ -1397,8 +1399,8 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     window = r->window == BKV_NONE ? 0 : r->window;
     if (window > c->slots) return BKV_E_BUDGET;
     window = bkvi_round_up(window, BKVI_PAGE) / BKVI_PAGE;
-    if (!r->window && pages > 2)
-        window = bkvi_min(bkvi_max(r->budget / 3 / BKVI_PAGE, 1), pages - 2);
+    if (!r->window && pages > 2) /* of few slots halved pages need every one */
+        window = c->slots < BKVI_FEW ? 1 : bkvi_min(r->budget / 3 / BKVI_PAGE, pages - 2);
     if (pages < window + 2) return BKV_E_BUDGET;
     c->n_pages = pages;
     c->window_pages = window;
@@ -1422,18 +1424,19 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (r->n_threads > 1024) return BKV_E_THREADS;
     r->backend = bkvi_pick_backend(r->backend);
     if (!r->backend) return BKV_E_BACKEND;
-    rests = r->kv_type == BKV_I8 ? bkvi_first_rests(c) + BKVI_PAGE : 0;
+    i8_slots = r->kv_type == BKV_I8 ? c->slots : 0;
+    if (i8_slots >= BKVI_FEW) c->rests = bkvi_min(c->sink_slots, BKVI_LANES) + BKVI_PAGE;
     if (!bkvi_add_part(&end, &part, 16, 4) || !bkvi_add_part(&end, &c->off_pages, c->n_pages, 8) ||
         !bkvi_add_part(&end, &c->off_weight, c->slots, 4) ||
         !bkvi_add_part(&end, &c->off_use, c->slots, 4) ||
         !bkvi_add_part(&end, &c->off_position, c->slots, 4) ||
         !bkvi_add_part(&end, &c->off_queries,
                        (size_t)c->group * bkvi_round_up(r->head_dim, BKVI_LANES), 4) ||
-        !bkvi_add_part(&end, &c->off_rest_of, rests ? 1 : 0, 4) ||
-        !bkvi_add_part(&end, &c->off_k_scale, rests ? c->slots : 0, 2) ||
-        !bkvi_add_part(&end, &c->off_v_scale, rests ? c->slots : 0, 2) ||
-        !bkvi_add_part(&end, &c->off_k_rest, rests, r->head_dim) ||
-        !bkvi_add_part(&end, &c->off_v_rest, rests, c->v_dim_pad) ||
+        !bkvi_add_part(&end, &c->off_rest_of, c->rests ? 1 : 0, 4) ||
+        !bkvi_add_part(&end, &c->off_k_scale, i8_slots, 2) ||
+        !bkvi_add_part(&end, &c->off_v_scale, i8_slots, 2) ||
+        !bkvi_add_part(&end, &c->off_k_rest, c->rests, r->head_dim) ||
+        !bkvi_add_part(&end, &c->off_v_rest, c->rests, c->v_dim_pad) ||
         !bkvi_add_part(&end, &c->off_k, c->slots, (size_t)r->head_dim * c->elem_bytes) ||
         !bkvi_add_part(&end, &c->off_v, c->slots, (size_t)c->v_dim_pad * c->elem_bytes) ||
         !bkvi_add_part(&end, &c->head_bytes, 0, 1))
@@ -1733,7 +1736,7 @@ static void bkvi_take_back(const bkv_cache *c, uint32_t head, uint32_t n) {
         uint32_t slot = bkvi_slot_of(c, &h, mem, bkvi_held(&h) - 1);
         h.sum -= bkvi_sum(c, mem, slot, 1);
         bkvi_clear(c, mem, slot, 1);
-        if (c->cfg.kv_type == BKV_I8 && bkvi_rest(c, slot) != BKV_NONE) {
+        if (bkvi_rest(c, slot) != BKV_NONE) {
             static const unsigned char zero = 0;
             uint32_t rest = bkvi_rest(c, slot);
             bkvi_copy(bkvi_key_rest(c, mem, rest), BKVI_LANES, &zero, 0, c->cfg.head_dim, 1);
@@ -1755,7 +1758,7 @@ BALANCEKV_API bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens) {
     if (!c || !c->mem) return BKV_E_NULL;
     h = bkvi_head_get(bkvi_head_mem(c, 0));
     if (n_tokens > h.seen) return BKV_E_ROLLBACK;
-    if (h.halvings || (c->cfg.kv_type == BKV_I8 && n_tokens > c->sink_slots)) /* the newest page */
+    if (h.halvings || (c->rests && n_tokens > c->sink_slots)) /* the newest page */
         if (n_tokens < h.seen && h.seen - n_tokens >= h.fill) return BKV_E_ROLLBACK;
     for (head = 0; head < c->cfg.n_kv_heads; head++)
         bkvi_take_back(c, head, (uint32_t)(h.seen - n_tokens));
@@ -2030,15 +2033,14 @@ BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows)
     newest = h.used ? bkvi_page_slot(c, mem + c->off_pages, h.used - 1) : c->slots;
     rows->first = 0, rows->n = rows->n_rows;
     if (rows->seen && rows->seen <= h.seen && rows->halvings == h.halvings &&
-        (c->cfg.kv_type != BKV_I8 || h.seen - rows->seen < h.fill)) { /* a page loses its rests */
+        (!c->rests || h.seen - rows->seen < h.fill)) { /* a page loses its rests */
         rows->n = (uint32_t)(h.seen - rows->seen); /* in the newest page, or nothing was halved */
         rows->first = rows->n ? bkvi_slot_of(c, &h, mem, bkvi_held(&h) - rows->n) : 0;
     }
     for (row = rows->first; row < rows->first + rows->n; row++) {
         float w = row < c->slots ? bkvi_getf(bkvi_word(mem, c->off_weight, row)) : 0.0f;
         uint32_t rest = BKV_NONE;
-        if (w > 0.0f && c->cfg.kv_type == BKV_I8 &&
-            (row < c->sink_slots || row - newest < BKVI_PAGE))
+        if (w > 0.0f && (row < c->sink_slots || row - newest < BKVI_PAGE))
             rest = bkvi_rest(c, row);
         for (i = 0; i < 2; i++) {
             if (!out[i]) continue;

@@ -23,7 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PAGE = 64, BLOCK = 2 * PAGE, ROW = 16 };
+enum { PAGE = 64, BLOCK = 2 * PAGE, ROW = 16, FEW = 512 };
 
 /* Sinks and slots in multiples of 16; what whole pages leave over goes to the sinks. */
 uint32_t pages_resolve(bl_config *cfg, int default_window) {
@@ -31,7 +31,7 @@ uint32_t pages_resolve(bl_config *cfg, int default_window) {
     uint32_t pages = room > sinks ? (room - sinks) / PAGE : 0;
     uint32_t window = (cfg->window + PAGE - 1) / PAGE;
     if (default_window) {
-        window = cfg->budget / 3 / PAGE ? cfg->budget / 3 / PAGE : 1;
+        window = cfg->budget >= FEW ? cfg->budget / 3 / PAGE : 1;
         if (window + 2 > pages) window = pages > 2 ? pages - 2 : 0;
     }
     cfg->window = window * PAGE;

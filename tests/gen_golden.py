@@ -23,7 +23,7 @@ import numpy as np
 OUTPUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "cases.h")
 MARGIN = 1e-5
 N_QUERIES = 2  # per checkpoint
-PAGE, PINS = 64, 32
+PAGE, PINS, FEW = 64, 32, 512
 SAMPLE, WINDOW = "sample", "window"
 KEY, QUERY, USE = 1, 2, 4
 LEARN = 0.01  # the share of a query in the running mean
@@ -52,7 +52,7 @@ CASES = [dict(zip(FIELDS, row)) for row in [
     (SAMPLE,  0,     0,    2, 1, 16, 16, 400, 4, 64, 0, 1, 0, 28, 1, 1, 2, 0, (450, 1200)),
     (SAMPLE,  KEY,   0,    1, 1, 16, 8, 400, 4, 64, 0, 1, 0, 29, 1, 0, 5, 0, (450, 1200)),
     (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 5, 19, 1, 0, 0, 0, (337, 640)),
-    (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 30, 1, 1, 0, 1, (340, 700)),
+    (SAMPLE,  0,     0,    4, 2, 8, 16, 560, 4, 0, 0, 0, 0, 30, 1, 1, 0, 1, (600, 1100)),
     (SAMPLE,  7,     0,    3, 1, 16, 24, 350, 40, 64, 0, 1, 20, 31, 1, 1, 3, 1, (400, 900)),
     (WINDOW,  0,     0,    2, 1, 24, 8, 208, NONE, NONE, 0, 1, 0, 32, 1, 1, 0, 1, (193, 640)),
 ]]
@@ -271,9 +271,10 @@ class Head:
         sinks = {0: 4, NONE: 0}.get(case["sinks"], case["sinks"])
         self.n_pages = (slots - (sinks + 15) // 16 * 16) // PAGE
         self.n_sinks = slots - self.n_pages * PAGE
+        self.few = slots < FEW
         if case["window"] == 0:
-            wanted = case["budget"] // 3 // PAGE
-            self.n_exact = wanted or (1 if self.n_pages > 2 else 0)
+            wanted = 1 if self.few else case["budget"] // 3 // PAGE
+            self.n_exact = wanted if self.n_pages > 2 else 0
         else:
             self.n_exact = 0 if case["window"] == NONE else -(-case["window"] // PAGE)
         self.keys, self.values, self.use = [], [], []  # of every token ever seen
@@ -332,7 +333,8 @@ class Head:
         """The outputs of the group's queries; the head learns from them."""
         tokens, w = self.held()
         k, v, w = np.array(self.keys)[tokens], np.array(self.values)[tokens], np.array(w)
-        fine = set(self.sinks[:16] + (self.pages[-1][1] if self.pages else []))
+        newest = self.pages[-1][1] if self.pages else []
+        fine = () if self.few else set(self.sinks[:16] + newest)
         for i, token in enumerate(tokens):
             if token in fine:
                 k[i], v[i] = self.fine[token]

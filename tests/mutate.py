@@ -39,6 +39,7 @@ MUTATIONS = [
     M("size-macro-rests", "BKV_SIZE_PAD((dim)*80, 64)", "BKV_SIZE_PAD((dim)*64, 64)",
       ["api:constant_sizes"]),
     M("fewer-pins", "BKVI_PINS = 32,", "BKVI_PINS = 31,", ["stream:pinned"]),
+    M("few-are-fewer", "BKVI_FEW = 512,", "BKVI_FEW = 496,", ["api:defaults"]),
     M("learns-faster", "BKVI_LEARN = 0.01f", "BKVI_LEARN = 0.02f", ["golden:f32"]),
 
     # ---- numbers

@@ -245,7 +245,7 @@ static void default_scales(void) {
 
 /* A zeroed config with the four fields, and bkv_config_default(), make the same cache. */
 static void defaults(void) {
-    static const uint32_t budgets[] = {144, 208, 300, 1024, 4096};
+    static const uint32_t budgets[] = {144, 208, 300, 511, 512, 1024, 4096};
     for (size_t i = 0; i < COUNT(budgets); i++) {
         bkv_config zero, full = bkv_config_default(6, 3, 64, budgets[i]);
         memset(&zero, 0, sizeof zero);
@@ -253,7 +253,8 @@ static void defaults(void) {
         CHECK(full.value_dim == 64 && full.kv_type == BKV_F16 && full.rule == BKV_RULE_SAMPLE);
         CHECK(full.importance == (BKV_IMPORTANCE_QUERY | BKV_IMPORTANCE_USE) && full.rounds == 2);
         CHECK(full.sinks > 0 && full.window > 0 && full.n_threads == 1);
-        if (budgets[i] > 208) CHECK(full.window == budgets[i] / 3 / 64 * 64);
+        if (budgets[i] > 208)
+            CHECK(full.window == (budgets[i] < 512 ? 64 : budgets[i] / 3 / 64 * 64));
         CHECK(full.temp == 0.1f && full.softcap == 0);
         CHECK(full.scale == 0.125f && full.budget == budgets[i] && full.seed == 0);
         CHECK(bkv_size(&zero) == bkv_size(&full));

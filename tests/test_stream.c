@@ -200,7 +200,7 @@ static void lockstep(bkv_config cfg, const stream *s) {
                    feeders[f].name, from, from + n - 1);
         }
     }
-    CHECK(cache_stats(&c[0]).halvings >= 4 * N_KV);
+    CHECK(cache_stats(&c[0]).halvings >= 3 * N_KV);
     for (size_t f = 0; f < COUNT(feeders); f++) {
         free(first_block[f]);
         free(out[f]);
@@ -231,7 +231,7 @@ static void ways_to_feed(void) {
 /* Sinks that reach over several blocks of 64 slots. */
 static void many_sinks(void) {
     stream s = stream_new(720, BKV_F32);
-    bkv_config cfg = config(BKV_RULE_SAMPLE, BKV_I8, 400);
+    bkv_config cfg = config(BKV_RULE_SAMPLE, BKV_I8, 528);
     cfg.sinks = 200, cfg.window = 64;
     lockstep(cfg, &s);
     stream_free(&s);

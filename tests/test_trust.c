@@ -170,7 +170,9 @@ static void shrinks_in_place(void) {
         CHECKF(is.slots <= budget && is.slots + 64 > budget && is.bytes <= was.bytes,
                "%u slots of %u", is.slots, budget);
         CHECK(bkv_size(&c.cfg) == is.bytes && is.tokens_seen == n);
-        if (was.tokens_held <= is.slots) { /* then it is the cache that was always small */
+        /* Then it is the cache that was always small, but for queries that saw second bytes. */
+        if (was.tokens_held <= is.slots &&
+            (cfg.kv_type != BKV_I8 || (was.slots < 512) == (is.slots < 512))) {
             bkv_config small = c.cfg;
             small.backend = 0;
             bkv_cache other = cache_new(&small);
