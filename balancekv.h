@@ -382,10 +382,11 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_load(bkv_cache *c, const void *saved, 
                                                void *mem, size_t mem_bytes, uint32_t n_threads,
                                                uint32_t backend);
 
-/* BKV_OK if every invariant of the state holds: header, counters, page tables, positions, weights
-   (one flipped bit in any of these is found, but for the count of drafts of a lone head), no NaN or
-   Inf in what was learnt, keys and values. BKV_E_STATE otherwise. For debug builds. Cost: reads the
-   state once. */
+/* BKV_OK if every invariant of the state holds. One flipped bit of header, counters, page tables,
+   positions or weights is always found. Keys, values and what attention teaches (uses, in which
+   pins are marked, means of queries, error) are data: no sum covers what every token renews, but
+   NaN, Inf and numbers out of range are found. BKV_E_STATE otherwise. For debug builds.
+   Cost: reads the state once. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_validate(const bkv_cache *c);
 
 /* A dense tensor [n_tokens][n_heads][dim]. */
@@ -1000,8 +1001,8 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
    §8 STREAM                                                                               >>stream
    State: a header of 64 words (magic, version, config), then one region per KV head:
        16 words    tokens seen, halvings (both low, high), sinks, pages in use, newest page's fill,
-                   drafts, sum (mod 2^32) of the words of weights, positions and levels;
-                   the last one: f32, the estimate of the error
+                   drafts, sum (mod 2^32) of drafts and the words of weights, positions and
+                   levels; the last one: f32, the estimate of the error
        page table  [n_pages] (place, level), oldest first; page p has slots sink_slots + 64 p ..
        per slot    f32 weight (0: empty), f32 observed use, u32 position
        queries     f32, the running mean of each query head, [group][head_dim padded to 16]
@@ -1020,6 +1021,7 @@ static bkvi_head bkvi_head_get(const unsigned char *mem) {
     bkvi_head h = {bkvi_get64(mem),      bkvi_get64(mem + 8),  bkvi_get32(mem + 16),
                    bkvi_get32(mem + 20), bkvi_get32(mem + 24), bkvi_get32(mem + 28),
                    bkvi_get32(mem + 32)};
+    h.sum -= h.drafts;
     return h;
 }
 static void bkvi_head_put(unsigned char *mem, const bkvi_head *h) {
@@ -1029,7 +1031,7 @@ static void bkvi_head_put(unsigned char *mem, const bkvi_head *h) {
     bkvi_put32(mem + 20, h->used);
     bkvi_put32(mem + 24, h->fill);
     bkvi_put32(mem + 28, h->drafts);
-    bkvi_put32(mem + 32, h->sum);
+    bkvi_put32(mem + 32, h->sum + h->drafts);
 }
 
 /* Tokens the head holds. */
@@ -1495,7 +1497,8 @@ static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
     uint32_t i, base, n_bits = 8 * sizeof taken;
     if (h.sinks > c->sink_slots || h.used > c->n_pages || h.fill > BKVI_PAGE) return 0;
     if (h.used ? h.fill == 0 || h.sinks != c->sink_slots : h.fill != 0) return 0;
-    if (h.seen != bkvi_held(&h) + BKVI_PAGE * h.halvings || (h.halvings && h.used < c->n_pages))
+    if (h.seen != bkvi_held(&h) + BKVI_PAGE * h.halvings || h.halvings > h.seen ||
+        (h.halvings && h.used < c->n_pages))
         return 0;
     for (base = 0; base < h.used; base += n_bits) {
         memset(taken, 0, sizeof taken);
@@ -1965,17 +1968,21 @@ static int bkvi_head_valid(const bkv_cache *c, const bkvi_kernels *kernels, uint
         if (!(w >= 1.0f && w <= 2.0f * (float)h.seen) &&
             (bkvi_bits(w) || bkvi_bits(use) || bkvi_get32(bkvi_word(mem, c->off_position, i))))
             return 0;
-        if (!(use >= 0.0f && use <= BKVI_PINNED)) return 0;
+        if (!(use >= 0.0f && use <= 4294967296.0f) && use != BKVI_PINNED) return 0;
         held += w > 0.0f;
         if (!kernels->scan(bkvi_value_row(c, mem, i), type, c->elem_bytes, c->v_dim_pad, limit) ||
             (i % BKVI_LANES == 0 && !kernels->scan(bkvi_key_page(c, mem, i), type, c->elem_bytes,
                                                    dim * BKVI_LANES, limit)))
             return 0;
     }
-    if (type == BKV_I8 &&
-        (!kernels->scan(mem + c->off_k_scale, BKV_BF16, 2, c->slots, BKVI_HUGE) ||
-         !kernels->scan(mem + c->off_v_scale, BKV_BF16, 2, c->slots, BKVI_HUGE)))
-        return 0;
+    if (type == BKV_I8) {
+        uint32_t slot = bkvi_slot_of(c, &h, mem, bkvi_held(&h) - h.fill); /* of the newest page */
+        uint32_t first = h.used ? bkvi_get32(bkvi_word(mem, c->off_position, slot)) : 0;
+        if (bkvi_get32(mem + c->off_rest_of) != first ||
+            !kernels->scan(mem + c->off_k_scale, BKV_BF16, 2, c->slots, BKVI_HUGE) ||
+            !kernels->scan(mem + c->off_v_scale, BKV_BF16, 2, c->slots, BKVI_HUGE))
+            return 0;
+    }
     return held == bkvi_held(&h) && /* rotated queries may be sqrt(512) times as large */
            kernels->scan(mem + c->off_queries, BKV_F32, 4,
                          c->group * bkvi_round_up(dim, BKVI_LANES), 32.0f * BKVI_HUGE);

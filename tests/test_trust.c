@@ -273,31 +273,44 @@ static void broken_bytes_are_rejected_or_harmless(void) {
     stream_free(&s);
 }
 
+/* Every bit of the metadata of every head: of one head, whose counters no other confirms, and of
+   two; empty, in the sinks, in pages, after halvings; the newest tokens drafts, or none. */
 static void validation_finds_every_flipped_bit(void) {
     stream s = stream_new();
     float out[N_Q * VALUE_DIM];
-    static const size_t lengths[] = {0, 7, 100, 272, 900};
-    for (size_t i = 0; i < COUNT(lengths); i++) {
-        bkv_config cfg = config(BKV_F16);
+    static const size_t lengths[] = {0, 7, 90, 208, 700};
+    for (size_t i = 0; i < 4 * COUNT(lengths); i++) {
+        size_t n = lengths[i / 4], newest_page = n > 16 ? n - (n - 17) % 64 - 1 : 0;
+        bkv_config cfg = config(i % 2 ? BKV_I8 : BKV_F16);
+        cfg.budget = 208;
+        cfg.n_kv_heads = 1 + (uint32_t)i % 4 / 2;
+        cfg.n_q_heads = GROUP * cfg.n_kv_heads;
         bkv_cache c = cache_new(&cfg);
-        if (lengths[i]) go_on(&c, &s, 0, lengths[i], out);
+        if (n) go_on(&c, &s, 0, n - n / 2 % 4, out);
+        if (n / 2 % 4) append(&c, &s, n - n / 2 % 4, n / 2 % 4, BKV_DRAFT);
         OK(bkv_validate(&c));
-        size_t head = BKVI_HEADER_BYTES + c.head_bytes;
-        const struct {
-            size_t at, bytes;
-        } parts[] = {{0, BKVI_HEADER_BYTES},
-                     {head, 36},
-                     {head + c.off_pages, 8 * (size_t)c.n_pages},
-                     {head + c.off_weight, 4 * (size_t)c.slots},
-                     {head + c.off_position, 4 * (size_t)c.slots}};
-        for (size_t p = 0; p < COUNT(parts); p++)
-            for (size_t bit = 0; bit < 8 * parts[p].bytes; bit++) {
-                unsigned char *at = c.mem + parts[p].at + bit / 8;
-                *at = (unsigned char)(*at ^ 1u << bit % 8);
-                CHECKF(bkv_validate(&c) == BKV_E_STATE, "%zu tokens, part %zu, bit %zu", lengths[i],
-                       p, bit);
-                *at = (unsigned char)(*at ^ 1u << bit % 8);
-            }
+        for (uint32_t head = 0; head < cfg.n_kv_heads; head++) {
+            size_t at_head = BKVI_HEADER_BYTES + head * c.head_bytes;
+            const struct {
+                size_t at, bytes;
+            } parts[] = {{0, head ? 0 : BKVI_HEADER_BYTES},
+                         {at_head, 36},
+                         {at_head + c.off_pages, 8 * (size_t)c.n_pages},
+                         {at_head + c.off_weight, 4 * (size_t)c.slots},
+                         {at_head + c.off_position, 4 * (size_t)c.slots},
+                         {at_head + c.off_rest_of, cfg.kv_type == BKV_I8 ? 4 : 0}};
+            if (cfg.kv_type == BKV_I8)
+                CHECK(bkvi_get32(c.mem + at_head + c.off_rest_of) == newest_page);
+            for (size_t p = 0; p < COUNT(parts); p++)
+                for (size_t bit = 0; bit < 8 * parts[p].bytes; bit++) {
+                    unsigned char *at = c.mem + parts[p].at + bit / 8;
+                    *at = (unsigned char)(*at ^ 1u << bit % 8);
+                    CHECKF(bkv_validate(&c) == BKV_E_STATE, "%zu tokens, part %zu, bit %zu", n, p,
+                           bit);
+                    *at = (unsigned char)(*at ^ 1u << bit % 8);
+                }
+        }
+        OK(bkv_validate(&c));
         cache_free(&c);
     }
     RESULT(bkv_validate(NULL), BKV_E_NULL);
@@ -428,7 +441,7 @@ static void impossible_states_are_refused(void) {
         size_t at;
         uint32_t word;
     } wrong[] = {{BKVI_ERROR_AT, 0x7FC00000u}, {c.off_queries, 0x7F800000u},
-                 {c.off_use, 0xBF800000u},     {c.off_use, 0x7F7FFFFFu},
+                 {c.off_use, 0xBF800000u},     {c.off_use, 0x7E967698u}, /* nearly a pin */
                  {c.off_weight, 0x7F000000u},  {c.off_k, 0x7FC00000u},
                  {c.off_v, 0xFF800000u}};
     size_t bytes = cache_stats(&c).state_bytes, head = BKVI_HEADER_BYTES + c.head_bytes;
