@@ -264,7 +264,7 @@ typedef struct bkv_config {
      BKV_SIZE_PAD((slots) * (dim) * (elem), 64) + BKV_SIZE_PAD(dim, 16) * (slots) * (elem))
 #define BKV_SIZE_I8(dim, slots) /* scales, and second bytes of 16 sinks and a page */              \
     (2 * BKV_SIZE_PAD((slots)*2, 64) +                                                             \
-     ((slots) < 512 ? 0 : 64 + BKV_SIZE_PAD((dim)*80, 64) + BKV_SIZE_PAD(dim, 16) * 80))
+     ((slots) < 512 ? 0 : BKV_SIZE_PAD((dim)*80, 64) + BKV_SIZE_PAD(dim, 16) * 80))
 #define BKV_SIZE_PAD(n, unit) (((size_t)(n) + (unit)-1) / (unit) * (unit))
 
 /* A tensor of the caller's: element (token t, head h, index i) is at
@@ -285,7 +285,7 @@ typedef struct bkv_cache {
     uint32_t group, slots, sink_slots, n_pages, window_pages, v_dim_pad, rests;
     size_t elem_bytes;
     size_t off_pages, off_weight, off_use, off_position, off_queries; /* in a head */
-    size_t off_rest_of, off_k_rest, off_v_rest, off_k_scale, off_v_scale, off_k, off_v;
+    size_t off_k_rest, off_v_rest, off_k_scale, off_v_scale, off_k, off_v;
     size_t head_bytes, scratch_bytes, state_bytes, bytes;
 } bkv_cache;
 
@@ -1006,9 +1006,9 @@ static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *ke
        page table  [n_pages] (place, level), oldest first; page p has slots sink_slots + 64 p ..
        per slot    f32 weight (0: empty), f32 observed use, u32 position
        queries     f32, the running mean of each query head, [group][head_dim padded to 16]
-       BKV_I8:     position of the first token of the page that has rests; per slot the scales of
-                   key and value, as bf16; what rounding left of keys and values of the first 16
-                   sinks and of that page, in 1/128 of a step, in the form of:
+       BKV_I8:     per slot the scales of key and value, as bf16; from 512 slots on the rests, what
+                   rounding left of the first 16 sinks and the newest page, in 1/128 of a step, in
+                   the form of:
        keys        panels of 16 slots, each [head_dim][16]: <q, k> needs no sum across lanes
        values      rows [v_dim_pad]
    Every part starts at a multiple of 64 bytes; slots without a token are all zero. Then, not part
@@ -1263,7 +1263,6 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
         if (BKVI_TYPE(c->cfg.kv_type) == BKV_I8) {
             uint32_t rest = bkvi_rest(c, slot);
             if (rest == c->rests - BKVI_PAGE) { /* a new page */
-                bkvi_put32(mem + c->off_rest_of, (uint32_t)(h->seen + t));
                 memset(bkvi_key_rest(c, mem, rest), 0, BKVI_PAGE * (size_t)c->cfg.head_dim);
                 memset(bkvi_value_rest(c, mem, rest), 0, BKVI_PAGE * (size_t)c->v_dim_pad);
             }
@@ -1348,14 +1347,11 @@ static uint32_t bkvi_block_slot(const bkv_cache *c, const bkvi_head *h, const un
     return c->sink_slots + BKVI_PAGE * b;
 }
 
-/* BKV_I8: how many of the n slots of a block, which starts at this slot, have rests: all of the
-   page whose first token has the position off_rest_of, while it is the newest. */
-static uint32_t bkvi_n_rests(const bkv_cache *c, unsigned char *mem, uint32_t slot, uint32_t n,
-                             int newest) {
+/* BKV_I8: how many of the n slots of a block, which starts at this slot, have rests. */
+static uint32_t bkvi_n_rests(const bkv_cache *c, uint32_t slot, uint32_t n, int newest) {
     if (!c->rests) return 0;
     if (slot < c->sink_slots) return slot ? 0 : bkvi_min(n, BKVI_LANES);
-    return newest && bkvi_get32(mem + c->off_rest_of) ==
-                         bkvi_get32(bkvi_word(mem, c->off_position, slot)) ? n : 0;
+    return newest ? n : 0;
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -1434,7 +1430,6 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         !bkvi_add_part(&end, &c->off_position, c->slots, 4) ||
         !bkvi_add_part(&end, &c->off_queries,
                        (size_t)c->group * bkvi_round_up(r->head_dim, BKVI_LANES), 4) ||
-        !bkvi_add_part(&end, &c->off_rest_of, c->rests ? 1 : 0, 4) ||
         !bkvi_add_part(&end, &c->off_k_scale, i8_slots, 2) ||
         !bkvi_add_part(&end, &c->off_v_scale, i8_slots, 2) ||
         !bkvi_add_part(&end, &c->off_k_rest, c->rests, r->head_dim) ||
@@ -1744,7 +1739,6 @@ static void bkvi_take_back(const bkv_cache *c, uint32_t head, uint32_t n) {
             uint32_t rest = bkvi_rest(c, slot);
             bkvi_copy(bkvi_key_rest(c, mem, rest), BKVI_LANES, &zero, 0, c->cfg.head_dim, 1);
             memset(bkvi_value_rest(c, mem, rest), 0, c->v_dim_pad);
-            if (h.used == 1 && h.fill == 1) bkvi_put32(mem + c->off_rest_of, 0);
         }
         if (!h.used)
             h.sinks--;
@@ -1775,10 +1769,10 @@ static BKVI_NOINLINE void bkvi_move_head(const bkv_cache *c, const bkv_cache *to
     unsigned char *taken = (unsigned char *)bkvi_scratch(c, 0); /* a bit for each of <= 2^18 */
     bkvi_head h = bkvi_head_get(mem);
     const size_t from_at[] = {0, c->off_pages, c->off_weight, c->off_use, c->off_position,
-                              c->off_queries, c->off_rest_of, c->off_k_scale, c->off_v_scale,
+                              c->off_queries, c->off_k_scale, c->off_v_scale,
                               c->off_k_rest, c->off_v_rest, c->off_k, c->off_v, c->head_bytes};
     const size_t to_at[] = {0, to->off_pages, to->off_weight, to->off_use, to->off_position,
-                            to->off_queries, to->off_rest_of, to->off_k_scale, to->off_v_scale,
+                            to->off_queries, to->off_k_scale, to->off_v_scale,
                             to->off_k_rest, to->off_v_rest, to->off_k, to->off_v, to->head_bytes};
     uint32_t i, next = 0;
     memset(taken, 0, c->n_pages / 8 + 1);
@@ -1975,14 +1969,10 @@ static int bkvi_head_valid(const bkv_cache *c, const bkvi_kernels *kernels, uint
                                                    dim * BKVI_LANES, limit)))
             return 0;
     }
-    if (type == BKV_I8) {
-        uint32_t slot = bkvi_slot_of(c, &h, mem, bkvi_held(&h) - h.fill); /* of the newest page */
-        uint32_t first = h.used ? bkvi_get32(bkvi_word(mem, c->off_position, slot)) : 0;
-        if (bkvi_get32(mem + c->off_rest_of) != first ||
-            !kernels->scan(mem + c->off_k_scale, BKV_BF16, 2, c->slots, BKVI_HUGE) ||
-            !kernels->scan(mem + c->off_v_scale, BKV_BF16, 2, c->slots, BKVI_HUGE))
-            return 0;
-    }
+    if (type == BKV_I8 &&
+        (!kernels->scan(mem + c->off_k_scale, BKV_BF16, 2, c->slots, BKVI_HUGE) ||
+         !kernels->scan(mem + c->off_v_scale, BKV_BF16, 2, c->slots, BKVI_HUGE)))
+        return 0;
     return held == bkvi_held(&h) && /* rotated queries may be sqrt(512) times as large */
            kernels->scan(mem + c->off_queries, BKV_F32, 4,
                          c->group * bkvi_round_up(dim, BKVI_LANES), 32.0f * BKVI_HUGE);
@@ -3349,7 +3339,7 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
             span.k_scale = work ? bkvi_scale(mem, c->off_k_scale, slot) : NULL;
             span.v_scale = work ? bkvi_scale(mem, c->off_v_scale, slot) : NULL;
             span.k_rest = span.v_rest = NULL;
-            span.rests = work ? bkvi_n_rests(c, mem, slot, span.slots, b + 1 == n_blocks) : 0;
+            span.rests = work ? bkvi_n_rests(c, slot, span.slots, b + 1 == n_blocks) : 0;
             if (span.rests) {
                 span.k_rest = bkvi_key_rest(c, mem, bkvi_rest(c, slot));
                 span.v_rest = bkvi_value_rest(c, mem, bkvi_rest(c, slot));
