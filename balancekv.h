@@ -510,40 +510,31 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #ifndef BALANCEKV_SIMD
 #define BALANCEKV_SIMD BALANCEKV_SIMD_AUTO
 #endif
-#if (BALANCEKV_SIMD + 0) < BALANCEKV_SIMD_AUTO || (BALANCEKV_SIMD + 0) > BALANCEKV_SIMD_NEON
-#error "balancekv.h: BALANCEKV_SIMD must be BALANCEKV_SIMD_AUTO, _SCALAR, _AVX2, _AVX512 or _NEON"
+#ifndef BALANCEKV_DISPATCH
+#define BALANCEKV_DISPATCH BKVI_ARCH_X86
 #endif
 #ifndef BALANCEKV_SIMDE
 #define BALANCEKV_SIMDE 0
 #endif
-#if (BALANCEKV_SIMDE - 0) != 0 && (BALANCEKV_SIMDE - 0) != 1
-#error "balancekv.h: BALANCEKV_SIMDE must be 0 or 1"
+#ifndef BALANCEKV_FMA
+#define BALANCEKV_FMA 1
+#endif
+#if (BALANCEKV_SIMD + 0) < BALANCEKV_SIMD_AUTO || (BALANCEKV_SIMD + 0) > BALANCEKV_SIMD_NEON
+#error "balancekv.h: BALANCEKV_SIMD must be BALANCEKV_SIMD_AUTO, _SCALAR, _AVX2, _AVX512 or _NEON"
+#endif
+#if BALANCEKV_DISPATCH / 2 || BALANCEKV_SIMDE / 2 || BALANCEKV_FMA / 2 ||                          \
+    BALANCEKV_DISPATCH < 0 || BALANCEKV_SIMDE < 0 || BALANCEKV_FMA < 0
+#error "balancekv.h: BALANCEKV_DISPATCH, BALANCEKV_SIMDE and BALANCEKV_FMA must be 0 or 1"
 #endif
 #if BALANCEKV_SIMDE && (BALANCEKV_SIMD == BALANCEKV_SIMD_SCALAR ||                                 \
                         BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2)
 #error "balancekv.h: BALANCEKV_SIMDE goes with BALANCEKV_SIMD_AUTO, _NEON or _AVX512"
-#endif
-#if BALANCEKV_SIMDE && defined(__arm__) && defined(__ARM_NEON)
+#elif BALANCEKV_SIMDE && defined(__arm__) && defined(__ARM_NEON)
 #error "balancekv.h: ARMv7's NEON flushes denormals, which gives other bits; leave BALANCEKV_SIMDE"
-#endif
-#ifndef BALANCEKV_FMA
-#define BALANCEKV_FMA 1
-#endif
-#if (BALANCEKV_FMA + 1) != 1 && (BALANCEKV_FMA + 1) != 2
-#error "balancekv.h: BALANCEKV_FMA must be 0 or 1"
-#endif
-#if (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2 || BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512) &&          \
-    !BKVI_ARCH_X86 && !BALANCEKV_SIMDE
-#error "balancekv.h: BALANCEKV_SIMD_AVX2 and _AVX512 need an x86 target"
-#endif
-#if BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !BKVI_ARCH_ARM64 && !BALANCEKV_SIMDE
-#error "balancekv.h: BALANCEKV_SIMD_NEON needs an AArch64 target"
-#endif
-#ifndef BALANCEKV_DISPATCH
-#define BALANCEKV_DISPATCH BKVI_ARCH_X86
-#endif
-#if (BALANCEKV_DISPATCH - 0) != 0 && (BALANCEKV_DISPATCH - 0) != 1
-#error "balancekv.h: BALANCEKV_DISPATCH must be 0 or 1"
+#elif !BALANCEKV_SIMDE && ((BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !BKVI_ARCH_ARM64) ||          \
+                           (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2 && !BKVI_ARCH_X86) ||            \
+                           (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512 && !BKVI_ARCH_X86))
+#error "balancekv.h: BALANCEKV_SIMD_AVX2 and _AVX512 need an x86 target, _NEON an AArch64 one"
 #endif
 #ifdef BALANCEKV_HEAD_DIM
 #if (BALANCEKV_HEAD_DIM + 0) < 1 || (BALANCEKV_HEAD_DIM + 0) > 512
@@ -565,35 +556,24 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BALANCEKV_HEADER_NAME "balancekv.h"
 #endif
 
-/* The passes over §11 and §12 that this build makes. */
-#if BALANCEKV_SIMDE
-#define BKVI_HAVE_SCALAR BALANCEKV_DISPATCH
-#define BKVI_HAVE_AVX2 0
-#define BKVI_HAVE_AVX512 (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512)
-#define BKVI_HAVE_NEON !BKVI_HAVE_AVX512
-#define BKVI_ONLY (BKVI_HAVE_AVX512 ? BALANCEKV_SIMD_AVX512 : BALANCEKV_SIMD_NEON)
-#elif BALANCEKV_DISPATCH
-#define BKVI_HAVE_SCALAR 1
-#define BKVI_HAVE_AVX2 (BKVI_ARCH_X86 && BALANCEKV_SIMD != BALANCEKV_SIMD_SCALAR)
-#define BKVI_HAVE_AVX512 (BKVI_HAVE_AVX2 && BALANCEKV_SIMD != BALANCEKV_SIMD_AVX2)
-#define BKVI_HAVE_NEON (BKVI_ARCH_ARM64 && BALANCEKV_SIMD != BALANCEKV_SIMD_SCALAR)
-#else
+/* The widest backend of this build, and which others there are. */
 #if BALANCEKV_SIMD != BALANCEKV_SIMD_AUTO
-#define BKVI_ONLY BALANCEKV_SIMD
-#elif defined(__AVX512F__)
-#define BKVI_ONLY BALANCEKV_SIMD_AVX512
+#define BKVI_WIDEST BALANCEKV_SIMD
+#elif BKVI_ARCH_ARM64 || BALANCEKV_SIMDE
+#define BKVI_WIDEST BALANCEKV_SIMD_NEON
+#elif BKVI_ARCH_X86 && (BALANCEKV_DISPATCH || defined(__AVX512F__))
+#define BKVI_WIDEST BALANCEKV_SIMD_AVX512
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define BKVI_ONLY BALANCEKV_SIMD_AVX2
-#elif BKVI_ARCH_ARM64
-#define BKVI_ONLY BALANCEKV_SIMD_NEON
+#define BKVI_WIDEST BALANCEKV_SIMD_AVX2
 #else
-#define BKVI_ONLY BALANCEKV_SIMD_SCALAR
+#define BKVI_WIDEST BALANCEKV_SIMD_SCALAR
 #endif
-#define BKVI_HAVE_SCALAR (BKVI_ONLY == BALANCEKV_SIMD_SCALAR)
-#define BKVI_HAVE_AVX2 (BKVI_ONLY == BALANCEKV_SIMD_AVX2)
-#define BKVI_HAVE_AVX512 (BKVI_ONLY == BALANCEKV_SIMD_AVX512)
-#define BKVI_HAVE_NEON (BKVI_ONLY == BALANCEKV_SIMD_NEON)
-#endif
+#define BKVI_HAVE_NEON (BKVI_WIDEST == BALANCEKV_SIMD_NEON)
+#define BKVI_HAVE_AVX512 (BKVI_WIDEST == BALANCEKV_SIMD_AVX512)
+#define BKVI_HAVE_AVX2                                                                             \
+    (BKVI_WIDEST == BALANCEKV_SIMD_AVX2 ||                                                         \
+     (BKVI_HAVE_AVX512 && BALANCEKV_DISPATCH && !BALANCEKV_SIMDE))
+#define BKVI_HAVE_SCALAR (BKVI_WIDEST == BALANCEKV_SIMD_SCALAR || BALANCEKV_DISPATCH)
 #if BALANCEKV_SIMDE && BKVI_HAVE_NEON
 #include <simde/arm/neon.h>
 #include <simde/x86/f16c.h>
@@ -606,33 +586,34 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #include <immintrin.h>
 #endif
 
-/* BKVI_UNROLL: gcc -O2 keeps register tiles, small arrays, in registers only if every loop over
-   them is unrolled (3x on a halving). BKVI_PIN: gcc folds a load into every FMA that uses it
-   (20-25 % of f32 attend). */
-#if defined(__clang__)
-#define BKVI_CC_CLANG 1
-#else
-#define BKVI_CC_CLANG 0
-#endif
 #if defined(__OPTIMIZE_SIZE__) /* one shape of register tile, not a dozen; no bit depends on it */
 #define BKVI_SMALL 1
 #else
 #define BKVI_SMALL 0
 #endif
-#if BKVI_SMALL && BKVI_HAVE_SCALAR && !BALANCEKV_DISPATCH
-#define BKVI_UNROLL
-#elif BKVI_CC_CLANG
+/* BKVI_UNROLL: gcc -O2 keeps register tiles, small arrays, in registers only if every loop over
+   them is unrolled (3x on a halving). BKVI_TARGET, BKVI_TARGET_END: code for these instructions,
+   whatever the compiler flags are; gcc warns of its own _mm512_undefined_ps(), in C++. */
+#define BKVI_PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
 #define BKVI_UNROLL _Pragma("clang loop unroll(full)")
+#define BKVI_TARGET(isa)                                                                           \
+    BKVI_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define BKVI_TARGET_END _Pragma("clang attribute pop")
 #else
 #define BKVI_UNROLL _Pragma("GCC unroll 32")
+#define BKVI_TARGET(isa)                                                                           \
+    _Pragma("GCC push_options") BKVI_PRAGMA(GCC target(isa)) _Pragma("GCC diagnostic push")        \
+    _Pragma("GCC diagnostic ignored \"-Wuninitialized\"")                                          \
+    _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
+#define BKVI_TARGET_END _Pragma("GCC diagnostic pop") _Pragma("GCC pop_options")
 #endif
-#define BKVI_INLINE inline __attribute__((always_inline, unused))
-#define BKVI_NOINLINE __attribute__((noinline))
-#if BKVI_ARCH_X86 && !BALANCEKV_SIMDE
-#define BKVI_PIN(x) __asm__("" : "+v"(x))
-#else
-#define BKVI_PIN(x) ((void)0)
+#if BKVI_SMALL && BKVI_WIDEST == BALANCEKV_SIMD_SCALAR
+#undef BKVI_UNROLL
+#define BKVI_UNROLL
 #endif
+#define BKVI_INLINE static inline __attribute__((always_inline, unused))
+#define BKVI_NOINLINE static __attribute__((noinline))
 
 /* One scalar instruction for a correctly rounded a * b + c, where the target always has it. */
 #if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) ||                   \
@@ -689,33 +670,33 @@ static const uint64_t BKVI_GOLDEN = 0x9E3779B97F4A7C15u;
    ---------------------------------------------------------------------------------------------- */
 /* The state may stand at any address, so single words go through memcpy. */
 #define BKVI_X(name, type)                                                                         \
-    static BKVI_INLINE type bkvi_get##name(const unsigned char *p) {                               \
+    BKVI_INLINE type bkvi_get##name(const unsigned char *p) {                               \
         type x;                                                                                    \
         memcpy(&x, p, sizeof x);                                                                   \
         return x;                                                                                  \
     }                                                                                              \
-    static BKVI_INLINE void bkvi_put##name(unsigned char *p, type x) { memcpy(p, &x, sizeof x); }
+    BKVI_INLINE void bkvi_put##name(unsigned char *p, type x) { memcpy(p, &x, sizeof x); }
 BKVI_X(16, uint16_t)
 BKVI_X(32, uint32_t)
 BKVI_X(f, float)
 #undef BKVI_X
-static BKVI_INLINE uint32_t bkvi_bits(float x) { return bkvi_get32((const unsigned char *)&x); }
-static BKVI_INLINE float bkvi_float(uint32_t u) { return bkvi_getf((const unsigned char *)&u); }
+BKVI_INLINE uint32_t bkvi_bits(float x) { return bkvi_get32((const unsigned char *)&x); }
+BKVI_INLINE float bkvi_float(uint32_t u) { return bkvi_getf((const unsigned char *)&u); }
 /* 64-bit counters are two words, low first, so that the state is made of 32-bit words only. */
-static BKVI_INLINE uint64_t bkvi_get64(const unsigned char *p) {
+BKVI_INLINE uint64_t bkvi_get64(const unsigned char *p) {
     return (uint64_t)bkvi_get32(p) | (uint64_t)bkvi_get32(p + 4) << 32;
 }
-static BKVI_INLINE void bkvi_put64(unsigned char *p, uint64_t x) {
+BKVI_INLINE void bkvi_put64(unsigned char *p, uint64_t x) {
     bkvi_put32(p, (uint32_t)x);
     bkvi_put32(p + 4, (uint32_t)(x >> 32));
 }
 
-static BKVI_INLINE uint32_t bkvi_min(uint32_t a, uint32_t b) { return a < b ? a : b; }
-static BKVI_INLINE uint32_t bkvi_max(uint32_t a, uint32_t b) { return a > b ? a : b; }
-static BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t unit) {
+BKVI_INLINE uint32_t bkvi_min(uint32_t a, uint32_t b) { return a < b ? a : b; }
+BKVI_INLINE uint32_t bkvi_max(uint32_t a, uint32_t b) { return a > b ? a : b; }
+BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t unit) {
     return (x + unit - 1) / unit * unit;
 }
-static BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) {
+BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) {
     return type == BKV_F32 ? 4 : type == BKV_I8 ? 1 : 2;
 }
 
@@ -762,7 +743,7 @@ static float bkvi_default_scale(uint32_t dim) {
 }
 
 /* Round to nearest even; the caller keeps NaN and overflow out (bkvi_scan). */
-static BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
+BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
     uint32_t u = bkvi_bits(x);
     return (uint16_t)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
 }
@@ -782,7 +763,7 @@ static float bkvi_sqrt(float x) {
 /* Correctly rounded a * b + c. Without the instruction: the product of two floats is exact in
    double; TwoSum gives the rounding error of the sum; rounding the sum to odd then makes the final
    rounding to float correct (Boldo, Melquiond 2008). */
-static BKVI_INLINE float bkvi_fma(float a, float b, float c) {
+BKVI_INLINE float bkvi_fma(float a, float b, float c) {
 #if BKVI_HARDWARE_FMA
     return __builtin_fmaf(a, b, c);
 #else
@@ -800,7 +781,7 @@ static BKVI_INLINE float bkvi_fma(float a, float b, float c) {
 #endif
 }
 
-static BKVI_INLINE float bkvi_from_f16(uint16_t h) {
+BKVI_INLINE float bkvi_from_f16(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7FFFu;
     if (rest >= 0x7C00u) /* Inf, NaN (made quiet, as the hardware does) */
         return bkvi_float(sign | 0x7F800000u | (rest & 0x3FFu) << 13 |
@@ -809,7 +790,7 @@ static BKVI_INLINE float bkvi_from_f16(uint16_t h) {
     return bkvi_float(sign | bkvi_bits((float)rest * 5.9604644775390625e-8f)); /* exact */
 }
 
-static BKVI_INLINE uint16_t bkvi_to_f16(float x) {
+BKVI_INLINE uint16_t bkvi_to_f16(float x) {
     uint32_t u = bkvi_bits(x), sign = u >> 16 & 0x8000u, rest = u & 0x7FFFFFFFu;
     if (rest < 0x38800000u) { /* below 2^-14: a multiple of 2^-24, rounded by adding 2^-1 */
         float y = bkvi_float(rest) + 0.5f;
@@ -963,7 +944,7 @@ static void bkvi_draw_tokens(const float *chance, uint64_t key, unsigned char *k
 
 /* keep[i]: 1 for what is pinned, then for the 64 survivors; weight [128]: the weights, then those
    after the halving. */
-static BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels,
+BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels,
                                       bkvi_block *block, uint64_t key, double seen,
                                       float *scratch, float *weight, unsigned char *keep) {
     float *chance = scratch, heaviest = 0.0f;
@@ -1180,7 +1161,7 @@ static uint32_t bkvi_pick_pair(const bkv_cache *c, unsigned char *mem) {
 }
 
 /* Two pages become one; the freed page is the new, empty, newest one. All pages are in use. */
-static BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
+BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
                                      bkvi_head *h, float *scratch) {
     unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
     unsigned char keep[BKVI_BLOCK];
@@ -1764,7 +1745,7 @@ BALANCEKV_API bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens) {
 
 /* The pages of a head into places that there still are; then its parts to where the new layout has
    them, at or below where they were. */
-static BKVI_NOINLINE void bkvi_move_head(const bkv_cache *c, const bkv_cache *to, uint32_t head) {
+BKVI_NOINLINE void bkvi_move_head(const bkv_cache *c, const bkv_cache *to, uint32_t head) {
     unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
     unsigned char *taken = (unsigned char *)bkvi_scratch(c, 0); /* a bit for each of <= 2^18 */
     bkvi_head h = bkvi_head_get(mem);
@@ -2171,32 +2152,17 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
     return backend <= BKV_BACKEND_NEON ? names[backend] : "?";
 }
 
-/* The passes. With BALANCEKV_DISPATCH the file reads its own end once per backend; without, the
-   one backend is compiled in place below. */
-#if BALANCEKV_DISPATCH
-#define BKVI_NESTED
+/* The passes: the file reads its own end once for each backend but the widest, which is compiled in
+   place below. */
+#if BKVI_HAVE_SCALAR && BKVI_WIDEST != BALANCEKV_SIMD_SCALAR
 #define BKVI_PASS BALANCEKV_SIMD_SCALAR
 #include BALANCEKV_HEADER_NAME
-#undef BKVI_PASS
-#if BKVI_HAVE_AVX2
+#endif
+#if BKVI_HAVE_AVX2 && BKVI_WIDEST != BALANCEKV_SIMD_AVX2
 #define BKVI_PASS BALANCEKV_SIMD_AVX2
 #include BALANCEKV_HEADER_NAME
-#undef BKVI_PASS
 #endif
-#if BKVI_HAVE_AVX512
-#define BKVI_PASS BALANCEKV_SIMD_AVX512
-#include BALANCEKV_HEADER_NAME
-#undef BKVI_PASS
-#endif
-#if BKVI_HAVE_NEON
-#define BKVI_PASS BALANCEKV_SIMD_NEON
-#include BALANCEKV_HEADER_NAME
-#undef BKVI_PASS
-#endif
-#undef BKVI_NESTED
-#else
-#define BKVI_PASS BKVI_ONLY
-#endif
+#define BKVI_PASS BKVI_WIDEST
 
 #endif /* BALANCEKV_IMPLEMENTATION */
 #endif /* !BKVI_PASS */
@@ -2223,32 +2189,19 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 #define bkvi_v(op) BKVI_FN(bkvi_v_##op)
 #define bkvi_k(name) BKVI_FN(bkvi_##name)
 #define bkvi_vec BKVI_FN(bkvi_vec)
-#define BKVI_VFN static BKVI_INLINE
 #define BKVI_WIDTH ((uint32_t)(sizeof(bkvi_vec) / sizeof(float)))
 #define BKVI_TILES BKVI_UNROLL /* loops over the registers of a tile */
 
-/* Code for these instructions only here, whatever the compiler flags are. */
 #if BKVI_PASS == BALANCEKV_SIMD_AVX2
-#define BKVI_TARGET "avx2,fma,f16c"
+BKVI_TARGET("avx2,fma,f16c")
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && !BALANCEKV_SIMDE
-#define BKVI_TARGET "avx512f,avx2,fma,f16c"
-#endif
-#define BKVI_PRAGMA(x) _Pragma(#x)
-#define BKVI_PRAGMA_OF(x) BKVI_PRAGMA(x)
-#if defined(BKVI_TARGET) && BKVI_CC_CLANG
-BKVI_PRAGMA_OF(clang attribute push(__attribute__((target(BKVI_TARGET))), apply_to = function))
-#elif defined(BKVI_TARGET)
-#pragma GCC push_options
-BKVI_PRAGMA_OF(GCC target(BKVI_TARGET))
-#pragma GCC diagnostic push /* gcc's own _mm512_undefined_ps(), in C++ */
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+BKVI_TARGET("avx512f,avx2,fma,f16c")
 #endif
 
 #define BKVI_OP(name, arguments, result)                                                           \
-    BKVI_VFN bkvi_vec bkvi_v(name) arguments { return (bkvi_vec)(result); }
+    BKVI_INLINE bkvi_vec bkvi_v(name) arguments { return (bkvi_vec)(result); }
 #define BKVI_STORE(name, statement)                                                                \
-    BKVI_VFN void bkvi_v(name)(void *p, bkvi_vec x) { statement; }
+    BKVI_INLINE void bkvi_v(name)(void *p, bkvi_vec x) { statement; }
 #define BKVI_2 (bkvi_vec a, bkvi_vec b)
 #define BKVI_3 (bkvi_vec x, bkvi_vec y, bkvi_vec z)
 #define BKVI_4 (bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y)
@@ -2275,10 +2228,10 @@ BKVI_OP(sqrt, (bkvi_vec x), bkvi_sqrt(x))
 BKVI_OP(max, BKVI_2, a > b ? a : b)
 BKVI_OP(pick_gt, BKVI_4, a > b ? x : y)
 BKVI_OP(pow2, (bkvi_vec r), bkvi_float((bkvi_bits(r) << 23) + 0x3F800000u))
-BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return a > b; }
+BKVI_INLINE int bkvi_v(any_gt) BKVI_2 { return a > b; }
 BKVI_STORE(store, bkvi_putf((unsigned char *)p, x))
 BKVI_STORE(store_f16, bkvi_put16((unsigned char *)p, bkvi_to_f16(x)))
-BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) { (void)a, (void)b; }
+BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) { (void)a, (void)b; }
 
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX2
 #define BKVI_FN(name) name##_avx2
@@ -2298,10 +2251,12 @@ BKVI_OP(pick_gt, BKVI_4, _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
 BKVI_OP(pow2, (bkvi_vec r),
         _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(r), 23),
                                              _mm256_set1_epi32(0x3F800000))))
-BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+BKVI_INLINE int bkvi_v(any_gt) BKVI_2 {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
 BKVI_STORE(store, _mm256_storeu_ps((float *)p, x))
 BKVI_STORE(store_f16, _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, 0)))
-BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
+BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
     __m256 low = _mm256_unpacklo_ps(*a, *b), high = _mm256_unpackhi_ps(*a, *b);
     *a = _mm256_permute2f128_ps(low, high, 0x20);
     *b = _mm256_permute2f128_ps(low, high, 0x31);
@@ -2331,9 +2286,9 @@ BKVI_OP(pow2, (bkvi_vec r),
         BKVI_M(_mm512_castsi512_ps)(BKVI_M(_mm512_add_epi32)(
             BKVI_M(_mm512_slli_epi32)(BKVI_M(_mm512_castps_si512)(r), 23),
             BKVI_M(_mm512_set1_epi32)(0x3F800000))))
-BKVI_VFN int bkvi_v(any_gt) BKVI_2 { return BKVI_M(_mm512_cmp_ps_mask)(a, b, 30) != 0; }
+BKVI_INLINE int bkvi_v(any_gt) BKVI_2 { return BKVI_M(_mm512_cmp_ps_mask)(a, b, 30) != 0; }
 BKVI_STORE(store, BKVI_M(_mm512_storeu_ps)(p, x))
-BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
+BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
     const BKVI_M(__m512i) low = BKVI_M(_mm512_setr_epi32)(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
                                                           6, 22, 7, 23),
                           eight = BKVI_M(_mm512_set1_epi32)(8);
@@ -2368,11 +2323,11 @@ BKVI_OP(pow2, (bkvi_vec r),
         BKVI_I(vreinterpretq_f32_u32)(BKVI_I(vaddq_u32)(
             BKVI_I(vshlq_n_u32)(BKVI_I(vreinterpretq_u32_f32)(BKVI_F(r)), 23),
             BKVI_I(vdupq_n_u32)(0x3F800000u))))
-BKVI_VFN int bkvi_v(any_gt) BKVI_2 {
+BKVI_INLINE int bkvi_v(any_gt) BKVI_2 {
     return BKVI_I(vmaxvq_u32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b))) != 0;
 }
 BKVI_STORE(store, BKVI_I(vst1q_u8)((uint8_t *)p, BKVI_I(vreinterpretq_u8_f32)(BKVI_F(x))))
-BKVI_VFN void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
+BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
     bkvi_vec low = (bkvi_vec)BKVI_I(vzip1q_f32)(BKVI_F(*a), BKVI_F(*b));
     *b = (bkvi_vec)BKVI_I(vzip2q_f32)(BKVI_F(*a), BKVI_F(*b));
     *a = low;
@@ -2387,13 +2342,13 @@ typedef uint32_t bkvi_words __attribute__((vector_size(sizeof(bkvi_vec))));
 typedef int8_t bkvi_bytes __attribute__((vector_size(sizeof(bkvi_vec) / 4)));
 #define BKVI_EACH_LANE(statement)                                                                  \
     for (uint32_t i = 0; i < BKVI_WIDTH; i++) statement
-BKVI_VFN bkvi_words bkvi_v(widen)(const void *p) {
+BKVI_INLINE bkvi_words bkvi_v(widen)(const void *p) {
     bkvi_halves h;
     memcpy(&h, p, sizeof h);
     return __builtin_convertvector(h, bkvi_words);
 }
 BKVI_OP(load_bf16, (const void *p), bkvi_v(widen)(p) << 16)
-BKVI_VFN bkvi_vec bkvi_v(load_i8)(const void *p) {
+BKVI_INLINE bkvi_vec bkvi_v(load_i8)(const void *p) {
     bkvi_bytes x;
     memcpy(&x, p, sizeof x);
     return __builtin_convertvector(x, bkvi_vec);
@@ -2402,24 +2357,24 @@ BKVI_VFN bkvi_vec bkvi_v(load_i8)(const void *p) {
 BKVI_OP(load_f16, (const void *p),
         simde_mm_cvtph_ps(simde_mm_loadl_epi64((const simde__m128i *)p)))
 #else
-BKVI_VFN bkvi_vec bkvi_v(load_f16)(const void *p) { /* times 2^112; Inf and NaN keep theirs */
+BKVI_INLINE bkvi_vec bkvi_v(load_f16)(const void *p) { /* times 2^112; Inf and NaN keep theirs */
     bkvi_words all = bkvi_v(widen)(p) << 13, low = all & 0x0FFFE000u;
     bkvi_vec x = (bkvi_vec)low * 5.192296858534827628530496329e33f;
     return (bkvi_vec)((bkvi_words)x | ((bkvi_words)(x >= 65536.0f) & 0x7F800000u) |
                       (all ^ low) << 3);
 }
 #endif
-BKVI_VFN void bkvi_v(store_f16)(void *p, bkvi_vec x) {
+BKVI_INLINE void bkvi_v(store_f16)(void *p, bkvi_vec x) {
     bkvi_halves h;
     BKVI_EACH_LANE(h[i] = bkvi_to_f16(x[i]);)
     memcpy(p, &h, sizeof h);
 }
-BKVI_VFN bkvi_vec bkvi_v(sqrt)(bkvi_vec x) {
+BKVI_INLINE bkvi_vec bkvi_v(sqrt)(bkvi_vec x) {
     BKVI_EACH_LANE(x[i] = bkvi_sqrt(x[i]);)
     return x;
 }
 #if !BKVI_SIMDE_FMA
-BKVI_VFN bkvi_vec bkvi_v(fused) BKVI_3 {
+BKVI_INLINE bkvi_vec bkvi_v(fused) BKVI_3 {
     BKVI_EACH_LANE(z[i] = bkvi_fma(x[i], y[i], z[i]);)
     return z;
 }
@@ -2427,7 +2382,7 @@ BKVI_VFN bkvi_vec bkvi_v(fused) BKVI_3 {
 #undef BKVI_EACH_LANE
 #endif
 
-BKVI_VFN bkvi_vec bkvi_v(fma) BKVI_3 {
+BKVI_INLINE bkvi_vec bkvi_v(fma) BKVI_3 {
 #if BALANCEKV_FMA
     return bkvi_v(fused)(x, y, z);
 #else
@@ -2436,7 +2391,8 @@ BKVI_VFN bkvi_vec bkvi_v(fma) BKVI_3 {
     return product + z;
 #endif
 }
-BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_vec x, bkvi_vec y) {
+BKVI_INLINE bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_vec x,
+                                    bkvi_vec y) {
 #if BKVI_PASS == BALANCEKV_SIMD_NEON && BALANCEKV_FMA && !BALANCEKV_SIMDE
     bkvi_vec four = bkvi_v(load)(c + i / 4 * 4);
     switch (i % 4) { /* a lane must be a constant, even to -O0 */
@@ -2455,7 +2411,7 @@ BKVI_VFN bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_ve
     return bkvi_v(fma)(bkvi_v(set)(c[i]), x, y);
 }
 
-BKVI_VFN float bkvi_v(top)(bkvi_vec x) {
+BKVI_INLINE float bkvi_v(top)(bkvi_vec x) {
     float lanes[16];
     uint32_t n;
     BKVI_UNROLL for (n = 1; n < BKVI_WIDTH; n *= 2) {
@@ -2487,7 +2443,7 @@ static const float bkvi_k(count)[16] = {0,  -1, -2,  -3,  -4,  -5,  -6,  -7,
                                         -8, -9, -10, -11, -12, -13, -14, -15};
 
 /* A register of elements of a cache or tensor type. */
-BKVI_VFN bkvi_vec bkvi_v(get)(const int type, const void *p) {
+BKVI_INLINE bkvi_vec bkvi_v(get)(const int type, const void *p) {
     return type == BKV_F32   ? bkvi_v(load)(p)
            : type == BKV_F16 ? bkvi_v(load_f16)(p)
            : type == BKV_I8  ? bkvi_v(load_i8)(p)
@@ -2495,7 +2451,7 @@ BKVI_VFN bkvi_vec bkvi_v(get)(const int type, const void *p) {
 }
 
 /* Elements i .. i+15 of a caller's row of n as floats, zeros behind its end, any stride. */
-static BKVI_NOINLINE void bkvi_k(row)(float *to, const unsigned char *p, uint32_t type,
+BKVI_NOINLINE void bkvi_k(row)(float *to, const unsigned char *p, uint32_t type,
                                       size_t stride, uint32_t i, uint32_t n) {
     unsigned char part[64];
     size_t bytes = bkvi_type_bytes(type), lane;
@@ -2532,7 +2488,7 @@ static int bkvi_k(scan)(const unsigned char *p, uint32_t type, size_t stride, ui
    orthonormal Hadamard matrix of its size, which is its own inverse. Every round adds and subtracts
    the halves and writes the results in turns, so that all rounds are alike. x has room for
    2 * BKVI_DIM_MAX. */
-static BKVI_NOINLINE void bkvi_k(rotate)(float *x, uint32_t n) {
+BKVI_NOINLINE void bkvi_k(rotate)(float *x, uint32_t n) {
     uint32_t size, half, round, i;
     for (; n; x += size, n -= size) {
         float *work = x + BKVI_DIM_MAX, norm = 1.0f;
@@ -2568,7 +2524,7 @@ static void bkvi_k(rotated_row)(float *x, const unsigned char *row, uint32_t typ
 /* x becomes round(x / scale) + 1.5 * 2^23, whose low byte is what is stored; BKVI_DIM_MAX behind
    it, the same of 128 times the rest. scale = max |x| / 127, rounded up to bf16, so that nothing is
    clipped; the floor keeps its inverse finite. */
-static BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n) {
+BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n) {
     const bkvi_vec magic = bkvi_v(set)(12582912.0f);
     const bkvi_vec zero = bkvi_v(set)(0.0f);
     bkvi_vec most = zero, inverse;
@@ -2637,7 +2593,7 @@ static void bkvi_k(fetch)(float *x, const unsigned char *src, uint32_t type, siz
 /* 2^t of four registers side by side, as one alone would wait for its own results: within 1 ulp;
    exactly 0 below 2^-125, so that no denormal arises. t <= 127. The polynomial is a minimax fit of
    degree 6 of ours. */
-BKVI_VFN void bkvi_k(exp2)(bkvi_vec *t) {
+BKVI_INLINE void bkvi_k(exp2)(bkvi_vec *t) {
     static const float c[6] = {1.339993090e-3f, 9.618489072e-3f, 5.550328642e-2f,
                                2.402264625e-1f, 6.931471825e-1f, 1.0f};
     const bkvi_vec magic = bkvi_v(set)(12582912.0f); /* 1.5 * 2^23: adding it rounds to integers */
@@ -2655,7 +2611,7 @@ BKVI_VFN void bkvi_k(exp2)(bkvi_vec *t) {
 }
 
 /* 2^x of n floats in place, n a multiple of 64. */
-static BKVI_NOINLINE void bkvi_k(raise)(float *x, uint32_t n, float shift) {
+BKVI_NOINLINE void bkvi_k(raise)(float *x, uint32_t n, float shift) {
     const bkvi_vec minus = bkvi_v(set)(shift);
     uint32_t i, k;
     for (i = 0; i < n; i += 4 * BKVI_WIDTH) {
@@ -2672,7 +2628,7 @@ static BKVI_NOINLINE void bkvi_k(raise)(float *x, uint32_t n, float shift) {
    coefficients of step i: c[i * c_step + r], or c[r * c_row + i] if c_row (then n is rounded up to
    a multiple of 4); acc: rows `acc_row` floats apart, set to 0 if `fresh`. ahead: memory to
    prefetch at the pace of x, or NULL. */
-BKVI_VFN void bkvi_k(tile_fma)(const int type, const int rows, const int vecs,
+BKVI_INLINE void bkvi_k(tile_fma)(const int type, const int rows, const int vecs,
                                const unsigned char *x, size_t step, size_t apart, uint32_t n,
                                const float *c, const size_t c_row, size_t c_step, const int fresh,
                                float *acc_mem, size_t acc_row, const unsigned char *ahead) {
@@ -2699,7 +2655,8 @@ BKVI_VFN void bkvi_k(tile_fma)(const int type, const int rows, const int vecs,
                     a[v] = bkvi_v(get)(
                         type,
                         x + ((size_t)(v / REGS) * apart + (size_t)(v % REGS) * BKVI_WIDTH) * es);
-                    if (type == BKV_F32 && rows > 1) BKVI_PIN(a[v]);
+                    if (BKVI_ARCH_X86 && !BALANCEKV_SIMDE && type == BKV_F32 && rows > 1)
+                        BKVI_ROUND(a[v]); /* or gcc loads it anew for every FMA: 20-25 % */
                 }
                 acc[r * regs + v] = bkvi_v(fma_at)(c + (size_t)r * c_row, c_row ? s : r, r == 0,
                                                    a[v], acc[r * regs + v]);
@@ -2713,7 +2670,7 @@ BKVI_VFN void bkvi_k(tile_fma)(const int type, const int rows, const int vecs,
 /* ---- kernel matrix ---- */
 /* 16 x 16 elements of the cache, rows `stride` elements apart, turned: to[j][i] = from[i][j], rows
    `apart`. A square of whole registers takes log2(width) rounds of zips. */
-static BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned char *from,
+BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned char *from,
                                        size_t stride, uint32_t type) {
     enum { SIDE = BKVI_WIDTH, HALF = SIDE / 2 };
     const size_t es = bkvi_type_bytes(type);
@@ -2764,14 +2721,14 @@ static float bkvi_k(largest)(const float *x) {
 }
 
 /* The scales of BKV_I8 of a register of tokens from i on; of the other types 1. */
-BKVI_VFN bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32_t i) {
+BKVI_INLINE bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32_t i) {
     return type == BKV_I8 ? bkvi_v(load_bf16)(scale + 2 * (size_t)i) : bkvi_v(set)(1.0f);
 }
 
 /* The block's keys or values as f32 panels, `stride` floats apart, minus their mean, sixteen
    dimensions at a time; returns the largest squared norm. Sums over the tokens have the order:
    panels, then lanes i + i+8, i+4, i+2, i+1. */
-static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *block, int values,
+BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *block, int values,
                                         uint32_t dim, size_t stride) {
     const int type = (int)BKVI_TYPE(c->cfg.kv_type), packed = values ? BKV_F32 : type;
     const size_t es = bkvi_type_bytes(BKVI_TYPE(c->cfg.kv_type)), size = values ? 4 : es;
@@ -2826,7 +2783,7 @@ static BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *bl
 
 /* ---- importance (§1) ---- */
 /* <key, vector> * scale of every token: to[128]. */
-static BKVI_NOINLINE void bkvi_k(against)(const bkvi_block *block, uint32_t dim, size_t stride,
+BKVI_NOINLINE void bkvi_k(against)(const bkvi_block *block, uint32_t dim, size_t stride,
                                           const unsigned char *vector, float scale, float *to) {
     float *work = block->matrix;
     uint32_t i;
@@ -2839,7 +2796,7 @@ static BKVI_NOINLINE void bkvi_k(against)(const bkvi_block *block, uint32_t dim,
 }
 
 /* to += share of x in its sum; x is used up. */
-static BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_norm,
+BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_norm,
                                             float share) {
     float sum;
     uint32_t i;
@@ -2853,7 +2810,7 @@ static BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *va
 
 /* What the queries' means expect of every token: the mean over the group of its share of attention
    within the block. The keys are centred, which no softmax notices. */
-static BKVI_NOINLINE void bkvi_k(expect)(const bkv_cache *c, const bkvi_block *block, uint32_t dim,
+BKVI_NOINLINE void bkvi_k(expect)(const bkv_cache *c, const bkvi_block *block, uint32_t dim,
                                          size_t stride) {
     float *logit = block->score;
     uint32_t head, i;
@@ -2870,7 +2827,7 @@ static BKVI_NOINLINE void bkvi_k(expect)(const bkv_cache *c, const bkvi_block *b
 }
 
 /* w e^(-4 cos(key, mean key)): keys unlike the others. */
-static BKVI_NOINLINE void bkvi_k(unlike)(const bkvi_block *block, uint32_t dim, size_t stride) {
+BKVI_NOINLINE void bkvi_k(unlike)(const bkvi_block *block, uint32_t dim, size_t stride) {
     float *mean = block->tile + 512, *work = block->matrix, *unlike = block->unlike;
     bkvi_vec m, zero = bkvi_v(set)(0.0f);
     uint32_t i, padded = bkvi_round_up(dim, BKVI_LANES);
@@ -2891,7 +2848,7 @@ static BKVI_NOINLINE void bkvi_k(unlike)(const bkvi_block *block, uint32_t dim, 
 }
 
 /* Scores, and the factor of each token in the kernel. norm: that of the values. */
-static BKVI_NOINLINE void bkvi_k(rate)(const bkvi_block *block, uint32_t importance) {
+BKVI_NOINLINE void bkvi_k(rate)(const bkvi_block *block, uint32_t importance) {
     float *use = block->use;
     uint32_t i;
     memset(block->score, 0, BKVI_BLOCK * sizeof(float));
@@ -2911,7 +2868,7 @@ static BKVI_NOINLINE void bkvi_k(rate)(const bkvi_block *block, uint32_t importa
 
 /* Products of the 16 rows of panel i with panels first .. end-1 become entries of the kernel. Keys:
    2^(product * a - b), at most 1 but for rounding; values: times (product + b) f_i f_j a. */
-static BKVI_NOINLINE void bkvi_k(entries)(const bkvi_block *block, int values, uint32_t i,
+BKVI_NOINLINE void bkvi_k(entries)(const bkvi_block *block, int values, uint32_t i,
                                           uint32_t first, uint32_t end, float a, float b) {
     const bkvi_vec zero = bkvi_v(set)(0.0f), shift = bkvi_v(set)(values ? b : -b);
     uint32_t row, j;
@@ -2939,7 +2896,7 @@ static BKVI_NOINLINE void bkvi_k(entries)(const bkvi_block *block, int values, u
 
 /* The 16 rows of panel i, in tiles of 5, 5 and 6: more than the 8 sums in flight that hide the
    latency of an FMA on 16 registers; or, small or in 16 registers of 4 lanes, by twos. */
-BKVI_VFN void bkvi_k(rows)(const bkvi_block *block, const int vecs, uint32_t i, uint32_t first,
+BKVI_INLINE void bkvi_k(rows)(const bkvi_block *block, const int vecs, uint32_t i, uint32_t first,
                            uint32_t dim, size_t stride) {
     const unsigned char *x = (const unsigned char *)(block->panels + first * stride);
     const float *c = block->panels + i * stride;
@@ -2957,7 +2914,7 @@ BKVI_VFN void bkvi_k(rows)(const bkvi_block *block, const int vecs, uint32_t i, 
 
 /* The upper triangle of the products, and their entries: columns in groups of panels, panels of
    rows down to the diagonal. Those of values, the last, are mirrored: exchanges need that. */
-static BKVI_NOINLINE void bkvi_k(products)(const bkvi_block *block, int values, uint32_t dim,
+BKVI_NOINLINE void bkvi_k(products)(const bkvi_block *block, int values, uint32_t dim,
                                            size_t stride, float a, float b) {
     uint32_t group, end, i, j;
     for (group = 0; group < 8; group = end) {
@@ -3062,7 +3019,7 @@ static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint3
 #define BKVI_LOWEST (-1e38f) /* below every score, above BKVI_MASKED */
 
 /* 64 numbers times those of a page of bf16. */
-BKVI_VFN void bkvi_k(times)(float *x, const unsigned char *scale) {
+BKVI_INLINE void bkvi_k(times)(float *x, const unsigned char *scale) {
     uint32_t i;
     for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH, scale += 2 * BKVI_WIDTH)
         bkvi_v(store)(x + i, bkvi_v(load)(x + i) * bkvi_v(load_bf16)(scale));
@@ -3070,7 +3027,7 @@ BKVI_VFN void bkvi_k(times)(float *x, const unsigned char *scale) {
 
 /* What a row's error is estimated from (§1): sums over the tokens of c, lane by lane, then of c v
    and c v^2, where c = s^2 (1 - 1 / w), s the weights that softmax has come to. Adds a block's. */
-static BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *span,
+BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *span,
                                         const bkv_cache *c) {
     const size_t row = c->v_dim_pad * c->elem_bytes;
     bkvi_vec x, y, one = bkvi_v(set)(1.0f), most = one, first, second;
@@ -3103,7 +3060,7 @@ static BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_
 }
 
 /* The running mean of a KV head's error learns from a row: values and weights summed up, doubts. */
-static BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float sum,
+BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float sum,
                                          float *doubt, uint32_t v_dim_pad) {
     const bkvi_vec factor = bkvi_v(set)(1.0f / sum), zero = bkvi_v(set)(0.0f);
     const bkvi_vec all = bkvi_v(set)(bkvi_k(over_lanes)(doubt));
@@ -3127,7 +3084,7 @@ static BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out,
 
 /* Online softmax of one row: scores become weights relative to the row's maximum so far. When that
    rises, what was summed so far shrinks. */
-static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, uint32_t r,
+BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, uint32_t r,
                                          const bkv_cache *c) {
     const uint32_t v_dim_pad = c->v_dim_pad;
     const float softcap = c->cfg.softcap;
@@ -3192,7 +3149,7 @@ static BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span 
 }
 
 /* The scores of a tile, in 1/128. */
-BKVI_VFN void bkvi_k(lessen)(float *scores, int rows) {
+BKVI_INLINE void bkvi_k(lessen)(float *scores, int rows) {
     uint32_t i;
     for (i = 0; i < (uint32_t)rows * BKVI_PAGE; i += BKVI_WIDTH)
         bkvi_v(store)(scores + i, bkvi_v(load)(scores + i) * bkvi_v(set)(1.0f / 128.0f));
@@ -3200,7 +3157,7 @@ BKVI_VFN void bkvi_k(lessen)(float *scores, int rows) {
 
 /* A tile of rows over one block: scores, softmax, sum of values. The values are prefetched during
    the scores, the keys of the next block during the sum. */
-BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
+BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
                                   const bkvi_tile *tile, const bkvi_span *span) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = c->v_dim_pad;
     const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)dim * BKVI_LANES;
@@ -3255,7 +3212,7 @@ BKVI_VFN void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cach
     BKVI_EACH_ROWS(X, 1) BKVI_EACH_ROWS(X, 2) BKVI_EACH_ROWS(X, 3) BKVI_EACH_ROWS(X, 4)
 #endif
 #define BKVI_X(type, rows)                                                                         \
-    static BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                \
+    BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                \
         const bkv_cache *c, const bkvi_tile *tile, const bkvi_span *span) {                        \
         bkvi_k(attend_tile)(type, rows, c, tile, span);                                            \
     }
@@ -3264,7 +3221,7 @@ BKVI_EACH_TILE(BKVI_X)
 
 /* One scaled query, its elements `width` floats apart; its running mean, if any, learns from it.
    With work it is rotated. */
-static BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
+BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
                                              const unsigned char *row, const bkv_tensor *q,
                                              uint32_t dim, float scale, float *work) {
     float part[16];
@@ -3408,19 +3365,12 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
     return k;
 }
 
-#if defined(BKVI_TARGET) && BKVI_CC_CLANG
-#pragma clang attribute pop
-#elif defined(BKVI_TARGET)
-#pragma GCC diagnostic pop
-#pragma GCC pop_options
+#if BKVI_PASS == BALANCEKV_SIMD_AVX2 || (BKVI_PASS == BALANCEKV_SIMD_AVX512 && !BALANCEKV_SIMDE)
+BKVI_TARGET_END
 #endif
-#undef BKVI_TARGET
-#undef BKVI_PRAGMA
-#undef BKVI_PRAGMA_OF
 #undef bkvi_v
 #undef bkvi_k
 #undef bkvi_vec
-#undef BKVI_VFN
 #undef BKVI_OP
 #undef BKVI_STORE
 #undef BKVI_I
@@ -3434,10 +3384,8 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
 #undef BKVI_EACH_ROWS
 #undef BKVI_TILES
 #undef BKVI_VECS
-#endif /* BKVI_PASS */
 
-/* Once, behind all passes. */
-#if defined(BKVI_HARDWARE_FMA) && !defined(BKVI_NESTED)
+#if BKVI_PASS == BKVI_WIDEST /* once, behind all passes */
 static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
     bkvi_kernels k = {NULL, NULL, NULL, NULL, NULL, NULL};
 #if BKVI_HAVE_SCALAR
@@ -3456,21 +3404,21 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 }
 
 /* No macro of ours survives the #include. */
-#undef BKVI_PASS
 #undef BKVI_ARCH_X86
 #undef BKVI_ARCH_ARM64
-#undef BKVI_CC_CLANG
 #undef BKVI_DIM
 #undef BKVI_TYPE
 #undef BKVI_HAVE_SCALAR
 #undef BKVI_HAVE_AVX2
 #undef BKVI_HAVE_AVX512
 #undef BKVI_HAVE_NEON
-#undef BKVI_ONLY
+#undef BKVI_WIDEST
 #undef BKVI_INLINE
 #undef BKVI_NOINLINE
 #undef BKVI_UNROLL
-#undef BKVI_PIN
+#undef BKVI_PRAGMA
+#undef BKVI_TARGET
+#undef BKVI_TARGET_END
 #undef BKVI_ROUND
 #undef BKVI_SMALL
 #undef BKVI_SIMDE_FMA
@@ -3482,6 +3430,8 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_BARE
 #endif
 #endif
+#undef BKVI_PASS
+#endif /* BKVI_PASS */
 
 /* ------------------------------------------------------------------------------------------------
    §13 LICENCE                                                                            >>licence
