@@ -283,9 +283,7 @@ typedef struct bkv_cache {
     unsigned char *mem;
     bkv_config cfg; /* every default resolved; backend is the one in use */
     uint32_t group, slots, sink_slots, n_pages, window_pages, v_dim_pad, rests;
-    size_t elem_bytes;
-    size_t off_pages, off_weight, off_use, off_position, off_queries; /* in a head */
-    size_t off_k_rest, off_v_rest, off_k_scale, off_v_scale, off_k, off_v;
+    size_t elem_bytes, at[13], each[12]; /* parts of a head: offset, bytes per slot or whatever */
     size_t head_bytes, scratch_bytes, state_bytes, bytes;
 } bkv_cache;
 
@@ -659,6 +657,10 @@ enum {
     BKVI_MAGIC = 0x4B564B42, /* "BKVK" */
     BKVI_STATE_VERSION = 1
 };
+/* The parts of a head's state (§8), in order; of what is kept twice, the value's follows the key's,
+   so that BKVI_K + 1 is BKVI_V. */
+enum { BKVI_COUNTERS, BKVI_TABLE, BKVI_WEIGHT, BKVI_USE, BKVI_POSITION, BKVI_QUERIES };
+enum { BKVI_K_SCALE = 6, BKVI_V_SCALE, BKVI_K_REST, BKVI_V_REST, BKVI_K, BKVI_V, BKVI_END };
 static const float BKVI_LOG2E = 1.44269504088896341f, BKVI_LN2 = 0.693147180559945309f;
 static const float BKVI_HUGE = 7.2057594037927936e16f; /* 2^56: keys, values, queries are below */
 static const float BKVI_LEARN = 0.01f; /* share of a query in its running mean */
@@ -805,33 +807,26 @@ BKVI_INLINE uint16_t bkvi_to_f16(float x) {
    §6 DISPATCH                                                                           >>dispatch
    A backend is a set of functions, made by one pass over §11 and §12.
    ---------------------------------------------------------------------------------------------- */
-/* Counters of one KV head, as they stand in its state (§8). */
-typedef struct bkvi_head {
-    uint64_t seen, halvings;    /* tokens appended; halvings done */
-    uint32_t sinks, used, fill; /* tokens in the sinks; pages in use; tokens in the newest page */
-    uint32_t drafts, sum;       /* newest tokens on trial; of all weights, positions and levels */
-} bkvi_head;
+typedef struct bkvi_head bkvi_head;
 
-/* Two pages that are being halved (§7), and where the work on them goes. */
+/* What a halving works with; the start of the scratch. */
 typedef struct bkvi_block {
-    const unsigned char *k[2], *v[2]; /* key panels [4][head_dim][16]; value rows [64][v_dim_pad] */
-    const unsigned char *scale[2][2]; /* BKV_I8: of keys and of values [64] */
-    const unsigned char *queries;     /* mean of each query head, [group][head_dim padded to 16] */
-    float *weight, *use;              /* [128]; of the weights only the ratios count */
-    float *score, *factor, *norm;     /* [128]: importance; factor in the kernel; squared norms */
-    float *expected, *unlike;         /* [128]: shares of importance */
-    float *matrix;                    /* [128][128], the kernel */
-    float *panels;                    /* [8][max(head_dim, v_dim_pad) + 1][16], operands */
-    float *tile;                      /* [16][64], products before they are used, and other work */
+    float mass[BKVI_BLOCK], weight[BKVI_BLOCK];  /* weights as in the state; over the largest */
+    float use[BKVI_BLOCK], chance[BKVI_BLOCK];   /* chance: to stay */
+    float score[BKVI_BLOCK], factor[BKVI_BLOCK]; /* importance; factor in the kernel */
+    float norm[BKVI_BLOCK];                      /* squared norms of keys, then of values */
+    float expected[BKVI_BLOCK], unlike[BKVI_BLOCK]; /* shares of importance */
+    float matrix[BKVI_BLOCK * BKVI_BLOCK];          /* the kernel */
+    float tile[BKVI_LANES * BKVI_PAGE]; /* products before they are used, and other work */
+    float panels[8 * (BKVI_DIM_MAX + 1) * BKVI_LANES]; /* operands: [8][dim + 1][16] of it */
 } bkvi_block;
 
 /* Queries of the n newest tokens of a KV head (§9): tokens first .. first + n - 1 of q and out. */
 typedef struct bkvi_queries {
     const bkv_tensor *q;
-    size_t first;
-    uint32_t head, n;
     float *out, *max, *sum; /* of token 0, query head 0 of the call; max == NULL: normalise */
-    float *scratch;
+    size_t first;
+    uint32_t n;
 } bkvi_queries;
 
 typedef struct bkvi_kernels {
@@ -841,11 +836,22 @@ typedef struct bkvi_kernels {
                 uint32_t n, float *work);
     void (*fetch)(float *x, const unsigned char *src, uint32_t type, size_t stride, uint32_t n,
                   const unsigned char *scale, const unsigned char *rest);
-    void (*gram)(const bkv_cache *c, const bkvi_block *block);
-    void (*exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
-                     unsigned char *keep);
-    void (*attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_queries *queries);
+    void (*gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block);
+    void (*exchange)(bkvi_block *block, uint32_t rounds, unsigned char *keep);
+    void (*attend)(const bkvi_head *h, const bkvi_queries *queries);
 } bkvi_kernels;
+
+/* A KV head in hand: what works on it, and the counters that stand in its state (§8). */
+struct bkvi_head {
+    const bkv_cache *c;
+    unsigned char *mem;
+    float *scratch;
+    bkvi_kernels kernels;
+    uint32_t index;
+    uint32_t sinks, used, fill; /* tokens in the sinks; pages in use; tokens in the newest page */
+    uint32_t drafts, sum;       /* newest tokens on trial; of all weights, positions and levels */
+    uint64_t seen, halvings;    /* tokens appended; halvings done */
+};
 
 static bkvi_kernels bkvi_kernels_of(uint32_t backend); /* behind the passes, at the end of §12 */
 
@@ -897,9 +903,10 @@ static uint32_t bkvi_pick_backend(uint32_t wanted) {
    stated in tests/golden/README.md; what costs time (importance and kernel, exchanges) is bkvi_gram
    and bkvi_exchange in §12.
    ---------------------------------------------------------------------------------------------- */
-/* Floats of scratch a halving needs: 9 vectors of 128, matrix, tile, packed panels. */
-static size_t bkvi_halving_floats(uint32_t dim, uint32_t v_dim_pad) {
-    return (size_t)BKVI_BLOCK * (9 + BKVI_BLOCK + bkvi_max(dim, v_dim_pad) + 1) + 16 * BKVI_PAGE;
+/* Bytes of scratch a halving needs: as much of the panels as there are dimensions. */
+static size_t bkvi_halving_bytes(uint32_t dim, uint32_t v_dim_pad) {
+    return offsetof(bkvi_block, panels) +
+           4 * BKVI_BLOCK * ((size_t)bkvi_max(dim, v_dim_pad) + 1);
 }
 
 /* The chance of every token to stay: in proportion to its score, 64 in all. What is pinned or would
@@ -942,40 +949,31 @@ static void bkvi_draw_tokens(const float *chance, uint64_t key, unsigned char *k
     if (p > 0.0f) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
 }
 
-/* keep[i]: 1 for what is pinned, then for the 64 survivors; weight [128]: the weights, then those
+/* keep[i]: 1 for what is pinned, then for the 64 survivors; block->mass: the weights, then those
    after the halving. */
-BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels,
-                                      bkvi_block *block, uint64_t key, double seen,
-                                      float *scratch, float *weight, unsigned char *keep) {
-    float *chance = scratch, heaviest = 0.0f;
+BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_block *block,
+                               unsigned char *keep) {
+    const bkv_config *cfg = &h->c->cfg;
+    float heaviest = 0.0f, *mass = block->mass;
     double kept = 0.0;
     uint32_t i;
-    if (c->cfg.rule == BKV_RULE_WINDOW) {
+    if (cfg->rule == BKV_RULE_WINDOW) {
         for (i = 0; i < BKVI_BLOCK; i++) keep[i] = i >= BKVI_PAGE;
         return;
     }
-    block->weight = scratch + BKVI_BLOCK;
-    block->score = scratch + 2 * BKVI_BLOCK;
-    block->factor = scratch + 3 * BKVI_BLOCK;
-    block->norm = scratch + 4 * BKVI_BLOCK;
-    block->expected = scratch + 5 * BKVI_BLOCK;
-    block->unlike = scratch + 6 * BKVI_BLOCK;
-    block->matrix = scratch + 7 * BKVI_BLOCK;
-    block->tile = block->matrix + (size_t)BKVI_BLOCK * BKVI_BLOCK;
-    block->panels = block->tile + 16 * BKVI_PAGE;
-    for (i = 0; i < BKVI_BLOCK; i++) heaviest = weight[i] > heaviest ? weight[i] : heaviest;
+    for (i = 0; i < BKVI_BLOCK; i++) heaviest = mass[i] > heaviest ? mass[i] : heaviest;
     for (i = 0; i < BKVI_BLOCK; i++)
-        block->weight[i] = weight[i] / heaviest; /* so that products stay in range */
-    kernels->gram(c, block);
-    bkvi_chances(block->score, keep, chance);
-    bkvi_draw_tokens(chance, key, keep);
-    if (c->cfg.rounds != BKV_NONE) kernels->exchange(block, chance, c->cfg.rounds, keep);
+        block->weight[i] = mass[i] / heaviest; /* so that products stay in range */
+    h->kernels.gram(h, slots, block);
+    bkvi_chances(block->score, keep, block->chance);
+    bkvi_draw_tokens(block->chance, bkvi_draw_key(cfg->seed, h->index, h->halvings), keep);
+    if (cfg->rounds != BKV_NONE) h->kernels.exchange(block, cfg->rounds, keep);
     for (i = 0; i < BKVI_BLOCK; i++) { /* those that go: 0, whatever their chance */
-        weight[i] = weight[i] * (float)keep[i] / (chance[i] + (float)!keep[i]);
-        kept += (double)weight[i];
+        mass[i] = mass[i] * (float)keep[i] / (block->chance[i] + (float)!keep[i]);
+        kept += (double)mass[i];
     }
-    for (i = 0; i < BKVI_BLOCK && kept > seen; i++) /* or it grows without end */
-        weight[i] = (float)((double)weight[i] * (seen / kept));
+    for (i = 0; i < BKVI_BLOCK && kept > (double)h->seen; i++) /* or it grows without end */
+        mass[i] = (float)((double)mass[i] * ((double)h->seen / kept));
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -998,21 +996,36 @@ BKVI_NOINLINE void bkvi_choose(const bkv_cache *c, const bkvi_kernels *kernels,
 static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
     return c->mem + BKVI_HEADER_BYTES + (size_t)head * c->head_bytes;
 }
-static bkvi_head bkvi_head_get(const unsigned char *mem) {
-    bkvi_head h = {bkvi_get64(mem),      bkvi_get64(mem + 8),  bkvi_get32(mem + 16),
-                   bkvi_get32(mem + 20), bkvi_get32(mem + 24), bkvi_get32(mem + 28),
-                   bkvi_get32(mem + 32)};
-    h.sum -= h.drafts;
+static float *bkvi_scratch(const bkv_cache *c, uint32_t ith) {
+    unsigned char *p = c->mem + c->state_bytes;
+    p += (64 - ((uintptr_t)p & 63)) & 63;
+    return (float *)(void *)(p + (size_t)ith * c->scratch_bytes);
+}
+static bkvi_head bkvi_head_get(const bkv_cache *c, uint32_t head, uint32_t ith) {
+    unsigned char *mem = bkvi_head_mem(c, head);
+    bkvi_head h;
+    h.c = c;
+    h.mem = mem;
+    h.scratch = bkvi_scratch(c, ith);
+    h.kernels = bkvi_kernels_of(c->cfg.backend);
+    h.index = head;
+    h.seen = bkvi_get64(mem);
+    h.halvings = bkvi_get64(mem + 8);
+    h.sinks = bkvi_get32(mem + 16);
+    h.used = bkvi_get32(mem + 20);
+    h.fill = bkvi_get32(mem + 24);
+    h.drafts = bkvi_get32(mem + 28);
+    h.sum = bkvi_get32(mem + 32) - h.drafts;
     return h;
 }
-static void bkvi_head_put(unsigned char *mem, const bkvi_head *h) {
-    bkvi_put64(mem, h->seen);
-    bkvi_put64(mem + 8, h->halvings);
-    bkvi_put32(mem + 16, h->sinks);
-    bkvi_put32(mem + 20, h->used);
-    bkvi_put32(mem + 24, h->fill);
-    bkvi_put32(mem + 28, h->drafts);
-    bkvi_put32(mem + 32, h->sum + h->drafts);
+static void bkvi_head_put(const bkvi_head *h) {
+    bkvi_put64(h->mem, h->seen);
+    bkvi_put64(h->mem + 8, h->halvings);
+    bkvi_put32(h->mem + 16, h->sinks);
+    bkvi_put32(h->mem + 20, h->used);
+    bkvi_put32(h->mem + 24, h->fill);
+    bkvi_put32(h->mem + 28, h->drafts);
+    bkvi_put32(h->mem + 32, h->sum + h->drafts);
 }
 
 /* Tokens the head holds. */
@@ -1020,209 +1033,163 @@ static uint32_t bkvi_held(const bkvi_head *h) {
     return h->sinks + (h->used ? (h->used - 1) * BKVI_PAGE + h->fill : 0);
 }
 
-/* Page i of a page table, counted from the oldest: its place, level and first slot. */
-static uint32_t bkvi_place(const unsigned char *pages, uint32_t i) {
-    return bkvi_get32(pages + 8 * (size_t)i);
+/* The parts of which each slot has some bytes of its own; keys stand in panels. */
+enum { BKVI_OWN = 6 };
+static const unsigned char bkvi_own[BKVI_OWN] = {BKVI_WEIGHT,  BKVI_USE,     BKVI_POSITION,
+                                                 BKVI_K_SCALE, BKVI_V_SCALE, BKVI_V};
+/* The bytes of a slot in a part: of a key the first element, the next ones follow 16 elements apart,
+   so that a slot that is a multiple of 16 is a panel, and one that starts a page a page. Also page
+   `slot` of the table, counted from the oldest, and the mean of query head `slot`. */
+static inline unsigned char *bkvi_part(const bkvi_head *h, int part, uint32_t slot) {
+    const uint32_t lane = part == BKVI_K || part == BKVI_K_REST ? slot % BKVI_LANES : 0;
+    return h->mem + h->c->at[part] + (size_t)(slot - lane) * h->c->each[part] +
+           lane * (part == BKVI_K ? h->c->elem_bytes : 1);
 }
-static uint32_t bkvi_level(const unsigned char *pages, uint32_t i) {
-    return bkvi_get32(pages + 8 * (size_t)i + 4);
-}
-static void bkvi_set_page(unsigned char *pages, uint32_t i, uint32_t place, uint32_t level) {
-    bkvi_put32(pages + 8 * (size_t)i, place);
-    bkvi_put32(pages + 8 * (size_t)i + 4, level);
-}
-static uint32_t bkvi_page_slot(const bkv_cache *c, const unsigned char *pages, uint32_t i) {
-    return c->sink_slots + BKVI_PAGE * bkvi_place(pages, i);
-}
-static unsigned char *bkvi_key_page(const bkv_cache *c, unsigned char *mem, uint32_t slot) {
-    return mem + c->off_k + (size_t)slot * c->cfg.head_dim * c->elem_bytes;
-}
-static unsigned char *bkvi_value_row(const bkv_cache *c, unsigned char *mem, uint32_t slot) {
-    return mem + c->off_v + (size_t)slot * c->v_dim_pad * c->elem_bytes;
-}
-/* First element of a slot's key; the next ones follow 16 elements apart. */
-static unsigned char *bkvi_key_column(const bkv_cache *c, unsigned char *mem, uint32_t slot) {
-    return bkvi_key_page(c, mem, slot - slot % BKVI_LANES) +
-           (size_t)(slot % BKVI_LANES) * c->elem_bytes;
+static float bkvi_weight(const bkvi_head *h, uint32_t slot) {
+    return bkvi_getf(bkvi_part(h, BKVI_WEIGHT, slot));
 }
 
-/* The word of a slot in one of the per-slot parts of a head. */
-static unsigned char *bkvi_word(unsigned char *mem, size_t offset, uint32_t slot) {
-    return mem + offset + 4 * (size_t)slot;
+/* Page i, counted from the oldest: its place, level and first slot. */
+static uint32_t bkvi_place(const bkvi_head *h, uint32_t i) {
+    return bkvi_get32(bkvi_part(h, BKVI_TABLE, i));
+}
+static uint32_t bkvi_level(const bkvi_head *h, uint32_t i) {
+    return bkvi_get32(bkvi_part(h, BKVI_TABLE, i) + 4);
+}
+static void bkvi_set_page(const bkvi_head *h, uint32_t i, uint32_t place, uint32_t level) {
+    bkvi_put32(bkvi_part(h, BKVI_TABLE, i), place);
+    bkvi_put32(bkvi_part(h, BKVI_TABLE, i) + 4, level);
+}
+static uint32_t bkvi_page_slot(const bkvi_head *h, uint32_t i) {
+    return h->c->sink_slots + BKVI_PAGE * bkvi_place(h, i);
 }
 
-/* The scale of a slot in one of the two such parts of a head. */
-static unsigned char *bkvi_scale(unsigned char *mem, size_t offset, uint32_t slot) {
-    return mem + offset + 2 * (size_t)slot;
-}
-
-/* BKV_I8: where the rest of a slot is: first those of the sinks, then those of the newest page. */
-static uint32_t bkvi_rest(const bkv_cache *c, uint32_t slot) {
-    uint32_t sinks = c->rests - BKVI_PAGE;
-    if (BKVI_TYPE(c->cfg.kv_type) != BKV_I8 || !c->rests) return BKV_NONE;
-    if (slot < c->sink_slots) return slot < sinks ? slot : BKV_NONE;
-    return sinks + (slot - c->sink_slots) % BKVI_PAGE;
-}
-static unsigned char *bkvi_key_rest(const bkv_cache *c, unsigned char *mem, uint32_t rest) {
-    uint32_t lane = rest % BKVI_LANES;
-    return mem + c->off_k_rest + (size_t)(rest - lane) * c->cfg.head_dim + lane;
-}
-static unsigned char *bkvi_value_rest(const bkv_cache *c, unsigned char *mem, uint32_t rest) {
-    return mem + c->off_v_rest + (size_t)rest * c->v_dim_pad;
+/* What rounding left of a slot's key (part BKVI_K) or value, or NULL: the first sixteen sinks and
+   the newest page have it, of BKV_I8 and of caches that are large enough. */
+static unsigned char *bkvi_rest(const bkvi_head *h, int part, uint32_t slot) {
+    const uint32_t rests = h->c->rests, sinks = rests - BKVI_PAGE, first = h->c->sink_slots;
+    if (BKVI_TYPE(h->c->cfg.kv_type) != BKV_I8 || !rests) return NULL;
+    if (slot >= first) slot = sinks + (slot - bkvi_page_slot(h, h->used - 1));
+    else if (slot >= sinks) return NULL;
+    return slot < rests ? bkvi_part(h, part - BKVI_K + BKVI_K_REST, slot) : NULL;
 }
 
 /* Slot `to` becomes a copy of slot `from`, with a new weight. */
-static void bkvi_move_slot(const bkv_cache *c, unsigned char *mem, uint32_t to, uint32_t from,
-                           float weight) {
-    bkvi_putf(bkvi_word(mem, c->off_weight, to), weight);
+static void bkvi_move_slot(const bkvi_head *h, uint32_t to, uint32_t from, float weight) {
+    const size_t es = h->c->elem_bytes, step = BKVI_LANES * es;
+    int i;
     if (to != from) {
-        size_t step = BKVI_LANES * c->elem_bytes;
-        bkvi_copy(bkvi_key_column(c, mem, to), step, bkvi_key_column(c, mem, from), step,
-                  BKVI_DIM(c->cfg.head_dim), c->elem_bytes);
-        memcpy(bkvi_value_row(c, mem, to), bkvi_value_row(c, mem, from),
-               (size_t)c->v_dim_pad * c->elem_bytes);
-        memcpy(bkvi_word(mem, c->off_use, to), bkvi_word(mem, c->off_use, from), 4);
-        memcpy(bkvi_word(mem, c->off_position, to), bkvi_word(mem, c->off_position, from), 4);
-        if (BKVI_TYPE(c->cfg.kv_type) == BKV_I8) {
-            memcpy(bkvi_scale(mem, c->off_k_scale, to), bkvi_scale(mem, c->off_k_scale, from), 2);
-            memcpy(bkvi_scale(mem, c->off_v_scale, to), bkvi_scale(mem, c->off_v_scale, from), 2);
-        }
+        for (i = 0; i < BKVI_OWN; i++)
+            memcpy(bkvi_part(h, bkvi_own[i], to), bkvi_part(h, bkvi_own[i], from),
+                   h->c->each[bkvi_own[i]]);
+        bkvi_copy(bkvi_part(h, BKVI_K, to), step, bkvi_part(h, BKVI_K, from), step,
+                  BKVI_DIM(h->c->cfg.head_dim), es);
     }
+    bkvi_putf(bkvi_part(h, BKVI_WEIGHT, to), weight);
 }
 
 /* The slot of the i-th kept token, oldest first. */
-static uint32_t bkvi_slot_of(const bkv_cache *c, const bkvi_head *h, const unsigned char *mem,
-                             uint32_t i) {
+static uint32_t bkvi_slot_of(const bkvi_head *h, uint32_t i) {
     if (i < h->sinks) return i;
     i -= h->sinks;
-    return bkvi_page_slot(c, mem + c->off_pages, i / BKVI_PAGE) + i % BKVI_PAGE;
-}
-
-/* Tokens that fit before the next halving, or before the next page takes the rests. */
-static uint32_t bkvi_room(const bkv_cache *c) {
-    bkvi_head h = bkvi_head_get(bkvi_head_mem(c, 0));
-    uint32_t all = c->slots - bkvi_held(&h);
-    if (!c->rests) return all;
-    return bkvi_min(all, BKVI_PAGE + c->sink_slots - h.sinks - h.fill);
+    return bkvi_page_slot(h, i / BKVI_PAGE) + i % BKVI_PAGE;
 }
 
 /* The words of n slots that h->sum covers. */
-static uint32_t bkvi_sum(const bkv_cache *c, unsigned char *mem, uint32_t slot, uint32_t n) {
+static uint32_t bkvi_sum(const bkvi_head *h, uint32_t slot, uint32_t n) {
     uint32_t sum = 0;
     for (; n; n--, slot++)
-        sum += bkvi_get32(bkvi_word(mem, c->off_weight, slot)) +
-               bkvi_get32(bkvi_word(mem, c->off_position, slot));
+        sum += bkvi_get32(bkvi_part(h, BKVI_WEIGHT, slot)) +
+               bkvi_get32(bkvi_part(h, BKVI_POSITION, slot));
     return sum;
 }
 
-/* n slots lose their tokens. */
-static void bkvi_clear(const bkv_cache *c, unsigned char *mem, uint32_t slot, uint32_t n) {
-    const size_t panel = (size_t)c->cfg.head_dim * BKVI_LANES * c->elem_bytes;
+/* n slots lose their tokens: one, or a page. */
+static void bkvi_clear(const bkvi_head *h, uint32_t slot, uint32_t n) {
     static const unsigned char zero[4] = {0, 0, 0, 0};
-    memset(bkvi_word(mem, c->off_weight, slot), 0, 4 * (size_t)n);
-    memset(bkvi_word(mem, c->off_use, slot), 0, 4 * (size_t)n);
-    memset(bkvi_word(mem, c->off_position, slot), 0, 4 * (size_t)n);
-    if (c->cfg.kv_type == BKV_I8) {
-        memset(bkvi_scale(mem, c->off_k_scale, slot), 0, 2 * (size_t)n);
-        memset(bkvi_scale(mem, c->off_v_scale, slot), 0, 2 * (size_t)n);
-    }
-    memset(bkvi_value_row(c, mem, slot), 0, n * (size_t)c->v_dim_pad * c->elem_bytes);
-    while (n) {
-        uint32_t whole = slot % BKVI_LANES == 0 && n >= BKVI_LANES, step = whole ? BKVI_LANES : 1;
-        if (whole)
-            memset(bkvi_key_page(c, mem, slot), 0, panel);
-        else
-            bkvi_copy(bkvi_key_column(c, mem, slot), BKVI_LANES * c->elem_bytes, zero, 0,
-                      c->cfg.head_dim, c->elem_bytes);
-        slot += step, n -= step;
-    }
+    const size_t es = h->c->elem_bytes;
+    int i;
+    for (i = 0; i < BKVI_OWN; i++)
+        memset(bkvi_part(h, bkvi_own[i], slot), 0, n * h->c->each[bkvi_own[i]]);
+    if (n == 1)
+        bkvi_copy(bkvi_part(h, BKVI_K, slot), BKVI_LANES * es, zero, 0, h->c->cfg.head_dim, es);
+    else
+        memset(bkvi_part(h, BKVI_K, slot), 0, n * h->c->each[BKVI_K]);
 }
 
 /* A pin is in force while its token is exact. */
-static uint32_t bkvi_pinned(const bkv_cache *c, unsigned char *mem, uint32_t slot) {
-    return bkvi_getf(bkvi_word(mem, c->off_use, slot)) >= BKVI_PINNED &&
-           bkvi_getf(bkvi_word(mem, c->off_weight, slot)) <= 1.0f;
+static uint32_t bkvi_pinned(const bkvi_head *h, uint32_t slot) {
+    return bkvi_getf(bkvi_part(h, BKVI_USE, slot)) >= BKVI_PINNED && bkvi_weight(h, slot) <= 1.0f;
 }
 
-/* The pair of neighbours outside the window with the lowest level, the oldest of those; one with
-   more pins than hold only if there is no other. */
-static uint32_t bkvi_pick_pair(const bkv_cache *c, unsigned char *mem) {
-    const unsigned char *pages = mem + c->off_pages;
+/* Of the first n_pages pages the pair of neighbours with the lowest level, the oldest of those; one
+   with more pins than hold only if there is no other. */
+static uint32_t bkvi_pick_pair(const bkvi_head *h, uint32_t n_pages) {
     uint32_t i, j, best = 0, best_level = 0xFFFFFFFFu;
-    for (i = 0; i + 1 < c->n_pages - c->window_pages; i++) {
-        uint32_t level = bkvi_max(bkvi_level(pages, i), bkvi_level(pages, i + 1)), pins = 0;
+    for (i = 0; i + 1 < n_pages; i++) {
+        uint32_t level = bkvi_max(bkvi_level(h, i), bkvi_level(h, i + 1)), pins = 0;
         for (j = 0; j < BKVI_BLOCK && level < best_level; j++)
-            pins += bkvi_pinned(c, mem,
-                                bkvi_page_slot(c, pages, i + j / BKVI_PAGE) + j % BKVI_PAGE);
+            pins += bkvi_pinned(h, bkvi_page_slot(h, i + j / BKVI_PAGE) + j % BKVI_PAGE);
         level += pins > BKVI_PINS ? 1u << 31 : 0;
         if (level < best_level) best = i, best_level = level;
     }
     return best;
 }
 
-/* Two pages become one; the freed page is the new, empty, newest one. All pages are in use. */
-BKVI_NOINLINE void bkvi_halve(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
-                                     bkvi_head *h, float *scratch) {
-    unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
+/* Two of the first n_pages pages become one. The freed one is then the newest of those in use, and
+   empty. */
+BKVI_NOINLINE void bkvi_halve(bkvi_head *h, uint32_t n_pages) {
+    bkvi_block *block = (bkvi_block *)(void *)h->scratch;
     unsigned char keep[BKVI_BLOCK];
-    float *weight = scratch;
-    uint32_t i, n = 0, slot[2], pair = bkvi_pick_pair(c, mem), level, freed;
-    bkvi_block block;
-    block.use = scratch + BKVI_BLOCK;
+    uint32_t i, n = 0, slots[2], pair = bkvi_pick_pair(h, n_pages), level, freed;
     for (i = 0; i < 2; i++) {
-        slot[i] = bkvi_page_slot(c, pages, pair + i);
-        block.k[i] = bkvi_key_page(c, mem, slot[i]);
-        block.v[i] = bkvi_value_row(c, mem, slot[i]);
-        block.scale[0][i] = bkvi_scale(mem, c->off_k_scale, slot[i]);
-        block.scale[1][i] = bkvi_scale(mem, c->off_v_scale, slot[i]);
-        memcpy(weight + i * BKVI_PAGE, bkvi_word(mem, c->off_weight, slot[i]), 4 * BKVI_PAGE);
-        memcpy(block.use + i * BKVI_PAGE, bkvi_word(mem, c->off_use, slot[i]), 4 * BKVI_PAGE);
-        h->sum -= bkvi_sum(c, mem, slot[i], BKVI_PAGE) + bkvi_level(pages, pair + i);
+        slots[i] = bkvi_page_slot(h, pair + i);
+        memcpy(block->mass + i * BKVI_PAGE, bkvi_part(h, BKVI_WEIGHT, slots[i]), 4 * BKVI_PAGE);
+        memcpy(block->use + i * BKVI_PAGE, bkvi_part(h, BKVI_USE, slots[i]), 4 * BKVI_PAGE);
+        h->sum -= bkvi_sum(h, slots[i], BKVI_PAGE) + bkvi_level(h, pair + i);
     }
     for (i = 0; i < BKVI_BLOCK; i++) {
-        keep[i] = n < BKVI_PINS && bkvi_pinned(c, mem, slot[i / BKVI_PAGE] + i % BKVI_PAGE);
+        keep[i] = n < BKVI_PINS && bkvi_pinned(h, slots[i / BKVI_PAGE] + i % BKVI_PAGE);
         n += keep[i];
-        if (block.use[i] >= BKVI_PINNED) block.use[i] = 0.0f;
+        if (block->use[i] >= BKVI_PINNED) block->use[i] = 0.0f;
     }
-    block.queries = mem + c->off_queries;
-    bkvi_choose(c, kernels, &block, bkvi_draw_key(c->cfg.seed, head, h->halvings++),
-                (double)h->seen, scratch + 2 * BKVI_BLOCK, weight, keep);
+    bkvi_choose(h, slots, block, keep);
+    h->halvings++;
     /* In order, and in place: the n-th survivor comes from place n or later. */
     for (i = n = 0; i < BKVI_BLOCK; i++)
         if (keep[i])
-            bkvi_move_slot(c, mem, slot[0] + n++, slot[i / BKVI_PAGE] + i % BKVI_PAGE,
-                           weight[i] > 1.0f ? weight[i] : 1.0f);
-    bkvi_clear(c, mem, slot[1], BKVI_PAGE);
-    freed = bkvi_place(pages, pair + 1);
-    level = bkvi_max(bkvi_level(pages, pair), bkvi_level(pages, pair + 1)) +
-            (c->cfg.rule == BKV_RULE_WINDOW ? 0 : 1);
-    h->sum += bkvi_sum(c, mem, slot[0], BKVI_PAGE) + level;
-    bkvi_set_page(pages, pair, bkvi_place(pages, pair), level);
-    for (i = pair + 1; i + 1 < c->n_pages; i++)
-        bkvi_set_page(pages, i, bkvi_place(pages, i + 1), bkvi_level(pages, i + 1));
-    bkvi_set_page(pages, c->n_pages - 1, freed, 0);
+            bkvi_move_slot(h, slots[0] + n++, slots[i / BKVI_PAGE] + i % BKVI_PAGE,
+                           block->mass[i] > 1.0f ? block->mass[i] : 1.0f);
+    bkvi_clear(h, slots[1], BKVI_PAGE);
+    freed = bkvi_place(h, pair + 1);
+    level = bkvi_max(bkvi_level(h, pair), bkvi_level(h, pair + 1)) +
+            (h->c->cfg.rule == BKV_RULE_WINDOW ? 0 : 1);
+    h->sum += bkvi_sum(h, slots[0], BKVI_PAGE) + level;
+    bkvi_set_page(h, pair, bkvi_place(h, pair), level);
+    for (i = pair + 1; i + 1 < h->used; i++)
+        bkvi_set_page(h, i, bkvi_place(h, i + 1), bkvi_level(h, i + 1));
+    bkvi_set_page(h, h->used - 1, freed, 0);
 }
 
 /* Makes room for a run of tokens next to each other, in the sinks or in the newest page, and says
    at which slot it starts and how many tokens fit. A run never crosses a multiple of 64 slots, so
    that attention over a run sees the same blocks as attention after each of its tokens. */
-static uint32_t bkvi_reserve(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
-                             bkvi_head *h, float *scratch, uint32_t *first_slot) {
-    unsigned char *pages = bkvi_head_mem(c, head) + c->off_pages;
+static uint32_t bkvi_reserve(bkvi_head *h, uint32_t *first_slot) {
+    const bkv_cache *c = h->c;
     if (h->sinks < c->sink_slots) {
         *first_slot = h->sinks;
         return bkvi_min(BKVI_PAGE - h->sinks % BKVI_PAGE, c->sink_slots - h->sinks);
     }
     if (h->used == 0 || h->fill == BKVI_PAGE) {
         if (h->used < c->n_pages) {
-            bkvi_set_page(pages, h->used, h->used, 0);
+            bkvi_set_page(h, h->used, h->used, 0);
             h->used++;
         } else {
-            bkvi_halve(c, kernels, head, h, scratch);
+            bkvi_halve(h, c->n_pages - c->window_pages);
         }
         h->fill = 0;
     }
-    *first_slot = bkvi_page_slot(c, pages, h->used - 1) + h->fill;
+    *first_slot = bkvi_page_slot(h, h->used - 1) + h->fill;
     return BKVI_PAGE - h->fill;
 }
 
@@ -1230,36 +1197,26 @@ static const unsigned char *bkvi_at(const bkv_tensor *t, size_t token, size_t he
     return (const unsigned char *)t->data + token * t->token_stride + head * t->head_stride;
 }
 
-/* Writes tokens first .. first + n - 1 of k and v to slots that bkvi_reserve() gave. */
-static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head,
-                         bkvi_head *h, uint32_t slot, const bkv_tensor *k, const bkv_tensor *v,
-                         size_t first, uint32_t n, uint32_t flags, float *scratch) {
-    unsigned char *mem = bkvi_head_mem(c, head);
+/* Writes tokens first .. first + n - 1 of in = k, v to slots that bkvi_reserve() gave. */
+static void bkvi_put_run(bkvi_head *h, uint32_t slot, bkv_tensor *const *in, size_t first,
+                         uint32_t n, uint32_t flags) {
+    const bkv_cache *c = h->c;
+    unsigned char *rest;
     uint32_t t;
+    int i;
+    for (i = BKVI_K; i <= BKVI_V && h->used && h->fill == 0; i++) /* a new page takes the rests */
+        if ((rest = bkvi_rest(h, i, slot)) != NULL) memset(rest, 0, BKVI_PAGE * c->each[i]);
     for (t = 0; t < n; t++, slot++) {
-        unsigned char *k_rest = NULL, *v_rest = NULL;
-        bkvi_putf(bkvi_word(mem, c->off_weight, slot), 1.0f);
-        bkvi_putf(bkvi_word(mem, c->off_use, slot), flags & BKV_PIN ? BKVI_PINNED : 0.0f);
-        bkvi_put32(bkvi_word(mem, c->off_position, slot), (uint32_t)(h->seen + t));
-        if (BKVI_TYPE(c->cfg.kv_type) == BKV_I8) {
-            uint32_t rest = bkvi_rest(c, slot);
-            if (rest == c->rests - BKVI_PAGE) { /* a new page */
-                memset(bkvi_key_rest(c, mem, rest), 0, BKVI_PAGE * (size_t)c->cfg.head_dim);
-                memset(bkvi_value_rest(c, mem, rest), 0, BKVI_PAGE * (size_t)c->v_dim_pad);
-            }
-            if (rest != BKV_NONE)
-                k_rest = bkvi_key_rest(c, mem, rest), v_rest = bkvi_value_rest(c, mem, rest);
-        }
-        kernels->put(bkvi_key_column(c, mem, slot), BKVI_LANES, k_rest,
-                     bkvi_scale(mem, c->off_k_scale, slot), c->cfg.kv_type,
-                     bkvi_at(k, first + t, head), k->type, k->elem_stride, c->cfg.head_dim,
-                     scratch);
-        kernels->put(bkvi_value_row(c, mem, slot), 1, v_rest,
-                     bkvi_scale(mem, c->off_v_scale, slot), c->cfg.kv_type,
-                     bkvi_at(v, first + t, head), v->type, v->elem_stride, c->cfg.value_dim,
-                     scratch);
+        bkvi_putf(bkvi_part(h, BKVI_WEIGHT, slot), 1.0f);
+        bkvi_putf(bkvi_part(h, BKVI_USE, slot), flags & BKV_PIN ? BKVI_PINNED : 0.0f);
+        bkvi_put32(bkvi_part(h, BKVI_POSITION, slot), (uint32_t)(h->seen + t));
+        for (i = 0; i < 2; i++)
+            h->kernels.put(bkvi_part(h, BKVI_K + i, slot), i ? 1 : BKVI_LANES,
+                           bkvi_rest(h, BKVI_K + i, slot), bkvi_part(h, BKVI_K_SCALE + i, slot),
+                           c->cfg.kv_type, bkvi_at(in[i], first + t, h->index), in[i]->type,
+                           in[i]->elem_stride, i ? c->cfg.value_dim : c->cfg.head_dim, h->scratch);
     }
-    h->sum += bkvi_sum(c, mem, slot - n, n);
+    h->sum += bkvi_sum(h, slot - n, n);
     h->seen += n;
     if (h->sinks < c->sink_slots)
         h->sinks += n;
@@ -1275,33 +1232,27 @@ static void bkvi_put_run(const bkv_cache *c, const bkvi_kernels *kernels, uint32
    (bkvi_attend in §12): scores for a tile of rows, online softmax in base 2 with weights, weighted
    sum of values. Tokens of one run see the last block up to their own slot.
    ---------------------------------------------------------------------------------------------- */
-/* Where a row tile keeps its data; `rows` rows side by side. */
-typedef struct bkvi_tile {
-    const float *q;     /* [dim][rows], scaled */
-    float *out;         /* [rows][v_dim_pad] */
-    float *lanes;       /* [rows][16] sums of weights, lane by lane */
-    float *max;         /* [rows] */
-    float *scores;      /* [rows][64] */
-    const float *limit; /* [rows] slots of this block that the row sees; NULL: all */
-    float *doubt;       /* [16 + 2 v_dim_pad]: see bkvi_doubt */
-    uint32_t doubted;   /* the row that this is of */
-} bkvi_tile;
+/* The rows that attend works on at once; its scratch, of which a halving needs more. */
+typedef struct bkvi_tiles {
+    float lanes[BKVI_ROWS * BKVI_LANES];    /* [rows][16] sums of weights, lane by lane */
+    float max[BKVI_ROWS], limit[BKVI_ROWS]; /* limit: how much of the last block a row sees */
+    float scores[BKVI_TILE_MAX * BKVI_PAGE];    /* of one tile of rows */
+    float work[2 * BKVI_DIM_MAX];               /* to rotate in */
+    float doubt[BKVI_LANES + 2 * BKVI_DIM_MAX]; /* see bkvi_doubt, ... */
+    uint32_t doubted;                           /* ... and of which row it is */
+    float *out;                                 /* [rows][v_dim_pad], behind q */
+    float q[BKVI_ROWS * 2 * BKVI_DIM_MAX];      /* [rows][dim], scaled; of a tile [dim][rows] */
+} bkvi_tiles;
+typedef char bkvi_scratch_suffices[sizeof(bkvi_tiles) <= sizeof(bkvi_block) ? 1 : -1];
 
 /* One block as attend sees it, and what to prefetch while at it (NULL: nothing). */
 typedef struct bkvi_span {
     const unsigned char *k, *v, *weight, *next_k;
     const unsigned char *k_scale, *v_scale, *k_rest, *v_rest; /* NULL unless BKV_I8 */
-    unsigned char *use;                     /* NULL: an old block, the use stays */
+    unsigned char *use;                                       /* NULL: an old block, it stays */
     uint32_t slots, rests;
-    int warm; /* a later row tile: the block is in the cache already */
+    int last, warm; /* the last block; a later row tile: it is in the cache already */
 } bkvi_span;
-
-/* Floats of scratch: per row query, output, lane sums, maximum, limit; scores of a tile; doubt of a
-   row; work. */
-static size_t bkvi_attend_floats(uint32_t dim, uint32_t v_dim_pad) {
-    return (size_t)BKVI_ROWS * (dim + v_dim_pad + BKVI_LANES + 2) + BKVI_TILE_MAX * BKVI_PAGE +
-           BKVI_LANES + 2 * (size_t)v_dim_pad + 2 * BKVI_DIM_MAX;
-}
 
 /* Slots of the last block in use. */
 static uint32_t bkvi_last_fill(const bkvi_head *h) {
@@ -1312,8 +1263,7 @@ static uint32_t bkvi_last_fill(const bkvi_head *h) {
 static uint32_t bkvi_n_blocks(const bkvi_head *h) {
     return (h->sinks + BKVI_PAGE - 1) / BKVI_PAGE + h->used;
 }
-static uint32_t bkvi_block_slot(const bkv_cache *c, const bkvi_head *h, const unsigned char *pages,
-                                uint32_t b, uint32_t *n_slots) {
+static uint32_t bkvi_block_slot(const bkvi_head *h, uint32_t b, uint32_t *n_slots) {
     uint32_t n_sinks = bkvi_n_blocks(h) - h->used, newest, second;
     if (b < n_sinks) {
         *n_slots = bkvi_min(h->sinks - b * BKVI_PAGE, BKVI_PAGE);
@@ -1321,39 +1271,21 @@ static uint32_t bkvi_block_slot(const bkv_cache *c, const bkvi_head *h, const un
     }
     b -= n_sinks;
     *n_slots = b + 1 == h->used ? h->fill : (uint32_t)BKVI_PAGE;
-    if (b + 2 >= h->used) return bkvi_page_slot(c, pages, b);
-    newest = bkvi_place(pages, h->used - 1), second = bkvi_place(pages, h->used - 2);
+    if (b + 2 >= h->used) return bkvi_page_slot(h, b);
+    newest = bkvi_place(h, h->used - 1), second = bkvi_place(h, h->used - 2);
     b += b >= bkvi_min(newest, second);
     b += b >= bkvi_max(newest, second);
-    return c->sink_slots + BKVI_PAGE * b;
-}
-
-/* BKV_I8: how many of the n slots of a block, which starts at this slot, have rests. */
-static uint32_t bkvi_n_rests(const bkv_cache *c, uint32_t slot, uint32_t n, int newest) {
-    if (!c->rests) return 0;
-    if (slot < c->sink_slots) return slot ? 0 : bkvi_min(n, BKVI_LANES);
-    return newest ? n : 0;
+    return h->c->sink_slots + BKVI_PAGE * b;
 }
 
 /* ------------------------------------------------------------------------------------------------
    §10 PUBLIC FUNCTIONS                                                                    >>public
    ---------------------------------------------------------------------------------------------- */
-/* Adds a part of n * unit bytes at the next multiple of 64; 0 if size_t overflows. */
-static int bkvi_add_part(size_t *end, size_t *offset, size_t n, size_t unit) {
-    size_t start;
-    if (*end > SIZE_MAX - 63) return 0;
-    start = (*end + 63) & ~(size_t)63;
-    if (unit && n > (SIZE_MAX - start) / unit) return 0;
-    *offset = start;
-    *end = start + n * unit;
-    return 1;
-}
-
 /* Resolves every default and computes the layout; c->mem is left to the caller. */
 static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     bkv_config *r = &c->cfg;
-    size_t end = 0, part = 0, halve, attend;
-    uint32_t sinks, pages, window, i8_slots;
+    uint32_t sinks, pages, window, i;
+    uint64_t end = 0;
     memset(c, 0, sizeof *c);
     *r = *cfg;
     if (!r->n_q_heads) r->n_q_heads = r->n_kv_heads;
@@ -1403,39 +1335,26 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (r->n_threads > 1024) return BKV_E_THREADS;
     r->backend = bkvi_pick_backend(r->backend);
     if (!r->backend) return BKV_E_BACKEND;
-    i8_slots = r->kv_type == BKV_I8 ? c->slots : 0;
-    if (i8_slots >= BKVI_FEW) c->rests = bkvi_min(c->sink_slots, BKVI_LANES) + BKVI_PAGE;
-    if (!bkvi_add_part(&end, &part, 16, 4) || !bkvi_add_part(&end, &c->off_pages, c->n_pages, 8) ||
-        !bkvi_add_part(&end, &c->off_weight, c->slots, 4) ||
-        !bkvi_add_part(&end, &c->off_use, c->slots, 4) ||
-        !bkvi_add_part(&end, &c->off_position, c->slots, 4) ||
-        !bkvi_add_part(&end, &c->off_queries,
-                       (size_t)c->group * bkvi_round_up(r->head_dim, BKVI_LANES), 4) ||
-        !bkvi_add_part(&end, &c->off_k_scale, i8_slots, 2) ||
-        !bkvi_add_part(&end, &c->off_v_scale, i8_slots, 2) ||
-        !bkvi_add_part(&end, &c->off_k_rest, c->rests, r->head_dim) ||
-        !bkvi_add_part(&end, &c->off_v_rest, c->rests, c->v_dim_pad) ||
-        !bkvi_add_part(&end, &c->off_k, c->slots, (size_t)r->head_dim * c->elem_bytes) ||
-        !bkvi_add_part(&end, &c->off_v, c->slots, (size_t)c->v_dim_pad * c->elem_bytes) ||
-        !bkvi_add_part(&end, &c->head_bytes, 0, 1))
-        return BKV_E_SIZE;
-    halve = bkvi_halving_floats(r->head_dim, c->v_dim_pad);
-    attend = bkvi_attend_floats(r->head_dim, c->v_dim_pad);
-    c->scratch_bytes = ((halve > attend ? halve : attend) * 4 + 63) & ~(size_t)63;
-    end = BKVI_HEADER_BYTES;
-    if (!bkvi_add_part(&end, &part, r->n_kv_heads, c->head_bytes)) return BKV_E_SIZE;
-    c->state_bytes = end;
-    /* 64 more, to align the scratch wherever the block stands. */
-    if (end > SIZE_MAX - 64 || r->n_threads > (SIZE_MAX - 64 - end) / c->scratch_bytes)
-        return BKV_E_SIZE;
-    c->bytes = end + 64 + r->n_threads * c->scratch_bytes;
-    return BKV_OK;
-}
-
-static float *bkvi_scratch(const bkv_cache *c, uint32_t ith) {
-    unsigned char *p = c->mem + c->state_bytes;
-    p += (64 - ((uintptr_t)p & 63)) & 63;
-    return (float *)(void *)(p + (size_t)ith * c->scratch_bytes);
+    if (r->kv_type == BKV_I8 && c->slots >= BKVI_FEW)
+        c->rests = bkvi_min(c->sink_slots, BKVI_LANES) + BKVI_PAGE;
+    for (i = 0; i < BKVI_END; i++, end = (end + 63) & ~(uint64_t)63) {
+        const uint32_t scale = r->kv_type == BKV_I8 ? 2 : 0, es = (uint32_t)c->elem_bytes;
+        const uint32_t dim = r->head_dim, q_dim = bkvi_round_up(dim, BKVI_LANES);
+        const uint32_t each[] = {4,     8,     4,   4,           4,        4 * q_dim,
+                                 scale, scale, dim, c->v_dim_pad, dim * es, c->v_dim_pad * es};
+        c->at[i] = (size_t)end, c->each[i] = each[i];
+        end += (uint64_t)each[i] * (i == BKVI_COUNTERS  ? 16
+                                    : i == BKVI_TABLE   ? c->n_pages
+                                    : i == BKVI_QUERIES ? c->group
+                                    : i == BKVI_K_REST || i == BKVI_V_REST ? c->rests : c->slots);
+    }
+    c->at[BKVI_END] = c->head_bytes = (size_t)end;
+    c->scratch_bytes = bkvi_halving_bytes(r->head_dim, c->v_dim_pad);
+    end = BKVI_HEADER_BYTES + r->n_kv_heads * end;
+    c->state_bytes = (size_t)end;
+    end += 64 + (uint64_t)r->n_threads * c->scratch_bytes; /* 64: to align the scratch anywhere */
+    c->bytes = (size_t)end;
+    return end <= SIZE_MAX ? BKV_OK : BKV_E_SIZE;
 }
 
 /* The header: magic, version, then the words of the config, from which bkvi_plan() comes to the
@@ -1467,8 +1386,7 @@ static bkv_result bkvi_header_get(const unsigned char *mem, bkv_config *cfg) {
 /* What attend and append rely on: counters within bounds and the same in every head, the table a
    permutation of the pages. */
 static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
-    const unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
-    bkvi_head h = bkvi_head_get(mem);
+    bkvi_head h = bkvi_head_get(c, head, 0);
     unsigned char taken[512]; /* a bit each for 4096 places at a time */
     uint32_t i, base, n_bits = 8 * sizeof taken;
     if (h.sinks > c->sink_slots || h.used > c->n_pages || h.fill > BKVI_PAGE) return 0;
@@ -1479,14 +1397,14 @@ static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
     for (base = 0; base < h.used; base += n_bits) {
         memset(taken, 0, sizeof taken);
         for (i = 0; i < h.used; i++) {
-            uint32_t place = bkvi_place(pages, i), bit = place - base;
+            uint32_t place = bkvi_place(&h, i), bit = place - base;
             if (place >= h.used) return 0;
             if (place < base || bit >= n_bits) continue;
             if (taken[bit / 8] >> bit % 8 & 1) return 0;
             taken[bit / 8] = (unsigned char)(taken[bit / 8] | 1u << bit % 8);
         }
     }
-    return bkvi_same(mem, bkvi_head_mem(c, 0), BKVI_COUNTER_BYTES);
+    return bkvi_same(h.mem, bkvi_head_mem(c, 0), BKVI_COUNTER_BYTES);
 }
 
 /* A config from a state; the state may ask for what this build or CPU has not. */
@@ -1598,31 +1516,20 @@ static bkv_result bkvi_check_tensor(bkv_tensor *t, size_t n_tokens, size_t n_hea
     return BKV_OK;
 }
 
-/* A tensor to check: heads, elements of a row, and what its elements must stay below. */
-typedef struct bkvi_input {
-    bkv_tensor *t;
-    uint32_t heads, dim;
-    float limit;
-} bkvi_input;
-
-/* All that can be wrong with a call. Values come last; every thread looks at those of every head,
-   so that all threads come to the same verdict. */
-static bkv_result bkvi_check_call(const bkv_cache *c, const bkvi_kernels *kernels,
-                                  const bkvi_input *in, uint32_t n_in, size_t n_tokens,
-                                  uint32_t ith, uint32_t nth) {
-    uint32_t i, head;
+/* Checks tensor i of k, v and q in this way; with `values` every element of it. */
+static bkv_result bkvi_check_input(const bkv_cache *c, bkv_tensor *t, int i, size_t n_tokens,
+                                   int values) {
+    const uint32_t heads = i == 2 ? c->cfg.n_q_heads : c->cfg.n_kv_heads;
+    const uint32_t dim = i == 1 ? c->cfg.value_dim : c->cfg.head_dim;
+    const float limit = i < 2 && c->cfg.kv_type == BKV_F16 ? 65520.0f : BKVI_HUGE;
+    const bkvi_kernels kernels = bkvi_kernels_of(c->cfg.backend);
     size_t token;
-    if (ith >= nth || nth > c->cfg.n_threads) return BKV_E_THREADS;
-    for (i = 0; i < n_in; i++) {
-        bkv_result r = bkvi_check_tensor(in[i].t, n_tokens, in[i].heads, in[i].dim);
-        if (r != BKV_OK) return r;
-    }
-    for (i = 0; i < n_in; i++)
-        for (token = 0; token < n_tokens; token++)
-            for (head = 0; head < in[i].heads; head++)
-                if (!kernels->scan(bkvi_at(in[i].t, token, head), in[i].t->type,
-                                   in[i].t->elem_stride, in[i].dim, in[i].limit))
-                    return BKV_E_VALUE;
+    uint32_t head;
+    if (!values) return bkvi_check_tensor(t, n_tokens, heads, dim);
+    for (token = 0; token < n_tokens; token++)
+        for (head = 0; head < heads; head++)
+            if (!kernels.scan(bkvi_at(t, token, head), t->type, t->elem_stride, dim, limit))
+                return BKV_E_VALUE;
     return BKV_OK;
 }
 
@@ -1631,154 +1538,125 @@ static uint32_t bkvi_share(const bkv_cache *c, uint32_t ith, uint32_t nth) {
     return (uint32_t)((uint64_t)c->cfg.n_kv_heads * ith / nth);
 }
 
-/* append (q == NULL) and prefill. */
-static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor *q, float *out,
-                            size_t n_tokens, uint32_t flags, uint32_t ith, uint32_t nth) {
-    bkvi_kernels kernels;
-    bkvi_input in[3];
-    float *scratch;
-    uint32_t head;
+/* append (no q), attend (no k and v) and prefill. Values are checked last; every thread looks at
+   those of every head, so that all threads come to the same verdict. */
+static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor *k, bkv_tensor *v, bkv_tensor *q, float *out,
+                            float *max, float *sum, size_t n_tokens, uint32_t flags, uint32_t ith,
+                            uint32_t nth) {
+    bkv_tensor *const in[3] = {k, v, q};
+    uint32_t head, slot;
     bkv_result r;
-    if (!c || !c->mem || !k.data || !v.data || (q && (!q->data || !out))) return BKV_E_NULL;
+    int i;
+    if (!c || !c->mem || (q && !out)) return BKV_E_NULL;
+    for (i = 0; i < 3; i++)
+        if (in[i] && !in[i]->data) return BKV_E_NULL;
     if (!n_tokens) return BKV_E_COUNT;
     if (flags & ~(uint32_t)(BKV_PIN | BKV_DRAFT)) return BKV_E_FLAGS;
-    kernels = bkvi_kernels_of(c->cfg.backend);
-    in[0].t = &k, in[0].heads = c->cfg.n_kv_heads, in[0].dim = c->cfg.head_dim;
-    in[1].t = &v, in[1].heads = c->cfg.n_kv_heads, in[1].dim = c->cfg.value_dim;
-    in[2].t = q, in[2].heads = c->cfg.n_q_heads, in[2].dim = c->cfg.head_dim;
-    in[0].limit = in[1].limit = c->cfg.kv_type == BKV_F16 ? 65520.0f : BKVI_HUGE;
-    in[2].limit = BKVI_HUGE;
-    if ((r = bkvi_check_call(c, &kernels, in, q ? 3 : 2, n_tokens, ith, nth)) != BKV_OK) return r;
-    scratch = bkvi_scratch(c, ith);
+    if (ith >= nth || nth > c->cfg.n_threads) return BKV_E_THREADS;
+    for (i = 0; i < 6; i++)
+        if (in[i % 3] && (r = bkvi_check_input(c, in[i % 3], i % 3, n_tokens, i > 2)) != BKV_OK)
+            return r;
+    if (!k && bkvi_head_get(c, 0, 0).seen == 0) return BKV_E_EMPTY;
     for (head = bkvi_share(c, ith, nth); head < bkvi_share(c, ith + 1, nth); head++) {
-        bkvi_head h = bkvi_head_get(bkvi_head_mem(c, head));
-        size_t done = 0;
-        while (done < n_tokens) {
-            uint32_t slot, n = bkvi_reserve(c, &kernels, head, &h, scratch, &slot);
-            n = n_tokens - done < n ? (uint32_t)(n_tokens - done) : n;
-            bkvi_put_run(c, &kernels, head, &h, slot, &k, &v, done, n, flags, scratch);
-            h.drafts = flags & BKV_DRAFT ? bkvi_min(h.drafts, 1u << 30) + n : 0;
-            if (q) {
-                bkvi_queries run = {q, done, head, n, out, NULL, NULL, scratch};
-                kernels.attend(c, &h, &run);
+        bkvi_head h = bkvi_head_get(c, head, ith);
+        bkvi_queries run = {q, out, max, sum, 0, 1};
+        for (; run.first < n_tokens; run.first += run.n) {
+            if (k) {
+                run.n = bkvi_reserve(&h, &slot);
+                if (run.n > n_tokens - run.first) run.n = (uint32_t)(n_tokens - run.first);
+                bkvi_put_run(&h, slot, in, run.first, run.n, flags);
+                h.drafts = flags & BKV_DRAFT ? bkvi_min(h.drafts, 1u << 30) + run.n : 0;
             }
-            done += n;
+            if (q) h.kernels.attend(&h, &run);
         }
-        bkvi_head_put(bkvi_head_mem(c, head), &h);
+        if (k) bkvi_head_put(&h);
     }
     return BKV_OK;
 }
 BALANCEKV_API bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v, size_t n_tokens,
                                     uint32_t flags, uint32_t ith, uint32_t nth) {
-    return bkvi_feed(c, k, v, NULL, NULL, n_tokens, flags, ith, nth);
-}
-
-static bkv_result bkvi_attend_one(bkv_cache *c, bkv_tensor q, float *out, float *max, float *sum,
-                                  uint32_t ith, uint32_t nth) {
-    bkvi_kernels kernels;
-    bkvi_input in;
-    uint32_t head;
-    bkv_result r;
-    if (!c || !c->mem || !q.data || !out) return BKV_E_NULL;
-    kernels = bkvi_kernels_of(c->cfg.backend);
-    in.t = &q, in.heads = c->cfg.n_q_heads, in.dim = c->cfg.head_dim, in.limit = BKVI_HUGE;
-    if ((r = bkvi_check_call(c, &kernels, &in, 1, 1, ith, nth)) != BKV_OK) return r;
-    if (bkvi_head_get(bkvi_head_mem(c, 0)).seen == 0) return BKV_E_EMPTY;
-    for (head = bkvi_share(c, ith, nth); head < bkvi_share(c, ith + 1, nth); head++) {
-        bkvi_head h = bkvi_head_get(bkvi_head_mem(c, head));
-        bkvi_queries one = {&q, 0, head, 1, out, max, sum, bkvi_scratch(c, ith)};
-        kernels.attend(c, &h, &one);
-    }
-    return BKV_OK;
+    return bkvi_feed(c, &k, &v, NULL, NULL, NULL, NULL, n_tokens, flags, ith, nth);
 }
 BALANCEKV_API bkv_result bkv_attend(bkv_cache *c, bkv_tensor q, float *out, uint32_t ith,
                                     uint32_t nth) {
-    return bkvi_attend_one(c, q, out, NULL, NULL, ith, nth);
+    return bkvi_feed(c, NULL, NULL, &q, out, NULL, NULL, 1, 0, ith, nth);
 }
 BALANCEKV_API bkv_result bkv_attend_partial(bkv_cache *c, bkv_tensor q, float *out, float *max,
                                             float *sum, uint32_t ith, uint32_t nth) {
-    return max && sum ? bkvi_attend_one(c, q, out, max, sum, ith, nth) : BKV_E_NULL;
+    if (!max || !sum) return BKV_E_NULL;
+    return bkvi_feed(c, NULL, NULL, &q, out, max, sum, 1, 0, ith, nth);
 }
 BALANCEKV_API bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bkv_tensor v, bkv_tensor q,
                                      float *out, size_t n_tokens, uint32_t flags, uint32_t ith,
                                      uint32_t nth) {
-    return bkvi_feed(c, k, v, &q, out, n_tokens, flags, ith, nth);
+    return bkvi_feed(c, &k, &v, &q, out, NULL, NULL, n_tokens, flags, ith, nth);
 }
 
 /* Takes back the newest tokens of a head, one at a time. */
-static void bkvi_take_back(const bkv_cache *c, uint32_t head, uint32_t n) {
-    unsigned char *mem = bkvi_head_mem(c, head);
-    bkvi_head h = bkvi_head_get(mem);
-    h.drafts = h.drafts > n ? h.drafts - n : 0;
-    h.seen -= n;
+static void bkvi_take_back(bkvi_head *h, uint32_t n) {
+    static const unsigned char zero = 0;
+    const bkv_cache *c = h->c;
+    h->drafts = h->drafts > n ? h->drafts - n : 0;
+    h->seen -= n;
     for (; n; n--) {
-        uint32_t slot = bkvi_slot_of(c, &h, mem, bkvi_held(&h) - 1);
-        h.sum -= bkvi_sum(c, mem, slot, 1);
-        bkvi_clear(c, mem, slot, 1);
-        if (bkvi_rest(c, slot) != BKV_NONE) {
-            static const unsigned char zero = 0;
-            uint32_t rest = bkvi_rest(c, slot);
-            bkvi_copy(bkvi_key_rest(c, mem, rest), BKVI_LANES, &zero, 0, c->cfg.head_dim, 1);
-            memset(bkvi_value_rest(c, mem, rest), 0, c->v_dim_pad);
+        uint32_t slot = bkvi_slot_of(h, bkvi_held(h) - 1);
+        h->sum -= bkvi_sum(h, slot, 1);
+        bkvi_clear(h, slot, 1);
+        if (bkvi_rest(h, BKVI_K, slot)) {
+            bkvi_copy(bkvi_rest(h, BKVI_K, slot), BKVI_LANES, &zero, 0, c->cfg.head_dim, 1);
+            memset(bkvi_rest(h, BKVI_V, slot), 0, c->v_dim_pad);
         }
-        if (!h.used)
-            h.sinks--;
-        else if (--h.fill == 0) {
-            bkvi_set_page(mem + c->off_pages, --h.used, 0, 0);
-            h.fill = h.used ? BKVI_PAGE : 0;
+        if (!h->used)
+            h->sinks--;
+        else if (--h->fill == 0) {
+            bkvi_set_page(h, --h->used, 0, 0);
+            h->fill = h->used ? BKVI_PAGE : 0;
         }
     }
-    bkvi_head_put(mem, &h);
+    bkvi_head_put(h);
 }
 BALANCEKV_API bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens) {
     bkvi_head h;
     uint32_t head;
     if (!c || !c->mem) return BKV_E_NULL;
-    h = bkvi_head_get(bkvi_head_mem(c, 0));
+    h = bkvi_head_get(c, 0, 0);
     if (n_tokens > h.seen) return BKV_E_ROLLBACK;
     if (h.halvings || (c->rests && n_tokens > c->sink_slots)) /* the newest page */
         if (n_tokens < h.seen && h.seen - n_tokens >= h.fill) return BKV_E_ROLLBACK;
-    for (head = 0; head < c->cfg.n_kv_heads; head++)
-        bkvi_take_back(c, head, (uint32_t)(h.seen - n_tokens));
+    for (head = 0; head < c->cfg.n_kv_heads; head++) {
+        h = bkvi_head_get(c, head, 0);
+        bkvi_take_back(&h, (uint32_t)(h.seen - n_tokens));
+    }
     return BKV_OK;
 }
 
 /* The pages of a head into places that there still are; then its parts to where the new layout has
    them, at or below where they were. */
-BKVI_NOINLINE void bkvi_move_head(const bkv_cache *c, const bkv_cache *to, uint32_t head) {
-    unsigned char *mem = bkvi_head_mem(c, head), *pages = mem + c->off_pages;
-    unsigned char *taken = (unsigned char *)bkvi_scratch(c, 0); /* a bit for each of <= 2^18 */
-    bkvi_head h = bkvi_head_get(mem);
-    const size_t from_at[] = {0, c->off_pages, c->off_weight, c->off_use, c->off_position,
-                              c->off_queries, c->off_k_scale, c->off_v_scale,
-                              c->off_k_rest, c->off_v_rest, c->off_k, c->off_v, c->head_bytes};
-    const size_t to_at[] = {0, to->off_pages, to->off_weight, to->off_use, to->off_position,
-                            to->off_queries, to->off_k_scale, to->off_v_scale,
-                            to->off_k_rest, to->off_v_rest, to->off_k, to->off_v, to->head_bytes};
-    uint32_t i, next = 0;
+BKVI_NOINLINE void bkvi_move_head(const bkvi_head *h, const bkv_cache *to) {
+    const bkv_cache *c = h->c;
+    unsigned char *taken = (unsigned char *)h->scratch; /* a bit for each of <= 2^18 */
+    uint32_t i, j, next = 0;
     memset(taken, 0, c->n_pages / 8 + 1);
-    for (i = 0; i < h.used; i++) {
-        uint32_t place = bkvi_place(pages, i);
+    for (i = 0; i < h->used; i++) {
+        uint32_t place = bkvi_place(h, i);
         taken[place / 8] = (unsigned char)(taken[place / 8] | 1u << place % 8);
     }
-    for (i = 0; i < h.used; i++) {
-        uint32_t j, slot = bkvi_page_slot(c, pages, i), place;
-        if (bkvi_place(pages, i) < to->n_pages) continue;
+    for (i = 0; i < h->used; i++) {
+        uint32_t from = bkvi_page_slot(h, i);
+        if (bkvi_place(h, i) < to->n_pages) continue;
         while (taken[next / 8] >> next % 8 & 1) next++;
-        place = next++;
+        bkvi_set_page(h, i, next++, bkvi_level(h, i));
         for (j = 0; j < BKVI_PAGE; j++)
-            bkvi_move_slot(c, mem, c->sink_slots + place * BKVI_PAGE + j, slot + j,
-                           bkvi_getf(bkvi_word(mem, c->off_weight, slot + j)));
-        bkvi_clear(c, mem, slot, BKVI_PAGE);
-        bkvi_set_page(pages, i, place, bkvi_level(pages, i));
+            bkvi_move_slot(h, bkvi_page_slot(h, i) + j, from + j, bkvi_weight(h, from + j));
+        bkvi_clear(h, from, BKVI_PAGE);
     }
-    for (i = 0; i < sizeof to_at / sizeof *to_at - 1; i++)
-        memmove(bkvi_head_mem(to, head) + to_at[i], mem + from_at[i], to_at[i + 1] - to_at[i]);
+    for (i = 0; i < BKVI_END; i++)
+        memmove(bkvi_head_mem(to, h->index) + to->at[i], h->mem + c->at[i],
+                to->at[i + 1] - to->at[i]);
 }
 BALANCEKV_API bkv_result bkv_shrink(bkv_cache *c, uint32_t budget) {
-    bkv_cache made, full;
+    bkv_cache made;
     bkv_config cfg;
-    bkvi_kernels kernels;
     uint32_t head, pages;
     if (!c || !c->mem) return BKV_E_NULL;
     if (budget > c->cfg.budget || budget < c->sink_slots) return BKV_E_BUDGET;
@@ -1790,19 +1668,14 @@ BALANCEKV_API bkv_result bkv_shrink(bkv_cache *c, uint32_t budget) {
     cfg.window = pages ? pages * BKVI_PAGE : BKV_NONE;
     if (bkvi_plan(&cfg, &made) != BKV_OK) return BKV_E_BUDGET;
     made.mem = c->mem;
-    kernels = bkvi_kernels_of(c->cfg.backend);
     for (head = 0; head < c->cfg.n_kv_heads; head++) {
-        unsigned char *mem = bkvi_head_mem(c, head);
-        bkvi_head h = bkvi_head_get(mem);
-        full = *c; /* as a cache whose pages are all in use, one of them partly */
-        full.window_pages = made.window_pages + 1;
-        while (h.used > made.n_pages) {
-            full.n_pages = h.used--;
-            bkvi_halve(&full, &kernels, head, &h, bkvi_scratch(c, 0));
-            bkvi_set_page(mem + c->off_pages, h.used, 0, 0);
+        bkvi_head h = bkvi_head_get(c, head, 0);
+        while (h.used > made.n_pages) { /* all pages are in use, one of them partly */
+            bkvi_halve(&h, h.used - (made.window_pages + 1));
+            bkvi_set_page(&h, --h.used, 0, 0);
         }
-        bkvi_head_put(mem, &h);
-        bkvi_move_head(c, &made, head);
+        bkvi_head_put(&h);
+        bkvi_move_head(&h, &made);
     }
     *c = made;
     bkvi_header_put(c, c->mem);
@@ -1841,9 +1714,9 @@ static void bkvi_swap(unsigned char *p, size_t bytes, size_t unit) {
 static void bkvi_swap_heads(const bkv_cache *c, unsigned char *p) {
     uint32_t head;
     for (head = 0, p += BKVI_HEADER_BYTES; head < c->cfg.n_kv_heads; head++, p += c->head_bytes) {
-        bkvi_swap(p, c->off_k_scale, 4);
-        bkvi_swap(p + c->off_k_scale, c->off_k_rest - c->off_k_scale, 2); /* rests are bytes */
-        bkvi_swap(p + c->off_k, c->head_bytes - c->off_k, c->elem_bytes);
+        bkvi_swap(p, c->at[BKVI_K_SCALE], 4);
+        bkvi_swap(p + c->at[BKVI_K_SCALE], c->at[BKVI_K_REST] - c->at[BKVI_K_SCALE], 2);
+        bkvi_swap(p + c->at[BKVI_K], c->head_bytes - c->at[BKVI_K], c->elem_bytes); /* not rests */
     }
 }
 static uint64_t bkvi_checksum(uint64_t sum, const unsigned char *p, size_t bytes) {
@@ -1916,58 +1789,52 @@ BALANCEKV_API bkv_result bkv_load(bkv_cache *c, const void *saved, size_t saved_
     return r;
 }
 
-static int bkvi_head_valid(const bkv_cache *c, const bkvi_kernels *kernels, uint32_t head) {
-    unsigned char *mem = bkvi_head_mem(c, head);
-    const uint32_t type = c->cfg.kv_type, dim = c->cfg.head_dim;
+static int bkvi_head_valid(const bkv_cache *c, uint32_t head) {
+    const uint32_t type = c->cfg.kv_type, es = (uint32_t)c->elem_bytes;
     const float limit = type == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE; /* bf16 may round up to it */
-    bkvi_head h = bkvi_head_get(mem);
-    uint32_t i, held = 0, sum = bkvi_sum(c, mem, 0, c->slots);
+    bkvi_head h = bkvi_head_get(c, head, 0);
+    uint32_t i, part, held = 0, sum = bkvi_sum(&h, 0, c->slots);
     uint64_t next = 0;
     for (i = 0; i < c->n_pages; i++) {
-        sum += bkvi_level(mem + c->off_pages, i);
-        if (i >= h.used && bkvi_place(mem + c->off_pages, i)) return 0;
+        sum += bkvi_level(&h, i);
+        if (i >= h.used && bkvi_place(&h, i)) return 0;
     }
     if (sum != h.sum || h.drafts > h.seen ||
-        !kernels->scan(mem + BKVI_ERROR_AT, BKV_F32, 4, 1, BKVI_HUGE))
+        !h.kernels.scan(h.mem + BKVI_ERROR_AT, BKV_F32, 4, 1, BKVI_HUGE))
         return 0;
     for (i = 0; i < bkvi_held(&h); i++) { /* positions rise, but for those beyond 2^32 */
-        uint32_t slot = bkvi_slot_of(c, &h, mem, i);
-        uint64_t position = bkvi_get32(bkvi_word(mem, c->off_position, slot));
+        uint32_t slot = bkvi_slot_of(&h, i);
+        uint64_t position = bkvi_get32(bkvi_part(&h, BKVI_POSITION, slot));
         if (h.seen >> 32 == 0 && (position < next || position >= h.seen)) return 0;
-        if (!(bkvi_getf(bkvi_word(mem, c->off_weight, slot)) >= 1.0f)) return 0;
+        if (!(bkvi_weight(&h, slot) >= 1.0f)) return 0;
         next = position + 1;
     }
     for (i = 0; i < c->slots; i++) {
-        float w = bkvi_getf(bkvi_word(mem, c->off_weight, i));
-        float use = bkvi_getf(bkvi_word(mem, c->off_use, i));
+        float w = bkvi_weight(&h, i), use = bkvi_getf(bkvi_part(&h, BKVI_USE, i));
         if (!(w >= 1.0f && w <= 2.0f * (float)h.seen) &&
-            (bkvi_bits(w) || bkvi_bits(use) || bkvi_get32(bkvi_word(mem, c->off_position, i))))
+            (bkvi_bits(w) || bkvi_bits(use) || bkvi_get32(bkvi_part(&h, BKVI_POSITION, i))))
             return 0;
         if (!(use >= 0.0f && use <= 4294967296.0f) && use != BKVI_PINNED) return 0;
         held += w > 0.0f;
-        if (!kernels->scan(bkvi_value_row(c, mem, i), type, c->elem_bytes, c->v_dim_pad, limit) ||
-            (i % BKVI_LANES == 0 && !kernels->scan(bkvi_key_page(c, mem, i), type, c->elem_bytes,
-                                                   dim * BKVI_LANES, limit)))
-            return 0;
+        for (part = BKVI_K; part <= BKVI_V; part++) /* of keys a sixteenth of a panel */
+            if (!h.kernels.scan(h.mem + c->at[part] + i * c->each[part], type, es,
+                                (uint32_t)c->each[part] / es, limit))
+                return 0;
     }
-    if (type == BKV_I8 &&
-        (!kernels->scan(mem + c->off_k_scale, BKV_BF16, 2, c->slots, BKVI_HUGE) ||
-         !kernels->scan(mem + c->off_v_scale, BKV_BF16, 2, c->slots, BKVI_HUGE)))
-        return 0;
+    for (part = BKVI_K_SCALE; part <= BKVI_V_SCALE && type == BKV_I8; part++)
+        if (!h.kernels.scan(h.mem + c->at[part], BKV_BF16, 2, c->slots, BKVI_HUGE)) return 0;
     return held == bkvi_held(&h) && /* rotated queries may be sqrt(512) times as large */
-           kernels->scan(mem + c->off_queries, BKV_F32, 4,
-                         c->group * bkvi_round_up(dim, BKVI_LANES), 32.0f * BKVI_HUGE);
+           h.kernels.scan(h.mem + c->at[BKVI_QUERIES], BKV_F32, 4,
+                          c->group * (uint32_t)c->each[BKVI_QUERIES] / 4, 32.0f * BKVI_HUGE);
 }
 BALANCEKV_API bkv_result bkv_validate(const bkv_cache *c) {
     unsigned char header[BKVI_HEADER_BYTES];
-    bkvi_kernels kernels;
     uint32_t head;
     if (!c || !c->mem) return BKV_E_NULL;
-    kernels = bkvi_kernels_of(c->cfg.backend);
     bkvi_header_put(c, header);
     if (!bkvi_same(header, c->mem, sizeof header)) return BKV_E_STATE;
     for (head = 0; head < c->cfg.n_kv_heads; head++)
-        if (!bkvi_head_sound(c, head) || !bkvi_head_valid(c, &kernels, head)) return BKV_E_STATE;
+        if (!bkvi_head_sound(c, head) || !bkvi_head_valid(c, head)) return BKV_E_STATE;
     return BKV_OK;
 }
 
@@ -1984,11 +1851,11 @@ static float bkvi_log(float x) {
 }
 
 BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows) {
-    unsigned char *mem, *scratch, *out[3], *work;
+    unsigned char *out[3], *scratch;
     size_t bytes, stride[3];
-    bkvi_kernels kernels;
     bkvi_head h;
-    uint32_t row, dim[2], i, newest;
+    uint32_t row, dim[2], i;
+    float *x, w;
     if (!c || !c->mem || !rows) return BKV_E_NULL;
     if (head >= c->cfg.n_kv_heads) return BKV_E_INDEX;
     if (rows->type < BKV_F32 || rows->type > BKV_BF16 ||
@@ -2003,51 +1870,38 @@ BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows)
     if (stride[0] < dim[0] * bytes || stride[1] < dim[1] * bytes) return BKV_E_STRIDE;
     out[0] = (unsigned char *)rows->k, out[1] = (unsigned char *)rows->v;
     out[2] = (unsigned char *)rows->mask;
-    mem = bkvi_head_mem(c, head);
-    scratch = (unsigned char *)bkvi_scratch(c, 0); /* of each kind 2 * BKVI_DIM_MAX floats */
-    work = scratch + 8 * BKVI_DIM_MAX;
-    kernels = bkvi_kernels_of(c->cfg.backend);
-    h = bkvi_head_get(mem);
-    newest = h.used ? bkvi_page_slot(c, mem + c->off_pages, h.used - 1) : c->slots;
+    h = bkvi_head_get(c, head, 0);
+    scratch = (unsigned char *)h.scratch, x = h.scratch + 2 * BKVI_DIM_MAX;
     rows->first = 0, rows->n = rows->n_rows;
     if (rows->seen && rows->seen <= h.seen && rows->halvings == h.halvings &&
         (!c->rests || h.seen - rows->seen < h.fill)) { /* a page loses its rests */
         rows->n = (uint32_t)(h.seen - rows->seen); /* in the newest page, or nothing was halved */
-        rows->first = rows->n ? bkvi_slot_of(c, &h, mem, bkvi_held(&h) - rows->n) : 0;
+        rows->first = rows->n ? bkvi_slot_of(&h, bkvi_held(&h) - rows->n) : 0;
     }
     for (row = rows->first; row < rows->first + rows->n; row++) {
-        float w = row < c->slots ? bkvi_getf(bkvi_word(mem, c->off_weight, row)) : 0.0f;
-        uint32_t rest = BKV_NONE;
-        if (w > 0.0f && (row < c->sink_slots || row - newest < BKVI_PAGE))
-            rest = bkvi_rest(c, row);
+        w = row < c->slots ? bkvi_weight(&h, row) : 0.0f;
         for (i = 0; i < 2; i++) {
             if (!out[i]) continue;
             memset(scratch, 0, dim[i] * bytes);
             if (w > 0.0f) {
-                kernels.fetch((float *)(void *)work,
-                              i ? bkvi_value_row(c, mem, row) : bkvi_key_column(c, mem, row),
-                              c->cfg.kv_type, (i ? 1 : BKVI_LANES) * c->elem_bytes,
-                              i ? c->v_dim_pad : dim[0],
-                              bkvi_scale(mem, i ? c->off_v_scale : c->off_k_scale, row),
-                              rest == BKV_NONE ? NULL
-                              : i              ? bkvi_value_rest(c, mem, rest)
-                                               : bkvi_key_rest(c, mem, rest));
-                if (!kernels.scan(work, BKV_F32, 4, dim[i],
-                                  rows->type == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE))
+                h.kernels.fetch(x, bkvi_part(&h, BKVI_K + (int)i, row), c->cfg.kv_type,
+                                (i ? 1 : BKVI_LANES) * c->elem_bytes, i ? c->v_dim_pad : dim[0],
+                                bkvi_part(&h, BKVI_K_SCALE + (int)i, row),
+                                bkvi_rest(&h, BKVI_K + (int)i, row));
+                if (!h.kernels.scan((unsigned char *)x, BKV_F32, 4, dim[i],
+                                    rows->type == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE))
                     return BKV_E_VALUE;
-                kernels.put(scratch, 1, NULL, NULL, rows->type, work, BKV_F32, 4, dim[i], NULL);
+                h.kernels.put(scratch, 1, NULL, NULL, rows->type, (unsigned char *)x, BKV_F32, 4,
+                              dim[i], NULL);
             }
             memcpy(out[i] + row * stride[i], scratch, dim[i] * bytes);
         }
         if (!out[2]) continue;
+        bkvi_put32(scratch, rows->mask_type == BKV_F32 ? 0xFF800000u : 0xFC00FC00u); /* -Inf */
         if (w > 0.0f) {
             w = bkvi_log(w);
-            kernels.put(scratch, 1, NULL, NULL, rows->mask_type, (const unsigned char *)&w, BKV_F32,
-                        4, 1, NULL);
-        } else if (rows->mask_type == BKV_F32) {
-            bkvi_put32(scratch, 0xFF800000u);
-        } else {
-            bkvi_put16(scratch, 0xFC00u);
+            h.kernels.put(scratch, 1, NULL, NULL, rows->mask_type, (unsigned char *)&w, BKV_F32, 4,
+                          1, NULL);
         }
         memcpy(out[2] + row * stride[2], scratch, stride[2]);
     }
@@ -2076,27 +1930,25 @@ BALANCEKV_API bkv_result bkv_select(const bkv_config *cfg, void *mem, size_t mem
 
 BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i,
                                    bkv_token_info *info) {
-    unsigned char *mem;
     bkvi_head h;
     uint32_t slot;
     if (!c || !c->mem || !info) return BKV_E_NULL;
     if (head >= c->cfg.n_kv_heads) return BKV_E_INDEX;
-    mem = bkvi_head_mem(c, head);
-    h = bkvi_head_get(mem);
+    h = bkvi_head_get(c, head, 0);
     if (i >= bkvi_held(&h)) return BKV_E_INDEX;
     memset(info, 0, sizeof *info);
-    slot = bkvi_slot_of(c, &h, mem, i);
+    slot = bkvi_slot_of(&h, i);
     info->kind = BKV_KIND_SINK;
     if (i >= h.sinks) {
-        info->level = bkvi_level(mem + c->off_pages, (i - h.sinks) / BKVI_PAGE);
+        info->level = bkvi_level(&h, (i - h.sinks) / BKVI_PAGE);
         info->kind =
             bkvi_held(&h) - i <= c->window_pages * BKVI_PAGE ? BKV_KIND_WINDOW : BKV_KIND_PAGE;
     }
-    info->position = bkvi_get32(bkvi_word(mem, c->off_position, slot));
-    info->weight = bkvi_getf(bkvi_word(mem, c->off_weight, slot));
-    info->use = bkvi_getf(bkvi_word(mem, c->off_use, slot));
+    info->position = bkvi_get32(bkvi_part(&h, BKVI_POSITION, slot));
+    info->weight = bkvi_weight(&h, slot);
+    info->use = bkvi_getf(bkvi_part(&h, BKVI_USE, slot));
     if (info->use >= BKVI_PINNED) info->use = 0.0f;
-    info->pinned = bkvi_pinned(c, mem, slot);
+    info->pinned = bkvi_pinned(&h, slot);
     return BKV_OK;
 }
 
@@ -2112,24 +1964,23 @@ BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info) {
     if (!c || !c->mem || !info) return BKV_E_NULL;
     memset(info, 0, sizeof *info);
     for (head = 0; head < c->cfg.n_kv_heads; head++) {
-        unsigned char *mem = bkvi_head_mem(c, head);
-        bkvi_head h = bkvi_head_get(mem);
-        info->tokens_seen = h.seen; /* the same for every head, as is the next */
+        bkvi_head h = bkvi_head_get(c, head, 0);
+        info->tokens_seen = h.seen; /* the same for every head, as are the next two */
         info->tokens_held = bkvi_held(&h);
+        info->room = c->slots - bkvi_held(&h); /* until the rests are another page's */
+        if (c->rests)
+            info->room = bkvi_min(info->room, BKVI_PAGE + c->sink_slots - h.sinks - h.fill);
         info->halvings += h.halvings;
-        info->error += bkvi_getf(mem + BKVI_ERROR_AT) / (float)c->cfg.n_kv_heads;
+        info->error += bkvi_getf(h.mem + BKVI_ERROR_AT) / (float)c->cfg.n_kv_heads;
         for (i = 0; i < h.used; i++)
-            info->max_level = bkvi_max(info->max_level, bkvi_level(mem + c->off_pages, i));
-        for (i = 0; i < c->slots; i++) {
-            float w = bkvi_getf(bkvi_word(mem, c->off_weight, i));
-            info->max_weight = w > info->max_weight ? w : info->max_weight;
-        }
+            info->max_level = bkvi_max(info->max_level, bkvi_level(&h, i));
+        for (i = 0; i < c->slots; i++)
+            if (bkvi_weight(&h, i) > info->max_weight) info->max_weight = bkvi_weight(&h, i);
     }
     info->slots = c->slots;
     info->sinks = c->sink_slots;
     info->window = c->window_pages * BKVI_PAGE;
     info->n_pages = c->n_pages;
-    info->room = bkvi_room(c);
     info->backend = c->cfg.backend;
     info->rule = c->cfg.rule;
     info->bytes = c->bytes;
@@ -2728,33 +2579,33 @@ BKVI_INLINE bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32
 /* The block's keys or values as f32 panels, `stride` floats apart, minus their mean, sixteen
    dimensions at a time; returns the largest squared norm. Sums over the tokens have the order:
    panels, then lanes i + i+8, i+4, i+2, i+1. */
-BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *block, int values,
-                                        uint32_t dim, size_t stride) {
-    const int type = (int)BKVI_TYPE(c->cfg.kv_type), packed = values ? BKV_F32 : type;
-    const size_t es = bkvi_type_bytes(BKVI_TYPE(c->cfg.kv_type)), size = values ? 4 : es;
+BKVI_NOINLINE float bkvi_k(pack)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block,
+                                 int values, uint32_t dim, size_t stride) {
+    const int type = (int)BKVI_TYPE(h->c->cfg.kv_type), packed = values ? BKV_F32 : type;
+    const size_t es = bkvi_type_bytes((uint32_t)type), size = values ? 4 : es;
     float *sums = block->tile, *turned = sums + 256, *mean = sums + 512;
+    const unsigned char *rows[8], *scale[8], *from[8];
     uint32_t i, j, p, n, lane;
-    memset(block->norm, 0, BKVI_BLOCK * sizeof(float));
+    for (p = 0; p < 8; p++) {
+        rows[p] = bkvi_part(h, BKVI_K + values, slots[p / 4] + p % 4 * BKVI_LANES);
+        scale[p] = bkvi_part(h, BKVI_K_SCALE + values, slots[p / 4] + p % 4 * BKVI_LANES);
+    }
+    memset(block->norm, 0, sizeof block->norm);
     for (i = 0; i < dim; i += BKVI_LANES, mean += BKVI_LANES) {
-        const unsigned char *from[8];
         float *to = block->panels + (size_t)i * BKVI_LANES;
         n = bkvi_min(BKVI_LANES, dim - i) * BKVI_LANES;
         memset(sums, 0, 256 * sizeof *sums);
         for (p = 0; p < 8; p++) {
-            const size_t row = p % 4 * (size_t)BKVI_LANES * dim;
             from[p] = values ? (const unsigned char *)(to + p * stride)
-                             : block->k[p / 4] + (row + (size_t)i * BKVI_LANES) * es;
+                             : rows[p] + (size_t)i * BKVI_LANES * es;
             if (values)
-                bkvi_k(turn)(to + p * stride, BKVI_LANES, block->v[p / 4] + (row + i) * es, dim,
-                             (uint32_t)type);
+                bkvi_k(turn)(to + p * stride, BKVI_LANES, rows[p] + i * es, dim, (uint32_t)type);
         }
         for (j = 0; j < n; j += BKVI_WIDTH) {
             bkvi_vec sum = bkvi_v(set)(0.0f);
             BKVI_UNROLL for (p = 0; p < 8; p++)
                 sum = bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
-                                  bkvi_k(scales)(type, block->scale[values][p / 4],
-                                                 p % 4 * BKVI_LANES + j % BKVI_LANES),
-                                  sum);
+                                  bkvi_k(scales)(type, scale[p], j % BKVI_LANES), sum);
             bkvi_v(store)(sums + j, sum);
         }
         bkvi_k(turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
@@ -2766,12 +2617,11 @@ BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *block, in
         for (p = 0; p < 8; p++, to += stride)
             for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
                 float *norm = block->norm + p * BKVI_LANES + lane;
-                const bkvi_vec scale = bkvi_k(scales)(type, block->scale[values][p / 4],
-                                                      p % 4 * BKVI_LANES + lane);
+                const bkvi_vec factor = bkvi_k(scales)(type, scale[p], lane);
                 bkvi_vec x, sum = bkvi_v(load)(norm);
                 for (j = lane; j < n; j += BKVI_LANES) {
                     x = bkvi_v(get)(packed, from[p] + j * size);
-                    x = bkvi_v(fma)(x, scale, bkvi_v(set)(-mean[j / BKVI_LANES]));
+                    x = bkvi_v(fma)(x, factor, bkvi_v(set)(-mean[j / BKVI_LANES]));
                     bkvi_v(store)(to + j, x);
                     sum = bkvi_v(fma)(x, x, sum);
                 }
@@ -2782,17 +2632,32 @@ BKVI_NOINLINE float bkvi_k(pack)(const bkv_cache *c, const bkvi_block *block, in
 }
 
 /* ---- importance (§1) ---- */
+/* to[j] = sum over i of c[i] * x(i, j) for 128 j, of which 16 stand together at i * step + j / 16 *
+   apart. */
+BKVI_NOINLINE void bkvi_k(sums)(float *to, const float *x, size_t step, size_t apart, uint32_t n,
+                                const float *c) {
+    uint32_t i;
+    for (i = 0; i < BKVI_BLOCK / BKVI_LANES; i += BKVI_VECS(1))
+        bkvi_k(tile_fma)(BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(x + i * apart), step,
+                         apart, n, c, 0, 1, 1, to + i * BKVI_LANES, BKVI_BLOCK, NULL);
+}
+
 /* <key, vector> * scale of every token: to[128]. */
-BKVI_NOINLINE void bkvi_k(against)(const bkvi_block *block, uint32_t dim, size_t stride,
-                                          const unsigned char *vector, float scale, float *to) {
+static void bkvi_k(against)(bkvi_block *block, uint32_t dim, size_t stride, const float *vector,
+                            float scale, float *to) {
     float *work = block->matrix;
     uint32_t i;
     for (i = 0; i < dim; i += BKVI_WIDTH)
-        bkvi_v(store)(work + i, bkvi_v(load)(vector + 4 * (size_t)i) * bkvi_v(set)(scale));
-    for (i = 0; i < BKVI_BLOCK; i += BKVI_VECS(1) * BKVI_LANES)
-        bkvi_k(tile_fma)(BKV_F32, 1, BKVI_VECS(1),
-                         (const unsigned char *)(block->panels + i / BKVI_LANES * stride),
-                         BKVI_LANES, stride, dim, work, 0, 1, 1, to + i, BKVI_BLOCK, NULL);
+        bkvi_v(store)(work + i, bkvi_v(load)(vector + i) * bkvi_v(set)(scale));
+    bkvi_k(sums)(to, block->panels, BKVI_LANES, stride, dim, work);
+}
+
+/* x becomes 2^(x - shift) times the weights. */
+static void bkvi_k(weigh)(const bkvi_block *block, float *x, float shift) {
+    uint32_t i;
+    bkvi_k(raise)(x, BKVI_BLOCK, shift);
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH)
+        bkvi_v(store)(x + i, bkvi_v(load)(x + i) * bkvi_v(load)(block->weight + i));
 }
 
 /* to += share of x in its sum; x is used up. */
@@ -2810,28 +2675,26 @@ BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_nor
 
 /* What the queries' means expect of every token: the mean over the group of its share of attention
    within the block. The keys are centred, which no softmax notices. */
-BKVI_NOINLINE void bkvi_k(expect)(const bkv_cache *c, const bkvi_block *block, uint32_t dim,
-                                         size_t stride) {
+BKVI_NOINLINE void bkvi_k(expect)(const bkvi_head *h, bkvi_block *block, uint32_t dim,
+                                  size_t stride) {
     float *logit = block->score;
-    uint32_t head, i;
-    memset(block->expected, 0, BKVI_BLOCK * sizeof(float));
-    for (head = 0; head < c->group; head++) {
+    uint32_t head;
+    memset(block->expected, 0, sizeof block->expected);
+    for (head = 0; head < h->c->group; head++) {
         bkvi_k(against)(block, dim, stride,
-                        block->queries + (size_t)head * 4 * bkvi_round_up(dim, BKVI_LANES),
-                        c->cfg.scale * BKVI_LOG2E, logit);
-        bkvi_k(raise)(logit, BKVI_BLOCK, bkvi_k(largest)(logit));
-        for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH)
-            bkvi_v(store)(logit + i, bkvi_v(load)(logit + i) * bkvi_v(load)(block->weight + i));
+                        (const float *)(void *)bkvi_part(h, BKVI_QUERIES, head),
+                        h->c->cfg.scale * BKVI_LOG2E, logit);
+        bkvi_k(weigh)(block, logit, bkvi_k(largest)(logit));
         bkvi_k(add_share)(block->expected, logit, NULL, 1.0f);
     }
 }
 
 /* w e^(-4 cos(key, mean key)): keys unlike the others. */
-BKVI_NOINLINE void bkvi_k(unlike)(const bkvi_block *block, uint32_t dim, size_t stride) {
+BKVI_NOINLINE void bkvi_k(unlike)(bkvi_block *block, uint32_t dim, size_t stride) {
     float *mean = block->tile + 512, *work = block->matrix, *unlike = block->unlike;
     bkvi_vec m, zero = bkvi_v(set)(0.0f);
     uint32_t i, padded = bkvi_round_up(dim, BKVI_LANES);
-    bkvi_k(against)(block, dim, stride, (const unsigned char *)mean, 1.0f, unlike);
+    bkvi_k(against)(block, dim, stride, mean, 1.0f, unlike);
     for (i = 0; i < padded; i += BKVI_WIDTH)
         bkvi_v(store)(work + i, bkvi_v(load)(mean + i) * bkvi_v(load)(mean + i));
     m = bkvi_v(set)(bkvi_k(total)(work, padded));
@@ -2842,13 +2705,11 @@ BKVI_NOINLINE void bkvi_k(unlike)(const bkvi_block *block, uint32_t dim, size_t 
         cosine = dot / bkvi_v(pick_gt)(norm, zero, norm, bkvi_v(set)(1.0f));
         bkvi_v(store)(unlike + i, cosine * bkvi_v(set)(-4.0f * BKVI_LOG2E));
     }
-    bkvi_k(raise)(unlike, BKVI_BLOCK, 0.0f);
-    for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH)
-        bkvi_v(store)(unlike + i, bkvi_v(load)(unlike + i) * bkvi_v(load)(block->weight + i));
+    bkvi_k(weigh)(block, unlike, 0.0f);
 }
 
 /* Scores, and the factor of each token in the kernel. norm: that of the values. */
-BKVI_NOINLINE void bkvi_k(rate)(const bkvi_block *block, uint32_t importance) {
+BKVI_NOINLINE void bkvi_k(rate)(bkvi_block *block, uint32_t importance) {
     float *use = block->use;
     uint32_t i;
     memset(block->score, 0, BKVI_BLOCK * sizeof(float));
@@ -2868,7 +2729,7 @@ BKVI_NOINLINE void bkvi_k(rate)(const bkvi_block *block, uint32_t importance) {
 
 /* Products of the 16 rows of panel i with panels first .. end-1 become entries of the kernel. Keys:
    2^(product * a - b), at most 1 but for rounding; values: times (product + b) f_i f_j a. */
-BKVI_NOINLINE void bkvi_k(entries)(const bkvi_block *block, int values, uint32_t i,
+BKVI_NOINLINE void bkvi_k(entries)(bkvi_block *block, int values, uint32_t i,
                                           uint32_t first, uint32_t end, float a, float b) {
     const bkvi_vec zero = bkvi_v(set)(0.0f), shift = bkvi_v(set)(values ? b : -b);
     uint32_t row, j;
@@ -2896,7 +2757,7 @@ BKVI_NOINLINE void bkvi_k(entries)(const bkvi_block *block, int values, uint32_t
 
 /* The 16 rows of panel i, in tiles of 5, 5 and 6: more than the 8 sums in flight that hide the
    latency of an FMA on 16 registers; or, small or in 16 registers of 4 lanes, by twos. */
-BKVI_INLINE void bkvi_k(rows)(const bkvi_block *block, const int vecs, uint32_t i, uint32_t first,
+BKVI_INLINE void bkvi_k(rows)(bkvi_block *block, const int vecs, uint32_t i, uint32_t first,
                            uint32_t dim, size_t stride) {
     const unsigned char *x = (const unsigned char *)(block->panels + first * stride);
     const float *c = block->panels + i * stride;
@@ -2914,7 +2775,7 @@ BKVI_INLINE void bkvi_k(rows)(const bkvi_block *block, const int vecs, uint32_t 
 
 /* The upper triangle of the products, and their entries: columns in groups of panels, panels of
    rows down to the diagonal. Those of values, the last, are mirrored: exchanges need that. */
-BKVI_NOINLINE void bkvi_k(products)(const bkvi_block *block, int values, uint32_t dim,
+BKVI_NOINLINE void bkvi_k(products)(bkvi_block *block, int values, uint32_t dim,
                                            size_t stride, float a, float b) {
     uint32_t group, end, i, j;
     for (group = 0; group < 8; group = end) {
@@ -2935,19 +2796,20 @@ BKVI_NOINLINE void bkvi_k(products)(const bkvi_block *block, int values, uint32_
     }
 }
 
-static void bkvi_k(gram)(const bkv_cache *c, const bkvi_block *block) {
-    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim = c->v_dim_pad;
-    const float scale = c->cfg.scale * c->cfg.temp * BKVI_LOG2E;
-    const uint32_t importance = c->cfg.importance == BKV_NONE ? 0 : c->cfg.importance;
+static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
+    const bkv_config *cfg = &h->c->cfg;
+    const uint32_t dim = BKVI_DIM(cfg->head_dim), v_dim = h->c->v_dim_pad;
+    const float scale = cfg->scale * cfg->temp * BKVI_LOG2E;
+    const uint32_t importance = cfg->importance == BKV_NONE ? 0 : cfg->importance;
     /* One row more than needed: panels a multiple of 4 KiB apart would share cache sets. */
     const size_t stride = ((size_t)dim + 1) * BKVI_LANES;
     const size_t v_stride = ((size_t)v_dim + 1) * BKVI_LANES;
-    float constant, largest = bkvi_k(pack)(c, block, 0, dim, stride);
-    if (importance & BKV_IMPORTANCE_QUERY) bkvi_k(expect)(c, block, dim, stride);
+    float constant, largest = bkvi_k(pack)(h, slots, block, 0, dim, stride);
+    if (importance & BKV_IMPORTANCE_QUERY) bkvi_k(expect)(h, block, dim, stride);
     if (importance & BKV_IMPORTANCE_KEY) bkvi_k(unlike)(block, dim, stride);
     bkvi_k(products)(block, 0, dim, stride, scale, largest * scale);
-    largest = bkvi_k(pack)(c, block, 1, v_dim, v_stride);
-    memcpy(block->factor, block->weight, BKVI_BLOCK * sizeof(float));
+    largest = bkvi_k(pack)(h, slots, block, 1, v_dim, v_stride);
+    memcpy(block->factor, block->weight, sizeof block->factor);
     bkvi_k(rate)(block, importance);
     constant = bkvi_k(total)(block->norm, BKVI_BLOCK) * (1.0f / 4096.0f);
     constant = constant > 0.0f ? constant : 1.0f;
@@ -2958,8 +2820,7 @@ static void bkvi_k(gram)(const bkv_cache *c, const bkvi_block *block) {
 /* ---- exchanges ---- */
 /* Rounds of exchanges: each token that stays, unless for certain, makes way for that one whose
    coming makes the error sum_i (keep_i / chance_i - 1) phi_i shortest, if that is shorter. */
-static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint32_t rounds,
-                             unsigned char *keep) {
+static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *keep) {
     /* Products with the error, all negative; the step of a token that changes sides; what that
        adds by itself, negative (from those that stay: too much). */
     float *f = block->tile, *step = f + BKVI_BLOCK, *own = step + BKVI_BLOCK;
@@ -2972,7 +2833,7 @@ static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint3
         own[i] = block->matrix[i * (BKVI_BLOCK + 1)];
     }
     for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH) { /* x: 1 / chance, or 0 if there is no choice */
-        const bkvi_vec p = bkvi_v(load)(chance + i), stays = bkvi_v(load)(step + i);
+        const bkvi_vec p = bkvi_v(load)(block->chance + i), stays = bkvi_v(load)(step + i);
         x = bkvi_v(pick_gt)(one, p, one / bkvi_v(pick_gt)(p, zero, p, one), zero);
         y = bkvi_v(pick_gt)(x, zero, one - x, zero);
         bkvi_v(store)(error + i, bkvi_v(pick_gt)(stays, zero, y, one));
@@ -2980,10 +2841,7 @@ static void bkvi_k(exchange)(const bkvi_block *block, const float *chance, uint3
         bkvi_v(store)(own + i, bkvi_v(pick_gt)(stays, zero, never, y));
         bkvi_v(store)(step + i, bkvi_v(pick_gt)(stays, zero, zero - x, x));
     }
-    for (i = 0; i < BKVI_BLOCK; i += BKVI_VECS(1) * BKVI_LANES)
-        bkvi_k(tile_fma)(BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(block->matrix + i),
-                         BKVI_BLOCK, BKVI_LANES, BKVI_BLOCK, error, 0, 1, 1, f + i, BKVI_BLOCK,
-                         NULL);
+    bkvi_k(sums)(f, block->matrix, BKVI_BLOCK, BKVI_LANES, BKVI_BLOCK, error);
     for (; rounds && moved; rounds--)
         for (i = 0, moved = 0; i < BKVI_BLOCK; i++) {
             const float *row = block->matrix + (size_t)i * BKVI_BLOCK, *other;
@@ -3082,16 +2940,16 @@ BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float 
     bkvi_putf(error, part[0]);
 }
 
-/* Online softmax of one row: scores become weights relative to the row's maximum so far. When that
-   rises, what was summed so far shrinks. */
-BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, uint32_t r,
-                                         const bkv_cache *c) {
+/* Online softmax of row r of a tile that starts with row `first`: scores become weights relative to
+   the row's maximum so far. When that rises, what was summed so far shrinks. */
+BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t first, uint32_t r,
+                                  const bkv_cache *c) {
     const uint32_t v_dim_pad = c->v_dim_pad;
     const float softcap = c->cfg.softcap;
     const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
-    const float limit = tile->limit ? tile->limit[r] : (float)span->slots;
-    float *s = tile->scores + (size_t)r * BKVI_PAGE, *lanes = tile->lanes + (size_t)r * BKVI_LANES;
-    bkvi_vec x, most = bkvi_v(set)(tile->max[r]);
+    const float limit = span->last ? t->limit[r] : (float)span->slots;
+    float *s = t->scores + (size_t)(r - first) * BKVI_PAGE, *lanes = t->lanes + r * BKVI_LANES;
+    bkvi_vec x, most = bkvi_v(set)(t->max[r]);
     uint32_t i, j;
     if (span->k_scale) bkvi_k(times)(s, span->k_scale);
     if (softcap > 0.0f) {
@@ -3112,20 +2970,20 @@ BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, 
                                              bkvi_v(load)(s + i), bkvi_v(set)(BKVI_MASKED)));
     }
     for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) most = bkvi_v(max)(most, bkvi_v(load)(s + i));
-    if (bkvi_v(any_gt)(most, bkvi_v(set)(tile->max[r]))) {
-        float *out = tile->out + (size_t)r * v_dim_pad, max = bkvi_v(top)(most);
+    if (bkvi_v(any_gt)(most, bkvi_v(set)(t->max[r]))) {
+        float *out = t->out + (size_t)r * v_dim_pad, max = bkvi_v(top)(most);
         bkvi_vec shrink[4];
-        for (i = 0; i < 4; i++) shrink[i] = bkvi_v(set)(tile->max[r] - max);
+        for (i = 0; i < 4; i++) shrink[i] = bkvi_v(set)(t->max[r] - max);
         bkvi_k(exp2)(shrink);
-        tile->max[r] = max;
+        t->max[r] = max;
         for (i = 0; i < BKVI_LANES; i += BKVI_WIDTH)
             bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * shrink[0]);
         for (i = 0; i < v_dim_pad; i += BKVI_WIDTH)
             bkvi_v(store)(out + i, bkvi_v(load)(out + i) * shrink[0]);
-        for (i = 0; i < BKVI_LANES + 2 * v_dim_pad && r == tile->doubted; i += BKVI_WIDTH)
-            bkvi_v(store)(tile->doubt + i, bkvi_v(load)(tile->doubt + i) * shrink[0] * shrink[0]);
+        for (i = 0; i < BKVI_LANES + 2 * v_dim_pad && r == t->doubted; i += BKVI_WIDTH)
+            bkvi_v(store)(t->doubt + i, bkvi_v(load)(t->doubt + i) * shrink[0] * shrink[0]);
     }
-    bkvi_k(raise)(s, BKVI_PAGE, tile->max[r]);
+    bkvi_k(raise)(s, BKVI_PAGE, t->max[r]);
     for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
         bkvi_vec sum = bkvi_v(load)(lanes + j);
         for (i = j; i < BKVI_PAGE; i += BKVI_LANES) {
@@ -3144,7 +3002,7 @@ BKVI_NOINLINE void bkvi_k(soften)(const bkvi_tile *tile, const bkvi_span *span, 
             bkvi_v(store)(use, bkvi_v(fma)(x, x, bkvi_v(load)(use)));
         }
     }
-    if (r == tile->doubted) bkvi_k(doubt)(tile->doubt, s, span, c);
+    if (r == t->doubted) bkvi_k(doubt)(t->doubt, s, span, c);
     if (span->v_scale) bkvi_k(times)(s, span->v_scale);
 }
 
@@ -3158,27 +3016,28 @@ BKVI_INLINE void bkvi_k(lessen)(float *scores, int rows) {
 /* A tile of rows over one block: scores, softmax, sum of values. The values are prefetched during
    the scores, the keys of the next block during the sum. */
 BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
-                                  const bkvi_tile *tile, const bkvi_span *span) {
+                                  bkvi_tiles *t, const bkvi_span *span, uint32_t first) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = c->v_dim_pad;
     const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)dim * BKVI_LANES;
     const uint32_t vecs = v_dim_pad / BKVI_LANES;
+    float *q = t->q + (size_t)first * dim, *out = t->out + (size_t)first * v_dim_pad;
     const unsigned char *x;
     uint32_t i, slots, panels;
     int r;
 #define BKVI_SCORES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= panels; i += n)                                        \
-    bkvi_k(tile_fma)(type, rows, n, x + i * panel * es, BKVI_LANES, panel, dim, tile->q, 0,        \
-                     (size_t)rows, type != BKV_I8, tile->scores + (size_t)i * BKVI_LANES,          \
+    bkvi_k(tile_fma)(type, rows, n, x + i * panel * es, BKVI_LANES, panel, dim, q, 0,        \
+                     (size_t)rows, type != BKV_I8, t->scores + (size_t)i * BKVI_LANES,          \
                      BKVI_PAGE, span->warm ? NULL : span->v + i * panel * es)
 #define BKVI_VALUES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= vecs; i += n)                                          \
     bkvi_k(tile_fma)(type, rows, n, x + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES,        \
-                     slots, tile->scores, BKVI_PAGE, 0, 0,                                         \
-                     tile->out + (size_t)i * BKVI_LANES, v_dim_pad,                                \
+                     slots, t->scores, BKVI_PAGE, 0, 0,                                         \
+                     out + (size_t)i * BKVI_LANES, v_dim_pad,                                \
                      span->next_k ? span->next_k + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
-    if (type == BKV_I8) memset(tile->scores, 0, (size_t)rows * BKVI_PAGE * sizeof(float));
+    if (type == BKV_I8) memset(t->scores, 0, (size_t)rows * BKVI_PAGE * sizeof(float));
     for (x = span->k_rest ? span->k_rest : span->k; x; x = x == span->k ? NULL : span->k) {
-        if (type == BKV_I8 && span->k_rest && x == span->k) bkvi_k(lessen)(tile->scores, rows);
+        if (type == BKV_I8 && span->k_rest && x == span->k) bkvi_k(lessen)(t->scores, rows);
         slots = x == span->k ? span->slots : span->rests;
         panels = (slots + BKVI_LANES - 1) / BKVI_LANES;
         i = 0;
@@ -3186,9 +3045,9 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
         BKVI_SCORES(2);
         BKVI_SCORES(1);
     }
-    for (r = 0; r < rows; r++) bkvi_k(soften)(tile, span, (uint32_t)r, c);
+    for (r = 0; r < rows; r++) bkvi_k(soften)(t, span, first, first + (uint32_t)r, c);
     for (x = span->v; x; x = x == span->v ? span->v_rest : NULL) {
-        if (type == BKV_I8 && x != span->v) bkvi_k(lessen)(tile->scores, rows);
+        if (type == BKV_I8 && x != span->v) bkvi_k(lessen)(t->scores, rows);
         slots = x == span->v ? span->slots : span->rests;
         i = 0;
         BKVI_VALUES(4);
@@ -3213,8 +3072,8 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
 #endif
 #define BKVI_X(type, rows)                                                                         \
     BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                \
-        const bkv_cache *c, const bkvi_tile *tile, const bkvi_span *span) {                        \
-        bkvi_k(attend_tile)(type, rows, c, tile, span);                                            \
+        const bkv_cache *c, bkvi_tiles *t, const bkvi_span *span, uint32_t first) {                \
+        bkvi_k(attend_tile)(type, rows, c, t, span, first);                                        \
     }
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
@@ -3246,23 +3105,18 @@ BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *
     }
 }
 
-static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_queries *run) {
+static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
+    const bkv_cache *c = h->c;
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = c->v_dim_pad, group = c->group;
     const uint32_t n_blocks = bkvi_n_blocks(h);
-    unsigned char *mem = bkvi_head_mem(c, run->head), *pages = mem + c->off_pages;
     const float softcap = c->cfg.softcap;
     const float scale = c->cfg.scale * (softcap > 0.0f ? 2.0f * BKVI_LOG2E / softcap : BKVI_LOG2E);
-    float *q = run->scratch, *out = q + (size_t)BKVI_ROWS * dim;
-    float *lanes = out + (size_t)BKVI_ROWS * v_dim_pad, *max = lanes + BKVI_ROWS * BKVI_LANES;
-    float *limit = max + BKVI_ROWS, *scores = limit + BKVI_ROWS;
-    float *doubt = scores + BKVI_TILE_MAX * BKVI_PAGE;
-    float *work = doubt + BKVI_LANES + 2 * (size_t)v_dim_pad; /* to rotate in, or NULL */
-    unsigned char *queries = mem + c->off_queries;
-    const size_t mean_bytes = 4 * (size_t)bkvi_round_up(dim, BKVI_LANES);
+    bkvi_tiles *t = (bkvi_tiles *)(void *)h->scratch;
+    float *work = BKVI_TYPE(c->cfg.kv_type) == BKV_I8 ? t->work : NULL;
     uint32_t begin, b, r, i, doubted = 0xFFFFFFFFu; /* row whose error is estimated */
     if (h->halvings && h->fill == BKVI_PAGE && !h->drafts) /* the last token; heads take turns */
         doubted = (run->n - 1) * group + (uint32_t)(h->halvings % group);
-    if (BKVI_TYPE(c->cfg.kv_type) != BKV_I8) work = NULL;
+    t->out = t->q + (size_t)BKVI_ROWS * dim;
     /* Row r: token r / group, query head r % group of this KV head. */
     for (begin = 0; begin < run->n * group; begin += BKVI_ROWS) {
         uint32_t n = bkvi_min(BKVI_ROWS, run->n * group - begin), tile_rows, size;
@@ -3270,55 +3124,43 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
         size = (n + BKVI_TILE_ROWS - 1) / BKVI_TILE_ROWS;
         size = (n + size - 1) / size;
         for (r = 0; r < n; r++) {
-            uint32_t token = (begin + r) / group, tile = r / size * size;
-            uint32_t width = bkvi_min(size, n - tile);
-            float *to;
-            const unsigned char *row = bkvi_at(run->q, run->first + token,
-                                               (size_t)run->head * group + (begin + r) % group);
-            limit[r] = (float)(bkvi_last_fill(h) - run->n + 1 + token);
-            max[r] = BKVI_LOWEST;
-            to = q + (size_t)tile * dim + (r - tile);
-            bkvi_k(load_query)(to, width,
-                               h->drafts ? NULL : queries + (begin + r) % group * mean_bytes, row,
+            uint32_t token = (begin + r) / group, member = (begin + r) % group;
+            uint32_t tile = r / size * size, width = bkvi_min(size, n - tile);
+            t->limit[r] = (float)(bkvi_last_fill(h) - run->n + 1 + token);
+            t->max[r] = BKVI_LOWEST;
+            bkvi_k(load_query)(t->q + (size_t)tile * dim + (r - tile), width,
+                               h->drafts ? NULL : bkvi_part(h, BKVI_QUERIES, member),
+                               bkvi_at(run->q, run->first + token, h->index * group + member),
                                run->q, dim, scale, work);
         }
-        memset(out, 0, (size_t)n * v_dim_pad * sizeof *out);
-        memset(lanes, 0, (size_t)n * BKVI_LANES * sizeof *lanes);
-        memset(doubt, 0, (BKVI_LANES + 2 * (size_t)v_dim_pad) * sizeof *doubt);
+        memset(t->out, 0, (size_t)n * v_dim_pad * sizeof *t->out);
+        memset(t->lanes, 0, (size_t)n * BKVI_LANES * sizeof *t->lanes);
+        memset(t->doubt, 0, (BKVI_LANES + 2 * (size_t)v_dim_pad) * sizeof *t->doubt);
+        t->doubted = doubted - begin;
 
         for (b = 0; b < n_blocks; b++) {
             bkvi_span span;
-            uint32_t slot = bkvi_block_slot(c, h, pages, b, &span.slots), unused;
-            span.k = bkvi_key_page(c, mem, slot);
-            span.v = bkvi_value_row(c, mem, slot);
-            span.weight = bkvi_word(mem, c->off_weight, slot);
-            span.use = b + 2 < n_blocks || h->drafts ? NULL : bkvi_word(mem, c->off_use, slot);
-            span.k_scale = work ? bkvi_scale(mem, c->off_k_scale, slot) : NULL;
-            span.v_scale = work ? bkvi_scale(mem, c->off_v_scale, slot) : NULL;
-            span.k_rest = span.v_rest = NULL;
-            span.rests = work ? bkvi_n_rests(c, slot, span.slots, b + 1 == n_blocks) : 0;
-            if (span.rests) {
-                span.k_rest = bkvi_key_rest(c, mem, bkvi_rest(c, slot));
-                span.v_rest = bkvi_value_rest(c, mem, bkvi_rest(c, slot));
-            }
+            uint32_t slot = bkvi_block_slot(h, b, &span.slots), unused;
+            span.k = bkvi_part(h, BKVI_K, slot);
+            span.v = bkvi_part(h, BKVI_V, slot);
+            span.weight = bkvi_part(h, BKVI_WEIGHT, slot);
+            span.use = b + 2 < n_blocks || h->drafts ? NULL : bkvi_part(h, BKVI_USE, slot);
+            span.k_scale = work ? bkvi_part(h, BKVI_K_SCALE, slot) : NULL;
+            span.v_scale = work ? bkvi_part(h, BKVI_V_SCALE, slot) : NULL;
+            span.k_rest = bkvi_rest(h, BKVI_K, slot);
+            span.v_rest = bkvi_rest(h, BKVI_V, slot);
+            span.rests = bkvi_min(span.slots, slot < c->sink_slots ? BKVI_LANES : BKVI_PAGE);
+            span.last = b + 1 == n_blocks;
             span.next_k = NULL;
-            if (b + 1 < n_blocks)
-                span.next_k = bkvi_key_page(c, mem, bkvi_block_slot(c, h, pages, b + 1, &unused));
+            if (!span.last)
+                span.next_k = bkvi_part(h, BKVI_K, bkvi_block_slot(h, b + 1, &unused));
             for (r = 0; r < n; r += tile_rows) {
-                bkvi_tile tile = {q + (size_t)r * dim,
-                                  out + (size_t)r * v_dim_pad,
-                                  lanes + (size_t)r * BKVI_LANES,
-                                  max + r,
-                                  scores,
-                                  b + 1 < n_blocks ? NULL : limit + r,
-                                  doubt,
-                                  doubted - begin - r};
                 tile_rows = bkvi_min(size, n - r);
                 span.warm = r > 0;
                 if (r) span.next_k = NULL;
                 switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
-    case (type)*8 + (rows): BKVI_FN(bkvi_attend_##type##_##rows)(c, &tile, &span); break;
+    case (type)*8 + (rows): BKVI_FN(bkvi_attend_##type##_##rows)(c, t, &span, r); break;
                     BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
                 default: break;
@@ -3327,17 +3169,17 @@ static void bkvi_k(attend)(const bkv_cache *c, const bkvi_head *h, const bkvi_qu
         }
 
         for (r = 0; r < n; r++) {
-            size_t head = (size_t)run->head * group + (begin + r) % group, v_dim = c->cfg.value_dim;
+            size_t head = (size_t)h->index * group + (begin + r) % group, v_dim = c->cfg.value_dim;
             size_t token = run->first + (begin + r) / group;
-            float *row = out + (size_t)r * v_dim_pad;
-            const float sum = bkvi_k(over_lanes)(lanes + (size_t)r * BKVI_LANES);
+            float *row = t->out + (size_t)r * v_dim_pad;
+            const float sum = bkvi_k(over_lanes)(t->lanes + r * BKVI_LANES);
             const bkvi_vec factor = bkvi_v(set)(run->max ? 1.0f : 1.0f / sum);
             if (run->max) {
-                run->max[head] = max[r] == 0.0f ? 0.0f : max[r] * BKVI_LN2; /* never -0 */
+                run->max[head] = t->max[r] == 0.0f ? 0.0f : t->max[r] * BKVI_LN2; /* never -0 */
                 run->sum[head] = sum;
             }
-            if (begin + r == doubted)
-                bkvi_k(settle)(mem + BKVI_ERROR_AT, row, sum, doubt, v_dim_pad);
+            if (r == t->doubted)
+                bkvi_k(settle)(h->mem + BKVI_ERROR_AT, row, sum, t->doubt, v_dim_pad);
             if (work) {
                 memcpy(work, row, v_dim_pad * sizeof *row);
                 bkvi_k(rotate)(row = work, v_dim_pad);

@@ -111,10 +111,10 @@ static void hash_state(uint64_t *h, const bkv_cache *c) {
     hash_elements(h, c->mem, header, 4);
     for (i = 0; i < heads; i++) {
         const unsigned char *head = c->mem + header + i * c->head_bytes;
-        hash_elements(h, head, c->off_k_scale, 4);
-        hash_elements(h, head + c->off_k_scale, c->off_k_rest - c->off_k_scale, 2);
-        hash_elements(h, head + c->off_k_rest, c->off_k - c->off_k_rest, 1);
-        hash_elements(h, head + c->off_k, c->head_bytes - c->off_k, c->elem_bytes);
+        hash_elements(h, head, c->at[BKVI_K_SCALE], 4);
+        hash_elements(h, head + c->at[BKVI_K_SCALE], c->at[BKVI_K_REST] - c->at[BKVI_K_SCALE], 2);
+        hash_elements(h, head + c->at[BKVI_K_REST], c->at[BKVI_K] - c->at[BKVI_K_REST], 1);
+        hash_elements(h, head + c->at[BKVI_K], c->head_bytes - c->at[BKVI_K], c->elem_bytes);
     }
 }
 

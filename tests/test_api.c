@@ -701,7 +701,7 @@ static void attach_uneven_heads(void) {
     unsigned char *block = (unsigned char *)checked(malloc(f.c.bytes));
     unsigned char *last = block + f.c.state_bytes - f.c.head_bytes;
     memcpy(block, f.c.mem, f.c.state_bytes);
-    memset(last, 0, f.c.off_pages);
+    memset(last, 0, f.c.at[BKVI_TABLE]);
     FAILS(bkv_attach(&f.c, block, f.c.bytes, 0), BKV_E_STATE);
     free(block);
     fixture_free(&f);
@@ -711,7 +711,7 @@ static void attach_uneven_heads(void) {
 static void attach_twofold_pages(void) {
     fixture f = fixture_new(BKV_F16, BKV_F32, 400);
     unsigned char *block = (unsigned char *)checked(malloc(f.c.bytes));
-    unsigned char *pages = block + f.c.state_bytes - f.c.head_bytes + f.c.off_pages;
+    unsigned char *pages = block + f.c.state_bytes - f.c.head_bytes + f.c.at[BKVI_TABLE];
     memcpy(block, f.c.mem, f.c.state_bytes);
     memcpy(pages + 8, pages, 4);
     FAILS(bkv_attach(&f.c, block, f.c.bytes, 0), BKV_E_STATE);
@@ -727,7 +727,7 @@ static void attach_damaged_bytes(void) {
     const bkv_tensor zeros = bkv_dense(rows, BKV_F32);
     fixture f = fixture_new(BKV_F16, BKV_F32, 400);
     bkv_cache c = f.c;
-    size_t header = c.state_bytes - N_KV * c.head_bytes, tables = c.off_pages + 8 * c.n_pages;
+    size_t header = c.state_bytes - N_KV * c.head_bytes, tables = c.at[BKVI_TABLE] + 8 * c.n_pages;
     unsigned seen[32] = {0}; /* how often each result came */
     unsigned char *block = (unsigned char *)checked(malloc(c.bytes));
     for (size_t i = 0; i < c.state_bytes; i++) {

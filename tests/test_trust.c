@@ -246,7 +246,7 @@ static void broken_bytes_are_rejected_or_harmless(void) {
         memcpy(broken, saved, bytes);
         /* In the header, in the tables of a head, anywhere. */
         size_t span = round % 3 == 0   ? BKVI_HEADER_BYTES
-                      : round % 3 == 1 ? BKVI_HEADER_BYTES + c.off_k
+                      : round % 3 == 1 ? BKVI_HEADER_BYTES + c.at[BKVI_K]
                                        : bytes;
         for (uint32_t flips = 1 + random_below(round % 2 ? 1 : 8); flips; flips--) {
             size_t at = random_below((uint32_t)span);
@@ -295,9 +295,9 @@ static void validation_finds_every_flipped_bit(void) {
                 size_t at, bytes;
             } parts[] = {{0, head ? 0 : BKVI_HEADER_BYTES},
                          {at_head, 36},
-                         {at_head + c.off_pages, 8 * (size_t)c.n_pages},
-                         {at_head + c.off_weight, 4 * (size_t)c.slots},
-                         {at_head + c.off_position, 4 * (size_t)c.slots}};
+                         {at_head + c.at[BKVI_TABLE], 8 * (size_t)c.n_pages},
+                         {at_head + c.at[BKVI_WEIGHT], 4 * (size_t)c.slots},
+                         {at_head + c.at[BKVI_POSITION], 4 * (size_t)c.slots}};
             for (size_t p = 0; p < COUNT(parts); p++)
                 for (size_t bit = 0; bit < 8 * parts[p].bytes; bit++) {
                     unsigned char *at = c.mem + parts[p].at + bit / 8;
@@ -437,10 +437,10 @@ static void impossible_states_are_refused(void) {
     const struct {
         size_t at;
         uint32_t word;
-    } wrong[] = {{BKVI_ERROR_AT, 0x7FC00000u}, {c.off_queries, 0x7F800000u},
-                 {c.off_use, 0xBF800000u},     {c.off_use, 0x7E967698u}, /* nearly a pin */
-                 {c.off_weight, 0x7F000000u},  {c.off_k, 0x7FC00000u},
-                 {c.off_v, 0xFF800000u}};
+    } wrong[] = {{BKVI_ERROR_AT, 0x7FC00000u}, {c.at[BKVI_QUERIES], 0x7F800000u},
+                 {c.at[BKVI_USE], 0xBF800000u},     {c.at[BKVI_USE], 0x7E967698u}, /* nearly a pin */
+                 {c.at[BKVI_WEIGHT], 0x7F000000u},  {c.at[BKVI_K], 0x7FC00000u},
+                 {c.at[BKVI_V], 0xFF800000u}};
     size_t bytes = cache_stats(&c).state_bytes, head = BKVI_HEADER_BYTES + c.head_bytes;
     unsigned char *saved = (unsigned char *)checked(malloc(bytes));
     void *mem = checked(malloc(c.bytes));
@@ -625,7 +625,7 @@ static void soak(void) {
             for (uint32_t i = 0; i < info.tokens_held; i++)
                 weights += (double)cache_token(&c, head, i).weight / N_KV;
         for (size_t head = 0; head < N_KV; head++) { /* queries have mean 0, variance 1 */
-            const unsigned char *means = bkvi_head_mem(&c, (uint32_t)head) + c.off_queries;
+            const unsigned char *means = bkvi_head_mem(&c, (uint32_t)head) + c.at[BKVI_QUERIES];
             for (size_t i = 0; i < GROUP * 16; i++) {
                 double m = fabs((double)bkvi_getf(means + 4 * i));
                 most = m > most ? m : most;
@@ -657,16 +657,16 @@ static void limits_of_states(void) {
         for (int i = 0; i < 300; i++) attend(&c, &s, 3, out);
         OK(bkv_save(&c, saved, bytes));
         OK(bkv_load(&back, saved, bytes, mem, c.bytes, 1, 0));
-        uint32_t w = bkvi_get32(c.mem + head + c.off_weight); /* slots 0 and, once empty, 271 */
+        uint32_t w = bkvi_get32(c.mem + head + c.at[BKVI_WEIGHT]); /* slots 0 and, once empty, 271 */
         OK(bkv_reset(&c));
         append(&c, &s, 2, 5, 0);
-        bkvi_put32(c.mem + head + c.off_weight, 0);
-        bkvi_put32(c.mem + head + c.off_weight + 4 * (BUDGET - 1), w);
+        bkvi_put32(c.mem + head + c.at[BKVI_WEIGHT], 0);
+        bkvi_put32(c.mem + head + c.at[BKVI_WEIGHT] + 4 * (BUDGET - 1), w);
         RESULT(bkv_validate(&c), BKV_E_STATE);
         OK(bkv_reset(&c));
         append(&c, &s, 2, 5, 0);
         if (storage_types[type] == BKV_I8) {
-            at = c.mem + head + c.off_k_scale;
+            at = c.mem + head + c.at[BKVI_K_SCALE];
             memcpy(was, at, 2);
             bkvi_put16(at, 0x7FC0);
             RESULT(bkv_validate(&c), BKV_E_STATE);
