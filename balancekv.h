@@ -282,7 +282,7 @@ typedef struct bkv_tensor {
 typedef struct bkv_cache {
     unsigned char *mem;
     bkv_config cfg; /* every default resolved; backend is the one in use */
-    uint32_t group, slots, sink_slots, n_pages, window_pages, v_dim_pad, rests;
+    uint32_t group, slots, sink_slots, n_pages, window_pages, rests;
     size_t elem_bytes, at[13], each[12]; /* parts of a head: offset, bytes per slot or whatever */
     size_t head_bytes, scratch_bytes, state_bytes, bytes;
 } bkv_cache;
@@ -610,6 +610,11 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #undef BKVI_UNROLL
 #define BKVI_UNROLL
 #endif
+#if BKVI_SMALL
+#define BKVI_ONCE static __attribute__((unused)) /* inline but where size counts */
+#else
+#define BKVI_ONCE BKVI_INLINE
+#endif
 #define BKVI_INLINE static inline __attribute__((always_inline, unused))
 #define BKVI_NOINLINE static __attribute__((noinline))
 
@@ -702,6 +707,11 @@ BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) {
     return type == BKV_F32 ? 4 : type == BKV_I8 ? 1 : 2;
 }
 
+/* Not in builds of another type. */
+BKVI_INLINE int bkvi_is_i8(uint32_t type) {
+    return BKVI_TYPE((uint32_t)BKV_I8) == BKV_I8 && type == BKV_I8;
+}
+
 /* memcmp() == 0, which clang would turn into a call of bcmp(). */
 static int bkvi_same(const unsigned char *a, const unsigned char *b, size_t n) {
     for (; n && *a == *b; n--) a++, b++;
@@ -735,13 +745,14 @@ static float bkvi_uniform(uint64_t key, uint32_t i) {
     return (float)(bkvi_mix(key + BKVI_GOLDEN * ((uint64_t)i + 1)) >> 40) * 5.9604644775390625e-8f;
 }
 
-/* 1 / sqrt(dim) to nearest, without libm: Newton in double (tests/test_api.c: all 512). */
-static float bkvi_default_scale(uint32_t dim) {
-    double y = 1.0, x = (double)dim;
+/* The square root of a positive number, without libm: Newton in double from a
+   guess by the exponent. No root of a float is so near the middle of two floats that the last bits
+   could matter to one rounded to float. */
+static double bkvi_root(float x) {
+    double y = (double)bkvi_float((bkvi_bits(x) >> 1) + 0x1FBD1DF5u);
     int i;
-    while (y * y * x > 1.0) y *= 0.5;
-    for (i = 0; i < 8; i++) y = y * (1.5 - 0.5 * x * y * y);
-    return (float)y;
+    for (i = 0; i < 4; i++) y = 0.5 * (y + (double)x / y);
+    return y;
 }
 
 /* Round to nearest even; the caller keeps NaN and overflow out (bkvi_scan). */
@@ -751,16 +762,7 @@ BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
 }
 
 #if BKVI_HAVE_SCALAR || BALANCEKV_SIMDE
-/* The square root to nearest (0 of a negative number), without libm: Newton in double from a guess
-   by the exponent. No root of a float is so near the middle of two floats that it could matter. */
-static float bkvi_sqrt(float x) {
-    double y, d = (double)x;
-    int i;
-    if (!(x > 0.0f)) return 0.0f;
-    y = (double)bkvi_float((bkvi_bits(x) >> 1) + 0x1FBD1DF5u);
-    for (i = 0; i < 4; i++) y = 0.5 * (y + d / y);
-    return (float)y;
-}
+static float bkvi_sqrt(float x) { return x > 0.0f ? (float)bkvi_root(x) : 0.0f; } /* to nearest */
 
 /* Correctly rounded a * b + c. Without the instruction: the product of two floats is exact in
    double; TwoSum gives the rounding error of the sum; rounding the sum to odd then makes the final
@@ -783,7 +785,7 @@ BKVI_INLINE float bkvi_fma(float a, float b, float c) {
 #endif
 }
 
-BKVI_INLINE float bkvi_from_f16(uint16_t h) {
+BKVI_ONCE float bkvi_from_f16(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7FFFu;
     if (rest >= 0x7C00u) /* Inf, NaN (made quiet, as the hardware does) */
         return bkvi_float(sign | 0x7F800000u | (rest & 0x3FFu) << 13 |
@@ -853,7 +855,7 @@ struct bkvi_head {
     uint64_t seen, halvings;    /* tokens appended; halvings done */
 };
 
-static bkvi_kernels bkvi_kernels_of(uint32_t backend); /* behind the passes, at the end of §12 */
+BKVI_NOINLINE bkvi_kernels bkvi_kernels_of(uint32_t backend); /* at the end of §12 */
 
 #if (BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512) && !BALANCEKV_SIMDE
 /* The instructions AND the operating system's saving of their registers. */
@@ -996,6 +998,10 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
 static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
     return c->mem + BKVI_HEADER_BYTES + (size_t)head * c->head_bytes;
 }
+/* value_dim, padded to whole sixteens. */
+BKVI_INLINE uint32_t bkvi_v_dim(const bkv_cache *c) {
+    return bkvi_round_up(BKVI_DIM(c->cfg.value_dim), BKVI_LANES);
+}
 static float *bkvi_scratch(const bkv_cache *c, uint32_t ith) {
     unsigned char *p = c->mem + c->state_bytes;
     p += (64 - ((uintptr_t)p & 63)) & 63;
@@ -1033,13 +1039,9 @@ static uint32_t bkvi_held(const bkvi_head *h) {
     return h->sinks + (h->used ? (h->used - 1) * BKVI_PAGE + h->fill : 0);
 }
 
-/* The parts of which each slot has some bytes of its own; keys stand in panels. */
-enum { BKVI_OWN = 6 };
-static const unsigned char bkvi_own[BKVI_OWN] = {BKVI_WEIGHT,  BKVI_USE,     BKVI_POSITION,
-                                                 BKVI_K_SCALE, BKVI_V_SCALE, BKVI_V};
-/* The bytes of a slot in a part: of a key the first element, the next ones follow 16 elements apart,
-   so that a slot that is a multiple of 16 is a panel, and one that starts a page a page. Also page
-   `slot` of the table, counted from the oldest, and the mean of query head `slot`. */
+/* The bytes of a slot in a part; of a key the first element, the next ones follow 16 elements apart
+   (so a multiple of 16 slots is where a panel starts). Also page `slot` of the table, counted from
+   the oldest, and the mean of query head `slot`. */
 static inline unsigned char *bkvi_part(const bkvi_head *h, int part, uint32_t slot) {
     const uint32_t lane = part == BKVI_K || part == BKVI_K_REST ? slot % BKVI_LANES : 0;
     return h->mem + h->c->at[part] + (size_t)(slot - lane) * h->c->each[part] +
@@ -1068,7 +1070,7 @@ static uint32_t bkvi_page_slot(const bkvi_head *h, uint32_t i) {
    the newest page have it, of BKV_I8 and of caches that are large enough. */
 static unsigned char *bkvi_rest(const bkvi_head *h, int part, uint32_t slot) {
     const uint32_t rests = h->c->rests, sinks = rests - BKVI_PAGE, first = h->c->sink_slots;
-    if (BKVI_TYPE(h->c->cfg.kv_type) != BKV_I8 || !rests) return NULL;
+    if (!bkvi_is_i8(h->c->cfg.kv_type) || !rests) return NULL;
     if (slot >= first) slot = sinks + (slot - bkvi_page_slot(h, h->used - 1));
     else if (slot >= sinks) return NULL;
     return slot < rests ? bkvi_part(h, part - BKVI_K + BKVI_K_REST, slot) : NULL;
@@ -1079,9 +1081,11 @@ static void bkvi_move_slot(const bkvi_head *h, uint32_t to, uint32_t from, float
     const size_t es = h->c->elem_bytes, step = BKVI_LANES * es;
     int i;
     if (to != from) {
-        for (i = 0; i < BKVI_OWN; i++)
-            memcpy(bkvi_part(h, bkvi_own[i], to), bkvi_part(h, bkvi_own[i], from),
-                   h->c->each[bkvi_own[i]]);
+        memcpy(bkvi_part(h, BKVI_USE, to), bkvi_part(h, BKVI_USE, from), 4);
+        memcpy(bkvi_part(h, BKVI_POSITION, to), bkvi_part(h, BKVI_POSITION, from), 4);
+        for (i = BKVI_K_SCALE; i <= BKVI_V_SCALE && bkvi_is_i8(h->c->cfg.kv_type); i++)
+            memcpy(bkvi_part(h, i, to), bkvi_part(h, i, from), 2);
+        memcpy(bkvi_part(h, BKVI_V, to), bkvi_part(h, BKVI_V, from), h->c->each[BKVI_V]);
         bkvi_copy(bkvi_part(h, BKVI_K, to), step, bkvi_part(h, BKVI_K, from), step,
                   BKVI_DIM(h->c->cfg.head_dim), es);
     }
@@ -1107,10 +1111,12 @@ static uint32_t bkvi_sum(const bkvi_head *h, uint32_t slot, uint32_t n) {
 /* n slots lose their tokens: one, or a page. */
 static void bkvi_clear(const bkvi_head *h, uint32_t slot, uint32_t n) {
     static const unsigned char zero[4] = {0, 0, 0, 0};
+    static const unsigned char own[] = {BKVI_WEIGHT,  BKVI_USE,     BKVI_POSITION,
+                                        BKVI_K_SCALE, BKVI_V_SCALE, BKVI_V};
     const size_t es = h->c->elem_bytes;
-    int i;
-    for (i = 0; i < BKVI_OWN; i++)
-        memset(bkvi_part(h, bkvi_own[i], slot), 0, n * h->c->each[bkvi_own[i]]);
+    uint32_t i;
+    for (i = 0; i < sizeof own; i++)
+        memset(bkvi_part(h, own[i], slot), 0, n * h->c->each[own[i]]);
     if (n == 1)
         bkvi_copy(bkvi_part(h, BKVI_K, slot), BKVI_LANES * es, zero, 0, h->c->cfg.head_dim, es);
     else
@@ -1297,7 +1303,6 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (r->head_dim < 1 || r->head_dim > 512 || r->value_dim < 1 || r->value_dim > 512 ||
         BKVI_DIM(r->head_dim) != r->head_dim || BKVI_DIM(r->value_dim) != r->value_dim)
         return BKV_E_HEAD_DIM;
-    c->v_dim_pad = bkvi_round_up(r->value_dim, BKVI_LANES);
     if (!r->kv_type) r->kv_type = BKV_F16;
     if (r->kv_type < BKV_F32 || r->kv_type > BKV_I8 || r->kv_type != BKVI_TYPE(r->kv_type))
         return BKV_E_KV_TYPE;
@@ -1325,7 +1330,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         (r->rounds > 64 && r->rounds != BKV_NONE))
         return BKV_E_RULE;
     if (r->temp == 0.0f) r->temp = 0.1f;
-    if (r->scale == 0.0f) r->scale = bkvi_default_scale(r->head_dim);
+    if (r->scale == 0.0f) r->scale = (float)(1.0 / bkvi_root((float)r->head_dim));
     /* Written so that NaN fails. The bounds keep every logit below 2^127 for inputs below 2^56. */
     if (!(r->temp >= 1e-6f && r->temp <= 1e6f) || !(r->scale >= 1e-6f && r->scale <= 8.0f) ||
         !(r->scale * r->temp <= 8.0f) ||
@@ -1341,7 +1346,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         const uint32_t scale = r->kv_type == BKV_I8 ? 2 : 0, es = (uint32_t)c->elem_bytes;
         const uint32_t dim = r->head_dim, q_dim = bkvi_round_up(dim, BKVI_LANES);
         const uint32_t each[] = {4,     8,     4,   4,           4,        4 * q_dim,
-                                 scale, scale, dim, c->v_dim_pad, dim * es, c->v_dim_pad * es};
+                                 scale, scale, dim, bkvi_v_dim(c), dim * es, bkvi_v_dim(c) * es};
         c->at[i] = (size_t)end, c->each[i] = each[i];
         end += (uint64_t)each[i] * (i == BKVI_COUNTERS  ? 16
                                     : i == BKVI_TABLE   ? c->n_pages
@@ -1349,7 +1354,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
                                     : i == BKVI_K_REST || i == BKVI_V_REST ? c->rests : c->slots);
     }
     c->at[BKVI_END] = c->head_bytes = (size_t)end;
-    c->scratch_bytes = bkvi_halving_bytes(r->head_dim, c->v_dim_pad);
+    c->scratch_bytes = bkvi_halving_bytes(r->head_dim, bkvi_v_dim(c));
     end = BKVI_HEADER_BYTES + r->n_kv_heads * end;
     c->state_bytes = (size_t)end;
     end += 64 + (uint64_t)r->n_threads * c->scratch_bytes; /* 64: to align the scratch anywhere */
@@ -1522,10 +1527,11 @@ static bkv_result bkvi_check_input(const bkv_cache *c, bkv_tensor *t, int i, siz
     const uint32_t heads = i == 2 ? c->cfg.n_q_heads : c->cfg.n_kv_heads;
     const uint32_t dim = i == 1 ? c->cfg.value_dim : c->cfg.head_dim;
     const float limit = i < 2 && c->cfg.kv_type == BKV_F16 ? 65520.0f : BKVI_HUGE;
-    const bkvi_kernels kernels = bkvi_kernels_of(c->cfg.backend);
+    bkvi_kernels kernels;
     size_t token;
     uint32_t head;
     if (!values) return bkvi_check_tensor(t, n_tokens, heads, dim);
+    kernels = bkvi_kernels_of(c->cfg.backend);
     for (token = 0; token < n_tokens; token++)
         for (head = 0; head < heads; head++)
             if (!kernels.scan(bkvi_at(t, token, head), t->type, t->elem_stride, dim, limit))
@@ -1604,7 +1610,7 @@ static void bkvi_take_back(bkvi_head *h, uint32_t n) {
         bkvi_clear(h, slot, 1);
         if (bkvi_rest(h, BKVI_K, slot)) {
             bkvi_copy(bkvi_rest(h, BKVI_K, slot), BKVI_LANES, &zero, 0, c->cfg.head_dim, 1);
-            memset(bkvi_rest(h, BKVI_V, slot), 0, c->v_dim_pad);
+            memset(bkvi_rest(h, BKVI_V, slot), 0, bkvi_v_dim(c));
         }
         if (!h->used)
             h->sinks--;
@@ -1885,7 +1891,7 @@ BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows)
             memset(scratch, 0, dim[i] * bytes);
             if (w > 0.0f) {
                 h.kernels.fetch(x, bkvi_part(&h, BKVI_K + (int)i, row), c->cfg.kv_type,
-                                (i ? 1 : BKVI_LANES) * c->elem_bytes, i ? c->v_dim_pad : dim[0],
+                                (i ? 1 : BKVI_LANES) * c->elem_bytes, i ? bkvi_v_dim(c) : dim[0],
                                 bkvi_part(&h, BKVI_K_SCALE + (int)i, row),
                                 bkvi_rest(&h, BKVI_K + (int)i, row));
                 if (!h.kernels.scan((unsigned char *)x, BKV_F32, 4, dim[i],
@@ -2405,7 +2411,7 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, un
                         uint32_t n, float *work) {
     size_t bytes = bkvi_type_bytes(kv_type);
     uint32_t i, lane, padded = step == 1 ? bkvi_round_up(n, BKVI_LANES) : n;
-    if (kv_type == BKV_I8) {
+    if (bkvi_is_i8(kv_type)) {
         bkvi_k(rotated_row)(work, src, type, stride, n, padded);
         bkvi_k(quantise)(work, scale, padded);
         for (i = 0; i < padded; i++) {
@@ -2418,11 +2424,10 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, un
         float part[16];
         unsigned char *to = (unsigned char *)part; /* converted in place, front to back */
         bkvi_k(row)(part, src, type, stride, i, n);
-        for (lane = 0; lane < BKVI_LANES && bytes == 2; lane++)
-            if (kv_type == BKV_BF16)
-                bkvi_put16(to + 2 * lane, bkvi_to_bf16(part[lane]));
-            else if (lane % BKVI_WIDTH == 0)
-                bkvi_v(store_f16)(to + 2 * lane, bkvi_v(load)(part + lane));
+        for (lane = 0; lane < BKVI_LANES && kv_type == BKV_BF16; lane++)
+            bkvi_put16(to + 2 * lane, bkvi_to_bf16(part[lane]));
+        for (lane = 0; lane < BKVI_LANES && kv_type == BKV_F16; lane += BKVI_WIDTH)
+            bkvi_v(store_f16)(to + 2 * lane, bkvi_v(load)(part + lane));
         bkvi_copy(dst + i * step * bytes, step * bytes, to, bytes,
                   step == 1 ? (uint32_t)BKVI_LANES : bkvi_min(BKVI_LANES, n - i), bytes);
     }
@@ -2433,7 +2438,7 @@ static void bkvi_k(fetch)(float *x, const unsigned char *src, uint32_t type, siz
                           uint32_t n, const unsigned char *scale, const unsigned char *rest) {
     uint32_t i;
     for (i = 0; i < n; i += BKVI_LANES) bkvi_k(row)(x + i, src, type, stride, i, n);
-    if (type != BKV_I8) return;
+    if (!bkvi_is_i8(type)) return;
     for (i = 0; i < n; i++) {
         if (rest) x[i] += (float)(int8_t)rest[i * stride] * (1.0f / 128.0f); /* exact */
         x[i] *= bkvi_float((uint32_t)bkvi_get16(scale) << 16);
@@ -2444,7 +2449,7 @@ static void bkvi_k(fetch)(float *x, const unsigned char *src, uint32_t type, siz
 /* 2^t of four registers side by side, as one alone would wait for its own results: within 1 ulp;
    exactly 0 below 2^-125, so that no denormal arises. t <= 127. The polynomial is a minimax fit of
    degree 6 of ours. */
-BKVI_INLINE void bkvi_k(exp2)(bkvi_vec *t) {
+BKVI_ONCE void bkvi_k(exp2)(bkvi_vec *t) {
     static const float c[6] = {1.339993090e-3f, 9.618489072e-3f, 5.550328642e-2f,
                                2.402264625e-1f, 6.931471825e-1f, 1.0f};
     const bkvi_vec magic = bkvi_v(set)(12582912.0f); /* 1.5 * 2^23: adding it rounds to integers */
@@ -2762,15 +2767,14 @@ BKVI_INLINE void bkvi_k(rows)(bkvi_block *block, const int vecs, uint32_t i, uin
     const unsigned char *x = (const unsigned char *)(block->panels + first * stride);
     const float *c = block->panels + i * stride;
     uint32_t row;
-    for (row = 0; row < BKVI_LANES && (BKVI_SMALL || BALANCEKV_SIMDE); row += 2)
-        bkvi_k(tile_fma)(BKV_F32, 2, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
-                         block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
+#define BKVI_PRODUCTS(rows)                                                                        \
+    bkvi_k(tile_fma)(BKV_F32, rows, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,   \
+                     block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL)
+    for (row = 0; row < BKVI_LANES && (BKVI_SMALL || BALANCEKV_SIMDE); row += 2) BKVI_PRODUCTS(2);
     if (row) return;
-    for (; row < 10; row += 5)
-        bkvi_k(tile_fma)(BKV_F32, 5, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
-                         block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
-    bkvi_k(tile_fma)(BKV_F32, 6, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,
-                     block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL);
+    for (; row < 10; row += 5) BKVI_PRODUCTS(5);
+    BKVI_PRODUCTS(6);
+#undef BKVI_PRODUCTS
 }
 
 /* The upper triangle of the products, and their entries: columns in groups of panels, panels of
@@ -2798,7 +2802,7 @@ BKVI_NOINLINE void bkvi_k(products)(bkvi_block *block, int values, uint32_t dim,
 
 static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
     const bkv_config *cfg = &h->c->cfg;
-    const uint32_t dim = BKVI_DIM(cfg->head_dim), v_dim = h->c->v_dim_pad;
+    const uint32_t dim = BKVI_DIM(cfg->head_dim), v_dim = bkvi_v_dim(h->c);
     const float scale = cfg->scale * cfg->temp * BKVI_LOG2E;
     const uint32_t importance = cfg->importance == BKV_NONE ? 0 : cfg->importance;
     /* One row more than needed: panels a multiple of 4 KiB apart would share cache sets. */
@@ -2887,7 +2891,8 @@ BKVI_INLINE void bkvi_k(times)(float *x, const unsigned char *scale) {
    and c v^2, where c = s^2 (1 - 1 / w), s the weights that softmax has come to. Adds a block's. */
 BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *span,
                                         const bkv_cache *c) {
-    const size_t row = c->v_dim_pad * c->elem_bytes;
+    const uint32_t v_dim_pad = bkvi_v_dim(c);
+    const size_t row = v_dim_pad * c->elem_bytes;
     bkvi_vec x, y, one = bkvi_v(set)(1.0f), most = one, first, second;
     float by[BKVI_PAGE], *to = sums + BKVI_LANES;
     uint32_t i, j, scale = 0x3F80; /* 1 as bf16 */
@@ -2901,9 +2906,9 @@ BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *s
         bkvi_v(store)(by + i, x * y);
         bkvi_v(store)(lanes, bkvi_v(fma)(x, y, bkvi_v(load)(lanes)));
     }
-    for (j = 0; j < c->v_dim_pad; j += BKVI_WIDTH, to += BKVI_WIDTH) {
+    for (j = 0; j < v_dim_pad; j += BKVI_WIDTH, to += BKVI_WIDTH) {
         const unsigned char *v = span->v + j * c->elem_bytes;
-        first = bkvi_v(load)(to), second = bkvi_v(load)(to + c->v_dim_pad);
+        first = bkvi_v(load)(to), second = bkvi_v(load)(to + v_dim_pad);
         for (i = 0; i < BKVI_PAGE; i++, v += row) {
             if (span->v_scale) scale = bkvi_get16(span->v_scale + 2 * (size_t)i);
             x = bkvi_v(get)((int)BKVI_TYPE(c->cfg.kv_type), v);
@@ -2913,7 +2918,7 @@ BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *s
             second = bkvi_v(fma)(x * y, x, second);
         }
         bkvi_v(store)(to, first);
-        bkvi_v(store)(to + c->v_dim_pad, second);
+        bkvi_v(store)(to + v_dim_pad, second);
     }
 }
 
@@ -2944,7 +2949,7 @@ BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float 
    the row's maximum so far. When that rises, what was summed so far shrinks. */
 BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t first, uint32_t r,
                                   const bkv_cache *c) {
-    const uint32_t v_dim_pad = c->v_dim_pad;
+    const uint32_t v_dim_pad = bkvi_v_dim(c);
     const float softcap = c->cfg.softcap;
     const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
     const float limit = span->last ? t->limit[r] : (float)span->slots;
@@ -3017,7 +3022,7 @@ BKVI_INLINE void bkvi_k(lessen)(float *scores, int rows) {
    the scores, the keys of the next block during the sum. */
 BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
                                   bkvi_tiles *t, const bkvi_span *span, uint32_t first) {
-    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = c->v_dim_pad;
+    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = bkvi_v_dim(c);
     const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)dim * BKVI_LANES;
     const uint32_t vecs = v_dim_pad / BKVI_LANES;
     float *q = t->q + (size_t)first * dim, *out = t->out + (size_t)first * v_dim_pad;
@@ -3107,12 +3112,12 @@ BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *
 
 static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
     const bkv_cache *c = h->c;
-    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = c->v_dim_pad, group = c->group;
+    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = bkvi_v_dim(c), group = c->group;
     const uint32_t n_blocks = bkvi_n_blocks(h);
     const float softcap = c->cfg.softcap;
     const float scale = c->cfg.scale * (softcap > 0.0f ? 2.0f * BKVI_LOG2E / softcap : BKVI_LOG2E);
     bkvi_tiles *t = (bkvi_tiles *)(void *)h->scratch;
-    float *work = BKVI_TYPE(c->cfg.kv_type) == BKV_I8 ? t->work : NULL;
+    float *work = bkvi_is_i8(c->cfg.kv_type) ? t->work : NULL;
     uint32_t begin, b, r, i, doubted = 0xFFFFFFFFu; /* row whose error is estimated */
     if (h->halvings && h->fill == BKVI_PAGE && !h->drafts) /* the last token; heads take turns */
         doubted = (run->n - 1) * group + (uint32_t)(h->halvings % group);
@@ -3228,7 +3233,7 @@ BKVI_TARGET_END
 #undef BKVI_VECS
 
 #if BKVI_PASS == BKVI_WIDEST /* once, behind all passes */
-static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
+BKVI_NOINLINE bkvi_kernels bkvi_kernels_of(uint32_t backend) {
     bkvi_kernels k = {NULL, NULL, NULL, NULL, NULL, NULL};
 #if BKVI_HAVE_SCALAR
     if (backend == BKV_BACKEND_SCALAR) k = bkvi_kernels_scalar();
@@ -3257,6 +3262,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_WIDEST
 #undef BKVI_INLINE
 #undef BKVI_NOINLINE
+#undef BKVI_ONCE
 #undef BKVI_UNROLL
 #undef BKVI_PRAGMA
 #undef BKVI_TARGET
