@@ -83,7 +83,7 @@ static void expected(double *row, const list *l, size_t first, size_t n, uint32_
 
 static bkv_config config(uint32_t n_kv, uint32_t group, uint32_t head_dim, uint32_t value_dim,
                          uint32_t kv_type, uint32_t backend) {
-    bkv_config cfg = bkv_config_default(n_kv * group, n_kv, head_dim, 128);
+    bkv_config cfg = bkv_config_default(n_kv * group, n_kv, head_dim, 512);
     cfg.value_dim = value_dim;
     cfg.kv_type = kv_type;
     cfg.backend = backend;
