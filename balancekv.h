@@ -107,7 +107,7 @@
    BALANCEKV_API              Affects: decoration of public functions (DLL).  Default: extern.
    BALANCEKV_SIMD             Affects: the widest backend compiled in.
                               Values: BALANCEKV_SIMD_AUTO, _SCALAR, _AVX2, _AVX512, _NEON.
-                              Default: AUTO (x86: all three; AArch64: NEON; else scalar).
+                              Default: AUTO (up to AVX512 on x86-64, AVX2 on i386; AArch64: NEON).
    BALANCEKV_DISPATCH         Affects: 1 compiles every backend up to BALANCEKV_SIMD, bkv_init picks
                               one (no -m flag needed); 0 compiles one, the widest that the flags
                               allow or BALANCEKV_SIMD names.  Default: 1 on x86, 0 elsewhere.
@@ -531,8 +531,8 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #error "balancekv.h: ARMv7's NEON flushes denormals, which gives other bits; leave BALANCEKV_SIMDE"
 #elif !BALANCEKV_SIMDE && ((BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !BKVI_ARCH_ARM64) ||          \
                            (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2 && !BKVI_ARCH_X86) ||            \
-                           (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512 && !BKVI_ARCH_X86))
-#error "balancekv.h: BALANCEKV_SIMD_AVX2 and _AVX512 need an x86 target, _NEON an AArch64 one"
+                           (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512 && !defined(__x86_64__)))
+#error "balancekv.h: BALANCEKV_SIMD_AVX2 needs an x86 target, _AVX512 x86-64, _NEON AArch64"
 #endif
 #ifdef BALANCEKV_HEAD_DIM
 #if (BALANCEKV_HEAD_DIM + 0) < 1 || (BALANCEKV_HEAD_DIM + 0) > 512
@@ -559,9 +559,10 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_WIDEST BALANCEKV_SIMD
 #elif BKVI_ARCH_ARM64 || BALANCEKV_SIMDE
 #define BKVI_WIDEST BALANCEKV_SIMD_NEON
-#elif BKVI_ARCH_X86 && (BALANCEKV_DISPATCH || defined(__AVX512F__))
+#elif defined(__x86_64__) && (BALANCEKV_DISPATCH || defined(__AVX512F__)) /* i386: 8 registers */
 #define BKVI_WIDEST BALANCEKV_SIMD_AVX512
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif BKVI_ARCH_X86 &&                                                                             \
+    (BALANCEKV_DISPATCH || (defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)))
 #define BKVI_WIDEST BALANCEKV_SIMD_AVX2
 #else
 #define BKVI_WIDEST BALANCEKV_SIMD_SCALAR
