@@ -102,6 +102,10 @@ WRONG = ["-DBALANCEKV_SIMD=", "-DBALANCEKV_HEAD_DIM=", "-DBALANCEKV_KV_TYPE=",
 X86_ONLY = ["-DBALANCEKV_SIMD=BALANCEKV_SIMD_AVX2", "-DBALANCEKV_SIMD=BALANCEKV_SIMD_AVX512"]
 ARM_ONLY = ["-DBALANCEKV_SIMD=BALANCEKV_SIMD_NEON"]
 CROSS = "aarch64-linux-gnu-gcc"
+# Not what a switch may say, but a target that would give other bits, or a compiler without vectors:
+# compiler, machine on which it is this, flags.
+TARGETS = [("gcc", on_x86, ["-mfpmath=387"]), ("tcc", lambda: True, []),
+           ("arm-linux-gnueabihf-gcc", lambda: True, ["-mfpu=neon-vfpv4", "-DBALANCEKV_SIMDE"])]
 
 
 def check_wrong(compiler, flags):
@@ -177,6 +181,11 @@ def main():
         jobs += [(check_wrong, CROSS, [wrong]) for wrong in X86_ONLY]
     else:
         print("left out: wrong backends on AArch64 (no %s)" % CROSS)
+    for compiler, here, flags in TARGETS:
+        if here() and shutil.which(compiler):
+            jobs.append((check_wrong, compiler, flags))
+        else:
+            print("left out: %s %s" % (compiler, " ".join(flags)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for verdict in pool.map(lambda job: job[0](*job[1:]), jobs):
             tally.check(*verdict)
