@@ -4,7 +4,9 @@
        cc -std=c99 -O2 -I. -c -DPART_SIMDE -DBALANCEKV_SIMDE bench/backends.c -o simde.o
        cc -std=c99 -O2 -I. bench/backends.c simde.o -o backends && ./backends
 
-   The same class of bits (BALANCEKV_FMA) in both. */
+   On x86 the first line wants -mavx2 -mfma -mf16c as well. For WASM, cc is `zig cc -target wasm32-wasi
+   -msimd128`, and tests/wasi.py runs it. The same class of bits (BALANCEKV_FMA) in both. */
+#define _POSIX_C_SOURCE 199309L /* clock_gettime */
 #define BALANCEKV_IMPLEMENTATION
 #define BALANCEKV_STATIC
 #include "balancekv.h"

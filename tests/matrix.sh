@@ -6,7 +6,7 @@
 # Rows that run tests save a state, too, which this machine loads and goes on with (tests/saved.c).
 # Ends with a table (--write: into tests/MATRIX.md) and the line "N passed, N failed"; a row whose
 # tools are missing is left out, and a failure under CI=true. --resume keeps the rows that passed
-# since balancekv.h has changed. MATRIX_JOBS: rows at a time.
+# since bench/hash.golden has changed; the table says of which header. MATRIX_JOBS: rows at a time.
 set -u
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 cd "$root" || exit 1
@@ -148,7 +148,8 @@ row() { # the fields of one row; prints its lines of the table
         passed="${passed}saved 1 "
     fi
     version=$($compiler --version 2>/dev/null | sed -n 1p | sed 's/(.*) *//')
-    echo "| $name | $version | $backend | $hashes| ${passed:--} | $(($(date +%s) - start)) |"
+    header=$(git hash-object balancekv.h 2>/dev/null | cut -c 1-7)
+    echo "| $name | $version | $backend | $hashes| ${passed:--} | $(($(date +%s) - start)) | $header |"
 }
 
 if [ "${1:-}" = --row ]; then
@@ -166,7 +167,7 @@ write='' resume=''
 [ "${1:-}" != --resume ] || { resume=1; shift; }
 [ $# -gt 0 ] || set -- $(rows | sed 's/ *|.*//')
 for name; do
-    [ -n "$resume" ] && [ $out/$name.row -nt balancekv.h ] && [ "$(cat $out/$name.code)" = 0 ] ||
+    [ -n "$resume" ] && [ $out/$name.row -nt bench/hash.golden ] && [ "$(cat $out/$name.code)" = 0 ] ||
         echo "$name"
 done | xargs -r -P "${MATRIX_JOBS:-2}" -I '{}' sh -c \
     'sh tests/matrix.sh --row "$1" >build/matrix/"$1".row 2>&1; echo $? >build/matrix/"$1".code
@@ -181,8 +182,8 @@ cat >$table <<HEAD
 and state bytes of bench/hash; the second, where there is one, is that of the class BALANCEKV_FMA=0.
 saved: a state that was saved there was loaded on x86-64 and went on, bit for bit.
 
-| target | compiler | backend | hash | tests passed, BKV_QUICK=1 | seconds |
-|---|---|---|---|---|---|
+| target | compiler | backend | hash | tests passed, BKV_QUICK=1 | seconds | git blob of the header |
+|---|---|---|---|---|---|---|
 HEAD
 for name; do
     case $(cat $out/$name.code) in

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Code bytes and the largest stack frame of balancekv.h, for a table of README.
+"""Code bytes and the largest stack frame of balancekv.h on each target, for the table of README.
 
-    sizes.py [CROSS_FILE_NAME...]       default: those of tests/cross whose compiler is there
+    sizes.py [TARGET...]       default: the rows below whose compiler is there
 
-Bytes of .text and .rodata of the header alone, nothing of it removed by a linker; `pinned` is
-head_dim 64, f16 and one backend.
+Bytes of .text and .rodata. `object`: of the header alone, all public functions. `program`: what of it
+stays in a program that calls bkv_init, bkv_append and bkv_attend, linked with --gc-sections; what it
+needs of the C library and of libgcc is not counted. `pinned`: head_dim 64 and f16. `run`: the -Os code,
+as examples/freestanding.c on this machine or in an emulator, gave the check sum that it gives here.
+A frame of more than 1 KiB fails, and so does a program that outgrows its limit.
 """
 import os
 import re
@@ -12,58 +15,109 @@ import shutil
 import sys
 import tempfile
 
-from bad_config import IMPLEMENTATION, ROOT, compile_text, run
-from check_symbols import INCLUDE, largest_frame
+from bad_config import IMPLEMENTATION, ROOT, Tally, compile_text, run
+from check_symbols import FRAME, INCLUDE, largest_frame
 
-PINNED = ["-DBALANCEKV_HEAD_DIM=64", "-DBALANCEKV_KV_TYPE=BALANCEKV_F16", "-DBALANCEKV_DISPATCH=0"]
-# name, cross file or None, more flags, backend
-ROWS = [("x86-64", None, [], "all"),
-        ("x86-64", None, ["-DBALANCEKV_DISPATCH=0", "-DBALANCEKV_SIMD=BALANCEKV_SIMD_AVX2", "-mavx2",
-                          "-mfma", "-mf16c"], "avx2"),
-        ("aarch64", "aarch64", [], "neon"), ("armhf", "armhf", ["-mfpu=neon-vfpv4"], "scalar"),
-        ("thumb, Cortex-M7", "armhf", ["-mthumb", "-mcpu=cortex-m7", "-mfpu=fpv5-sp-d16"], "scalar"),
-        ("riscv64", "riscv64", [], "scalar"), ("ppc64le", "ppc64le", [], "scalar"),
-        ("s390x", "s390x", [], "scalar"), ("i686", "i686", [], "all")]
+PINNED = ["-DBALANCEKV_HEAD_DIM=64", "-DBALANCEKV_KV_TYPE=BALANCEKV_F16"]
+ONE = ["-DBALANCEKV_DISPATCH=0"]
+USER = INCLUDE + """
+bkv_result use(bkv_cache *c, const bkv_config *cfg, void *mem, size_t n, bkv_tensor *t, float *out);
+bkv_result use(bkv_cache *c, const bkv_config *cfg, void *mem, size_t n, bkv_tensor *t, float *out) {
+    bkv_result r = bkv_init(c, cfg, mem, n);
+    if (r == BKV_OK) r = bkv_append(c, t[0], t[1], 1, 0, 0, 1);
+    return r == BKV_OK ? bkv_attend(c, t[2], out, 0, 1) : r;
+}
+"""
+LINK = ("-ffunction-sections -fdata-sections -nostdlib -static -Wl,--gc-sections -Wl,-e,use "
+        "-Wl,--unresolved-symbols=ignore-all").split()
+# target, file in tests/cross or None, more flags, backends; of the pinned program, -Os, at most
+ROWS = [("x86-64", None, [], "scalar, AVX2, AVX-512", None),
+        ("x86-64, AVX-512", None, ONE + ["-march=skylake-avx512"], "AVX-512", None),
+        ("x86-64, AVX2", None, ONE + ["-mavx2", "-mfma", "-mf16c"], "AVX2", None),
+        ("i686", "i686", [], "scalar, AVX2", None),
+        ("aarch64", "aarch64", ONE, "NEON", 24 << 10),
+        ("armhf", "armhf", ONE + ["-mfpu=neon-vfpv4"], "scalar", None),
+        ("thumb", "armhf", ONE + "-mthumb -mcpu=cortex-m7 -mfpu=fpv5-d16 -Wl,--no-warn-mismatch".split(),
+         "scalar", 12 << 10),
+        ("riscv64", "riscv64", ONE, "scalar", None),
+        ("ppc64le", "ppc64le", ONE, "scalar", None),
+        ("s390x", "s390x", ONE, "scalar", None)]
 
 
-def compiler(cross):
-    """The compiler of a cross file, as a list of words."""
+def tools(cross, key):
+    """Compiler (c) or emulator (exe_wrapper) in a cross file, as a list of words."""
     if cross is None:
-        return ["gcc"]
+        return ["gcc"] if key == "c" else []
     with open("%s/tests/cross/%s.ini" % (ROOT, cross), encoding="utf-8") as file:
-        return re.findall(r"'([^']*)'", re.search(r"(?m)^c = (.*)$", file.read()).group(1))
+        return re.findall(r"'([^']*)'", re.search(r"(?m)^%s = (.*)$" % key, file.read()).group(1))
+
+
+def build(command, flags, text, path):
+    result = compile_text(command[0], command[1:] + ["-std=c99", "-o", path] + IMPLEMENTATION + flags,
+                          text)
+    if result.returncode:
+        sys.exit("%s %s\n%s" % (" ".join(command), " ".join(flags), result.stdout))
+
+
+def code_bytes(path):
+    lines = [line.split() for line in run(["size", "-A", path]).stdout.splitlines()]
+    return sum(int(line[1]) for line in lines if line and re.match(r"\.(text|rodata)", line[0]))
 
 
 def measure(command, flags, directory):
-    """(bytes of code, largest frame)"""
+    """Bytes of the header alone, and its largest frame."""
     path = os.path.join(directory, "header.o")
-    result = compile_text(command[0], command[1:] + ["-std=c99", "-fstack-usage", "-c", "-o", path]
-                          + IMPLEMENTATION + flags, INCLUDE)
-    if result.returncode:
-        sys.exit(result.stdout)
-    lines = [line.split() for line in run(["size", "-A", path]).stdout.splitlines()]
-    size = sum(int(line[1]) for line in lines if line and re.match(r"\.(text|rodata)", line[0]))
-    return size, largest_frame(path[:-1] + "su")[0]
+    build(command, flags + ["-fstack-usage", "-c"], INCLUDE, path)
+    return code_bytes(path), largest_frame(path[:-1] + "su")
+
+
+def check_sum(command, flags, wrapper, directory):
+    """What examples/freestanding.c prints, or None where nothing can run it."""
+    path = os.path.join(directory, "program")
+    result = run(command + ["-std=c99", "-Os", "-I.", "-o", path, "examples/freestanding.c"] + flags)
+    if result.returncode or not all(shutil.which(word) for word in wrapper[:1]):
+        return None
+    return run(wrapper + [path]).stdout
+
+
+def row(tally, target, cross, flags, backends, limit, want, directory):
+    command, cells, frames = tools(cross, "c"), [], []
+    for pinned in PINNED, []:
+        for level in "-Os", "-O2":
+            size, frame = measure(command, flags + pinned + [level], directory)
+            cells.append("{:,}".format(size))
+            frames.append(frame)
+        for level in "-Os", "-O2":
+            if pinned:
+                path = os.path.join(directory, "program")
+                build(command, flags + pinned + [level] + LINK, USER, path)
+                cells.append("{:,}".format(code_bytes(path)))
+                if level == "-Os" and limit:
+                    tally.check(code_bytes(path) <= limit,
+                                "%s: a program of %s bytes" % (target, cells[-1]))
+    size, function = max(frames)
+    tally.check(size <= FRAME, "%s: the frame of %s has %d bytes" % (target, function, size))
+    got = check_sum(command, flags, tools(cross, "exe_wrapper"), directory)
+    tally.check(got in (None, want), "%s: %s, not %s" % (target, got, want))
+    version = run([command[0], "-dumpversion"]).stdout.strip()
+    print("| %s | gcc %s | %s | %s | %d | %s |" % (target, version, backends, " | ".join(cells), size,
+                                                 "run" if got else "compiled"), flush=True)
 
 
 def main():
-    print("| target | compiler | backend | pinned -Os | pinned -O2 | everything -Os | everything -O2 "
-          "| largest frame |\n|---|---|---|---|---|---|---|---|")
+    tally = Tally()
+    print("| target | compiler | backends | pinned object, -Os | -O2 | pinned program, -Os | -O2 "
+          "| object, -Os | -O2 | largest frame | |\n|---|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
-        for name, cross, flags, backend in ROWS:
-            command = compiler(cross)
-            if not shutil.which(command[0]) or (sys.argv[1:] and cross not in sys.argv[1:]):
+        want = check_sum(["gcc"], [], [], directory)
+        for target, cross, *rest in ROWS:
+            if sys.argv[1:] and target not in sys.argv[1:]:
                 continue
-            cells = [measure(command, flags + pinned + [level], directory)
-                     for pinned in ([] if backend == "all" else PINNED, [])
-                     for level in ("-Os", "-O2")]
-            if backend == "all":
-                cells[:2] = [None, None]
-            version = run([command[0], "-dumpversion"]).stdout.strip()
-            print("| %s | gcc %s | %s | %s | %d |" % (
-                name, version, backend,
-                " | ".join(cell and "{:,}".format(cell[0]) or "-" for cell in cells),
-                max(cell[1] for cell in cells if cell)))
+            if shutil.which(tools(cross, "c")[0]):
+                row(tally, target, cross, *rest, want, directory)
+            else:
+                print("left out: %s, no %s" % (target, tools(cross, "c")[0]))
+    tally.done()
 
 
 if __name__ == "__main__":
