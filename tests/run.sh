@@ -216,7 +216,8 @@ if have meson && have ninja; then
         fi
         # The others take longer: sh tests/matrix.sh --write, before a release.
         step 'other CPUs, tests/matrix.sh' sh tests/matrix.sh x86-64-simde x86-64-simde-512 \
-            armhf-vfpv4 riscv64 s390x wasm32-simd windows-aarch64 macos-aarch64
+            x86-64-haswell armhf-vfpv4 riscv64 s390x wasm32-simd windows-aarch64 macos-aarch64 \
+            android-aarch64
         ;;
     esac
 else
