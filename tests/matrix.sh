@@ -146,6 +146,12 @@ row() { # the fields of one row; prints its lines of the table
             "$out/$name-here.exe" read "$out/$name.state" >"$log" 2>&1 ||
             fail "$name: the state that it saved does not go on here"
         passed="${passed}saved 1 "
+        case "$flags" in
+        *SIMDE*) # what measures it compiles, too
+            build bench/backends.c "$out/$name-part.o" '-c -DPART_SIMDE'
+            build bench/backends.c "$out/$name-backends.exe" "$out/$name-part.o"
+            ;;
+        esac
     fi
     version=$($compiler --version 2>/dev/null | sed -n 1p | sed 's/(.*) *//')
     header=$(git hash-object balancekv.h 2>/dev/null | cut -c 1-7)
