@@ -1221,7 +1221,8 @@ static void bkvi_put_run(bkvi_head *h, uint32_t slot, bkv_tensor *const *in, siz
             h->kernels.put(bkvi_part(h, BKVI_K + i, slot), i ? 1 : BKVI_LANES,
                            bkvi_rest(h, BKVI_K + i, slot), bkvi_part(h, BKVI_K_SCALE + i, slot),
                            c->cfg.kv_type, bkvi_at(in[i], first + t, h->index), in[i]->type,
-                           in[i]->elem_stride, i ? c->cfg.value_dim : c->cfg.head_dim, h->scratch);
+                           in[i]->elem_stride, BKVI_DIM(i ? c->cfg.value_dim : c->cfg.head_dim),
+                           h->scratch);
     }
     h->sum += bkvi_sum(h, slot - n, n);
     h->seen += n;
@@ -1526,7 +1527,7 @@ static bkv_result bkvi_check_tensor(bkv_tensor *t, size_t n_tokens, size_t n_hea
 static bkv_result bkvi_check_input(const bkv_cache *c, bkv_tensor *t, int i, size_t n_tokens,
                                    int values) {
     const uint32_t heads = i == 2 ? c->cfg.n_q_heads : c->cfg.n_kv_heads;
-    const uint32_t dim = i == 1 ? c->cfg.value_dim : c->cfg.head_dim;
+    const uint32_t dim = BKVI_DIM(i == 1 ? c->cfg.value_dim : c->cfg.head_dim);
     const float limit = i < 2 && c->cfg.kv_type == BKV_F16 ? 65520.0f : BKVI_HUGE;
     bkvi_kernels kernels;
     size_t token;
@@ -1563,7 +1564,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor *k, bkv_tensor *v, bkv_tens
     for (i = 0; i < 6; i++)
         if (in[i % 3] && (r = bkvi_check_input(c, in[i % 3], i % 3, n_tokens, i > 2)) != BKV_OK)
             return r;
-    if (!k && bkvi_head_get(c, 0, 0).seen == 0) return BKV_E_EMPTY;
+    if (!k && bkvi_get64(bkvi_head_mem(c, 0)) == 0) return BKV_E_EMPTY;
     for (head = bkvi_share(c, ith, nth); head < bkvi_share(c, ith + 1, nth); head++) {
         bkvi_head h = bkvi_head_get(c, head, ith);
         bkvi_queries run = {q, out, max, sum, 0, 1};
@@ -2049,6 +2050,11 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 #define bkvi_vec BKVI_FN(bkvi_vec)
 #define BKVI_WIDTH ((uint32_t)(sizeof(bkvi_vec) / sizeof(float)))
 #define BKVI_TILES BKVI_UNROLL /* loops over the registers of a tile */
+#if BKVI_SMALL
+#define BKVI_FOUR
+#else
+#define BKVI_FOUR BKVI_UNROLL /* over four registers that hide each other's latency */
+#endif
 
 #if BKVI_PASS == BALANCEKV_SIMD_AVX2
 BKVI_TARGET("avx2,fma,f16c")
@@ -2456,15 +2462,15 @@ BKVI_ONCE void bkvi_k(exp2)(bkvi_vec *t) {
     const bkvi_vec magic = bkvi_v(set)(12582912.0f); /* 1.5 * 2^23: adding it rounds to integers */
     bkvi_vec n[4], f[4], p[4];
     int i, k;
-    BKVI_UNROLL for (k = 0; k < 4; k++) {
+    BKVI_FOUR for (k = 0; k < 4; k++) {
         t[k] = bkvi_v(pick_gt)(t[k], bkvi_v(set)(-125.0f), t[k], bkvi_v(set)(-127.0f));
         n[k] = t[k] + magic;
         f[k] = t[k] - (n[k] - magic);
         p[k] = bkvi_v(set)(1.534581243e-4f);
     }
-    BKVI_UNROLL for (i = 0; i < 6; i++) BKVI_UNROLL for (k = 0; k < 4; k++) p[k] =
+    BKVI_FOUR for (i = 0; i < 6; i++) BKVI_FOUR for (k = 0; k < 4; k++) p[k] =
         bkvi_v(fma)(p[k], f[k], bkvi_v(set)(c[i]));
-    BKVI_UNROLL for (k = 0; k < 4; k++) t[k] = p[k] * bkvi_v(pow2)(n[k]);
+    BKVI_FOUR for (k = 0; k < 4; k++) t[k] = p[k] * bkvi_v(pow2)(n[k]);
 }
 
 /* 2^x of n floats in place, n a multiple of 64. */
@@ -2473,9 +2479,9 @@ BKVI_NOINLINE void bkvi_k(raise)(float *x, uint32_t n, float shift) {
     uint32_t i, k;
     for (i = 0; i < n; i += 4 * BKVI_WIDTH) {
         bkvi_vec t[4];
-        BKVI_UNROLL for (k = 0; k < 4; k++) t[k] = bkvi_v(load)(x + i + k * BKVI_WIDTH) - minus;
+        BKVI_FOUR for (k = 0; k < 4; k++) t[k] = bkvi_v(load)(x + i + k * BKVI_WIDTH) - minus;
         bkvi_k(exp2)(t);
-        BKVI_UNROLL for (k = 0; k < 4; k++) bkvi_v(store)(x + i + k * BKVI_WIDTH, t[k]);
+        BKVI_FOUR for (k = 0; k < 4; k++) bkvi_v(store)(x + i + k * BKVI_WIDTH, t[k]);
     }
 }
 
@@ -2746,7 +2752,7 @@ BKVI_NOINLINE void bkvi_k(entries)(bkvi_block *block, int values, uint32_t i,
             float *to = block->matrix + (i * BKVI_LANES + row) * BKVI_BLOCK + j;
             const float *factor = block->factor + i * BKVI_LANES + row;
             bkvi_vec x[4], col = bkvi_v(load)(block->factor + j);
-            BKVI_UNROLL for (k = 0; k < 4; k++) {
+            BKVI_FOUR for (k = 0; k < 4; k++) {
                 x[k] = bkvi_v(load)(product + k * BKVI_PAGE);
                 if (values) {
                     x[k] = (x[k] + shift) * bkvi_v(set)(factor[k] * a) * col;
@@ -2757,7 +2763,7 @@ BKVI_NOINLINE void bkvi_k(entries)(bkvi_block *block, int values, uint32_t i,
                 }
             }
             if (!values) bkvi_k(exp2)(x);
-            BKVI_UNROLL for (k = 0; k < 4; k++) bkvi_v(store)(to + k * BKVI_BLOCK, x[k]);
+            BKVI_FOUR for (k = 0; k < 4; k++) bkvi_v(store)(to + k * BKVI_BLOCK, x[k]);
         }
 }
 
@@ -3231,6 +3237,7 @@ BKVI_TARGET_END
 #undef BKVI_EACH_TILE
 #undef BKVI_EACH_ROWS
 #undef BKVI_TILES
+#undef BKVI_FOUR
 #undef BKVI_VECS
 
 #if BKVI_PASS == BKVI_WIDEST /* once, behind all passes */

@@ -139,7 +139,7 @@ MUTATIONS = [
       ["api:counts"]),
     M("too-large-for-f16",
       "limit = i < 2 && c->cfg.kv_type == BKV_F16 ? 65520.0f : BKVI_HUGE;", "limit = BKVI_HUGE;", ["api:bad_values"]),
-    M("empty-not-checked", "if (!k && bkvi_head_get(c, 0, 0).seen == 0) return BKV_E_EMPTY;",
+    M("empty-not-checked", "if (!k && bkvi_get64(bkvi_head_mem(c, 0)) == 0) return BKV_E_EMPTY;",
       ";", ["api:counts"]),
 
     # ---- checks of states
