@@ -80,7 +80,7 @@ static void compare(bkv_cache *c, const float *q, const float *got) {
         memset(&rows, 0, sizeof rows);
         rows.k = k, rows.v = v, rows.mask = mask, rows.n_rows = slots;
         rows.type = rows.mask_type = BKV_F32;
-        REQUIRE(bkv_export(c, h / group, &rows) == BKV_OK);
+        REQUIRE(h % group || bkv_export(c, h / group, &rows) == BKV_OK);
         for (uint32_t r = 0; r < slots; r++) {
             double s = 0;
             logit[r] = -1e300;
@@ -94,6 +94,7 @@ static void compare(bkv_cache *c, const float *q, const float *got) {
             if (logit[r] > max) max = logit[r];
         }
         for (uint32_t r = 0; r < slots; r++) {
+            if (logit[r] - max < -745) continue; /* exp() of it is 0 */
             double p = exp(logit[r] - max);
             sum += p;
             for (uint32_t i = 0; i < g->value_dim; i++) {
@@ -198,7 +199,7 @@ static void operation(bkv_cache *c, size_t *block_bytes) {
             REQUIRE(bkv_save(c, saved, c->state_bytes) == BKV_OK);
             REQUIRE(bkv_load_size(saved, c->state_bytes, g->n_threads) == bytes);
             REQUIRE(bkv_load(&other, saved, c->state_bytes, mem, bytes, g->n_threads,
-                             below(2) ? BKV_BACKEND_AUTO : BKV_BACKEND_SCALAR) == BKV_OK);
+                             below(16) ? BKV_BACKEND_AUTO : BKV_BACKEND_SCALAR) == BKV_OK);
         } else {
             memcpy(mem, c->mem, c->state_bytes);
             REQUIRE(bkv_attach(&other, mem, bytes, 0) == BKV_OK);
@@ -235,7 +236,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     cfg.window = next_byte() % 3 ? 0 : 64;
     cfg.importance = next_byte() % 8;
     cfg.softcap = next_byte() % 4 ? 0.0f : 20.0f;
-    cfg.backend = next_byte() % 3 ? BKV_BACKEND_AUTO : BKV_BACKEND_SCALAR;
+    cfg.backend = next_byte() % 16; /* one by name now and then: most of the time goes to SCALAR */
     if (!(bkv_backends() >> cfg.backend & 1)) cfg.backend = BKV_BACKEND_AUTO;
     bytes = bkv_size(&cfg);
     if (!bytes) return 0;
