@@ -207,6 +207,8 @@ MUTATIONS = [
       "row < c->sink_slots ? bkvi_rest(&h, BKVI_K + (int)i, row) : NULL);", ["trust:exported"]),
     M("export-overflows", "rows->type == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE",
       "2.0f * BKVI_HUGE", ["trust:exported"]),
+    M("rows-of-the-type-stored", "size_t bytes = bkvi_type_bytes(kv_type);",
+      "size_t bytes = bkvi_type_bytes(BKVI_TYPE(kv_type));", ["trust:exported_rows@pinned"]),
     M("select-stride", "index[(size_t)head * cfg->budget + i]", "index[(size_t)head * c.slots + i]",
       ["trust:selects"]),
     M("kind-off-by-one", "bkvi_held(&h) - i <= c->window", "bkvi_held(&h) - i < c->window",
@@ -330,6 +332,8 @@ BUILDS = {  # one backend compiles a good deal faster than all of them
     "scalar": simd("SCALAR", FAST_SCALAR),
     "soft": simd("SCALAR"),  # fused multiply-add made of doubles
     "nofma": simd("SCALAR", FAST_SCALAR) + ["-DBALANCEKV_FMA=0"],
+    "pinned": simd("SCALAR", FAST_SCALAR)
+              + ["-DBALANCEKV_KV_TYPE=BALANCEKV_F16", "-DBALANCEKV_HEAD_DIM=64"],
     "avx2": simd("AVX2", "-mavx2 -mfma -mf16c"),
     "avx512": simd("AVX512", "-mavx512f -mavx2 -mfma -mf16c"),
     "neon": simd("NEON"),  # in an emulator, but on AArch64

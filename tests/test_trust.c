@@ -1,6 +1,6 @@
 /* Trust: what is rolled back, shrunk, saved, moved or handed over is what it should be, and nothing
    that is broken gets in. BKV_LONG=1 runs the numbers that README names. Built with
-   BALANCEKV_KV_TYPE and BALANCEKV_HEAD_DIM it tests what a copy of one shape exports. */
+   BALANCEKV_KV_TYPE and BALANCEKV_HEAD_DIM, `exported_rows` tests a copy of one shape. */
 #include "test.h"
 #define BALANCEKV_IMPLEMENTATION
 #include "balancekv.h"
@@ -722,9 +722,6 @@ static void limits_of_states(void) {
 }
 
 int main(int argc, char **argv) {
-#ifdef BALANCEKV_KV_TYPE
-    TEST_MAIN(T(exported_rows_attend_alike), T(exported_rows_in_parts));
-#else
     TEST_MAIN(T(rejected_drafts_leave_no_trace), T(drafts_teach_once_accepted),
               T(rollback_before_any_halving_and_its_limits), T(shrinks_in_place),
               T(saved_states_go_on_bit_for_bit), T(broken_bytes_are_rejected_or_harmless),
@@ -732,5 +729,4 @@ int main(int argc, char **argv) {
               T(exported_rows_in_parts), T(exported_numbers_fit), T(impossible_states_are_refused),
               T(selects_what_a_cache_would_hold), T(budget_for_bytes_inverts_size),
               T(configs_stay_in_bounds), T(limits_of_states), T(soak));
-#endif
 }
