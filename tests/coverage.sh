@@ -19,7 +19,7 @@ bar=95
 
 program() { # name: builds and runs one of the tests, what gcov has to say goes into its folder
     dir=$out/$1 define='' arguments=''
-    [ "$1" != fuzz_ops ] || { define=-DREPLAY arguments='--random 2000'; }
+    [ "$1" != fuzz_ops ] || { define=-DREPLAY arguments='tests/corpus/*'; }
     rm -rf "$dir" && mkdir -p "$dir" || return 1
     # shellcheck disable=SC2086 # options and arguments are meant to split
     {

@@ -210,8 +210,12 @@ static void operation(bkv_cache *c, size_t *block_bytes) {
         *c = other, *block_bytes = bytes;
     } else if (what == 14) {
         bad_call(c);
-    } else if (next_byte() == 0) {
-        REQUIRE(bkv_reset(c) == BKV_OK);
+    } else {
+        uint32_t i = next_byte();
+        bkv_token_info token;
+        REQUIRE(bkv_token(c, i % g->n_kv_heads, i, &token) ==
+                (i < before.tokens_held ? BKV_OK : BKV_E_INDEX));
+        if (i == 0) REQUIRE(bkv_reset(c) == BKV_OK);
     }
     REQUIRE(bkv_validate(c) == BKV_OK);
 }
@@ -266,8 +270,13 @@ int main(int argc, char **argv) {
     if (argc >= 3 && !strcmp(argv[1], "--random")) {
         uint64_t wanted = strtoull(argv[2], NULL, 10),
                  state = argc > 3 ? strtoull(argv[3], 0, 10) : 1;
-        while (done_operations < wanted) {
+        for (uint64_t next = 0; done_operations < wanted;) {
             uint8_t data[400];
+            if (done_operations >= next && wanted >= 1000000) {
+                printf("%llu of %llu\n", (unsigned long long)next, (unsigned long long)wanted);
+                fflush(stdout);
+                next += wanted / 10;
+            }
             for (size_t i = 0; i < sizeof data; i++) {
                 state = state * 6364136223846793005u + 1442695040888963407u;
                 data[i] = (uint8_t)(state >> 56);

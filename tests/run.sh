@@ -89,12 +89,15 @@ meson_run() { # folder, expected backends, options for meson setup, arguments of
     python3 -c "$summary" "$1/meson-logs/testlog.json" "$2"
 }
 
+built_run() { # folder, compiler and its flags, C file, what starts the program and its arguments
+    program=$1/$(basename "$3" .c) compiler=$2 source=$3
+    mkdir -p "$1" && shift 3 &&
+        $compiler -std=c99 -I. "$source" -o "$program" -lm -lpthread && "$@"
+}
 plain_run() { # C file, arguments of the program
-    program=build/plain/$(basename "$1" .c)
-    mkdir -p build/plain || return 1
-    $CC -std=c99 -O2 -I. "$1" -o "$program" -lm -lpthread || return 1
+    source=$1
     shift
-    "$program" "$@"
+    built_run build/plain "$CC -O2" "$source" "build/plain/$(basename "$source" .c)" "$@"
 }
 
 plain_hashes() {
@@ -200,6 +203,35 @@ if have meson && have ninja; then
     export BKV_QUICK=1
     step 'address, undefined sanitizers' meson_run build/sanitize "$native" \
         '-Db_sanitize=address,undefined -Doptimization=1 -Dexamples=disabled' '--suite core'
+
+    # The rest needs but one program each. A finding ends it with a failure.
+    step 'threads under TSan' built_run build/thread "$CC -g -O1 -fsanitize=thread" \
+        tests/test_stream.c build/thread/test_stream ways
+    if have clang; then
+        step 'trust under MSan' built_run build/memory 'clang -g -O1 -fsanitize=memory' \
+            tests/test_trust.c build/memory/test_trust
+        step 'fuzz corpus under MSan' built_run build/memory \
+            'clang -g -O1 -fsanitize=memory -DREPLAY' tests/fuzz_ops.c \
+            build/memory/fuzz_ops tests/corpus/*
+    else
+        leave_out 'MSan' 'no clang'
+    fi
+    if have valgrind; then
+        step 'fuzz corpus under valgrind' built_run build/valgrind "$CC -g -O1 -DREPLAY" \
+            tests/fuzz_ops.c valgrind -q --error-exitcode=9 --leak-check=full \
+            build/valgrind/fuzz_ops tests/corpus/*
+    else
+        leave_out 'valgrind' 'no valgrind'
+    fi
+    if have gcc && have gcov; then
+        step 'coverage' sh tests/coverage.sh
+    else
+        leave_out 'coverage' 'no gcc or no gcov'
+    fi
+    for tool in cppcheck clang-tidy; do
+        have $tool || leave_out "analysis by $tool" "no $tool"
+    done
+    step 'static analysis' sh tests/analyse.sh
 
     case $machine in
     x86_64 | amd64)

@@ -39,7 +39,9 @@ static void append(bkv_cache *c, const stream *s, size_t from, size_t n) {
 
 enum { ROW = N_KV * GROUP * VALUE_DIM };
 
+enum { PREFILL, APPEND, ATTEND };
 typedef struct job {
+    int what;
     bkv_cache *c;
     const stream *s;
     size_t from, n;
@@ -50,18 +52,21 @@ typedef struct job {
 
 static void *job_run(void *p) {
     job *j = (job *)p;
-    j->result = bkv_prefill(j->c, tensor_from(&j->s->k, j->from), tensor_from(&j->s->v, j->from),
-                            tensor_from(&j->s->q, j->from), j->out, j->n, 0, j->ith, j->nth);
+    bkv_tensor k = tensor_from(&j->s->k, j->from), v = tensor_from(&j->s->v, j->from);
+    bkv_tensor q = tensor_from(&j->s->q, j->from);
+    j->result = j->what == PREFILL  ? bkv_prefill(j->c, k, v, q, j->out, j->n, 0, j->ith, j->nth)
+                : j->what == APPEND ? bkv_append(j->c, k, v, j->n, 0, j->ith, j->nth)
+                                    : bkv_attend(j->c, q, j->out, j->ith, j->nth);
     return 0;
 }
 
 /* The shares of a job, in threads or one after the other, last first. */
-static void in_shares(bkv_cache *c, const stream *s, size_t from, size_t n, float *out,
+static void in_shares(int what, bkv_cache *c, const stream *s, size_t from, size_t n, float *out,
                       uint32_t nth, int threads) {
     job jobs[MOST_THREADS];
     pthread_t ids[MOST_THREADS];
     for (uint32_t i = nth; i-- > 0;) {
-        job j = {c, s, from, n, out, i, nth, BKV_OK};
+        job j = {what, c, s, from, n, out, i, nth, BKV_OK};
         jobs[i] = j;
         if (!threads)
             (void)job_run(&jobs[i]);
@@ -100,23 +105,28 @@ static void feed_chunk_shared(bkv_cache *c, const stream *s, size_t from, size_t
 }
 
 static void feed_prefill(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
-    in_shares(c, s, from, n, out, 1, 0);
+    in_shares(PREFILL, c, s, from, n, out, 1, 0);
 }
 
 static void feed_shares_2(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
-    in_shares(c, s, from, n, out, 2, 0);
+    in_shares(PREFILL, c, s, from, n, out, 2, 0);
 }
 
 static void feed_shares_3(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
-    in_shares(c, s, from, n, out, 3, 0);
+    in_shares(PREFILL, c, s, from, n, out, 3, 0);
 }
 
 static void feed_shares_5(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
-    in_shares(c, s, from, n, out, 5, 0);
+    in_shares(PREFILL, c, s, from, n, out, 5, 0);
 }
 
 static void feed_threads(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
-    in_shares(c, s, from, n, out, 2 + (uint32_t)n % 3, 1);
+    in_shares(PREFILL, c, s, from, n, out, 2 + (uint32_t)n % 3, 1);
+}
+
+static void feed_threads_apart(bkv_cache *c, const stream *s, size_t from, size_t n, float *out) {
+    in_shares(APPEND, c, s, from, n, out, 3, 1);
+    in_shares(ATTEND, c, s, from + n - 1, 1, out + (n - 1) * ROW, 2, 1);
 }
 
 /* Takes the cache to another address, of any alignment, with only its state copied. */
@@ -165,6 +175,7 @@ static const struct feeder {
     {"appending", feed_appending, 1},
     {"chunks", feed_chunk, 1},
     {"chunks in shares", feed_chunk_shared, 1},
+    {"chunks in threads", feed_threads_apart, 1},
     {"moving", feed_moving, 1},
     {"partial", feed_partial, 1},
 };
