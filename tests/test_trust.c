@@ -626,7 +626,7 @@ static void soak(void) {
         for (size_t h = 0; h < N_KV; h++)
             for (size_t i = 0; i < VALUE_DIM; i++)
                 tensor_set(&s.v, t, h, i, 1 + 0.3 * tensor_get(&s.v, t, h, i));
-    unsigned passes = amount(SHORT, 2442, "times 4096 tokens through one cache");
+    unsigned passes = amount(SHORT, 2442, "passes of 4096 tokens through one cache");
     for (size_t type = 1; type < 4; type += 2) { /* f16, i8 */
         bkv_config cfg = config(storage_types[type]);
         cfg.budget = 528;
@@ -674,7 +674,7 @@ static void soak(void) {
                 most = m > most ? m : most;
             }
         }
-        printf("%s: %.0f tokens, error %.4f, at most 98,304 before %.4f, weights %.3f of them\n",
+        printf("%s: %.0f tokens through one cache, error %.4f, after 98,304 %.4f, weights %.3f\n",
                type_name(cfg.kv_type), seen, late, early, weights / seen);
         CHECK(info.tokens_seen == (uint64_t)passes * LENGTH);
         CHECK(late < 1.5 * early + 0.005 && weights > 0.7 * seen && weights < 1.6 * seen);
