@@ -1070,11 +1070,11 @@ static uint32_t bkvi_page_slot(const bkvi_head *h, uint32_t i) {
 /* What rounding left of a slot's key (part BKVI_K) or value, or NULL: the first sixteen sinks and
    the newest page have it, of BKV_I8 and of caches that are large enough. */
 static unsigned char *bkvi_rest(const bkvi_head *h, int part, uint32_t slot) {
-    const uint32_t rests = h->c->rests, sinks = rests - BKVI_PAGE, first = h->c->sink_slots;
-    if (!bkvi_is_i8(h->c->cfg.kv_type) || !rests) return NULL;
-    if (slot >= first) slot = sinks + (slot - bkvi_page_slot(h, h->used - 1));
-    else if (slot >= sinks) return NULL;
-    return slot < rests ? bkvi_part(h, part - BKVI_K + BKVI_K_REST, slot) : NULL;
+    const uint32_t sinks = h->c->rests - BKVI_PAGE, is_sink = slot < h->c->sink_slots;
+    if (!bkvi_is_i8(h->c->cfg.kv_type) || !h->c->rests) return NULL;
+    if (!is_sink) slot -= bkvi_page_slot(h, h->used - 1);
+    if (slot >= (is_sink ? sinks : (uint32_t)BKVI_PAGE)) return NULL;
+    return bkvi_part(h, part - BKVI_K + BKVI_K_REST, is_sink ? slot : sinks + slot);
 }
 
 /* Slot `to` becomes a copy of slot `from`, with a new weight. */
