@@ -360,7 +360,7 @@ static void validation_finds_every_flipped_bit(void) {
 static void exported_rows_attend_alike(void) {
     stream s = stream_new();
     float out[N_Q * VALUE_DIM];
-    unsigned rounds = amount(60, 600, "caches exported, six times each");
+    unsigned rounds = amount(100, 600, "caches exported, six times each");
     for (unsigned round = 0; more(round, rounds); round++) {
         bkv_config cfg = config_of(round / 2);
         bkv_cache c = cache_new(&cfg);
