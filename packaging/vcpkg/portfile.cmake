@@ -1,5 +1,7 @@
 # An overlay port of the tree that it stands in:
-#   vcpkg install balancekv --overlay-ports=packaging/vcpkg
+#   vcpkg install balancekv --overlay-ports=packaging/vcpkg --no-binarycaching
+# vcpkg looks at this folder alone to see whether anything changed: with its archive of binaries it
+# would go on with the header of an earlier run.
 set(VCPKG_BUILD_TYPE release) # a header: nothing to build, nothing to debug
 get_filename_component(SOURCE_PATH "${CMAKE_CURRENT_LIST_DIR}/../.." ABSOLUTE)
 
