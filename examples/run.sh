@@ -16,7 +16,7 @@ for candidate in "${CC:-}" cc gcc clang; do
         echo "run.sh: CC=$CC is not there; looking for cc, gcc, clang" >&2
 done
 if [ -z "$cc" ]; then
-    echo "run.sh: no C compiler: install gcc or clang, or set CC to yours" >&2
+    echo "run.sh: no C compiler: install gcc or clang (Debian: gcc libc6-dev), or set CC" >&2
     exit 1
 fi
 
@@ -34,6 +34,8 @@ if [ -n "$newer" ] || [ "$(cat "$build/stream.built-by" 2>/dev/null)" != "$comma
     # shellcheck disable=SC2086 # the command is meant to split
     if ! $command -I"$root" "$root/examples/stream.c" -o "$build/stream.$$" -lm; then
         echo "run.sh: '$command' could not build examples/stream.c" >&2
+        echo '#include <stdio.h>' | $command -fsyntax-only -x c - 2>/dev/null ||
+            echo 'run.sh: the headers of the C library are missing (Debian: libc6-dev)' >&2
         exit 1
     fi
     mv -f "$build/stream.$$" "$build/stream"

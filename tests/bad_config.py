@@ -76,6 +76,14 @@ def compile_text(compiler, flags, text):
     return run([compiler, "-I."] + flags + ["-x", language, "-"], text)
 
 
+def knows_cxx(compiler):
+    """Whether it compiles C++, too, library included; says so if not."""
+    there = not run([compiler, "-fsyntax-only", "-x", "c++", "-"], "#include <memory>\n").returncode
+    if not there:
+        print("left out: C++: '%s' does not compile it (Debian: g++)" % compiler)
+    return there
+
+
 def on_x86():
     return platform.machine() in ("x86_64", "AMD64")
 
@@ -118,7 +126,8 @@ def check_wrong(compiler, flags):
 
 
 # ---- legal combinations ------------------------------------------------------------------------
-STANDARDS = ["-std=c99", "-std=c11", "-std=gnu17", "-std=c++11", "-std=c++20"]
+STANDARDS_C = ["-std=c99", "-std=c11", "-std=gnu17"]
+STANDARDS = STANDARDS_C + ["-std=c++11", "-std=c++20"]
 
 
 def legal():
@@ -171,7 +180,7 @@ def main():
     for compiler in compilers():
         for wrong in WRONG + (ARM_ONLY if on_x86() else X86_ONLY):
             jobs.append((check_wrong, compiler, [wrong]))
-        for standard in STANDARDS:
+        for standard in STANDARDS if knows_cxx(compiler) else STANDARDS_C:
             for flags in legal():
                 jobs.append((check_legal, compiler, effort(standard, flags) + [standard] + flags))
         for simd in "SCALAR", "AVX2": # SIMDe has neither

@@ -11,7 +11,7 @@ import re
 import tempfile
 
 from bad_config import (IMPLEMENTATION, STATIC, USER, WARNINGS, Tally, backend_flags,
-                        compile_text, compilers, run)
+                        compile_text, compilers, knows_cxx, run)
 
 FRAME = 1024
 # All that the library may call; the rest is put in by compilers of position-independent code and
@@ -116,9 +116,9 @@ PROGRAMS = [  # name, then the flags of each source
     ("a scalar copy beside the full one", ("link_a.c", []), ("link_b.c", SCALAR)),
     ("included five times", ("include_order.c", ["-std=c99"])),
     ("included five times, in place", ("include_order.c", ["-DBALANCEKV_DISPATCH=0"])),
-    ("C++11", ("include_cpp.cc", ["-std=c++11"])),
-    ("C++20", ("include_cpp.cc", ["-std=c++20"])),
 ]
+PROGRAMS_CXX = [("C++11", ("include_cpp.cc", ["-std=c++11"])),
+                ("C++20", ("include_cpp.cc", ["-std=c++20"]))]
 
 
 def check_program(tally, compiler, name, sources, directory):
@@ -144,7 +144,7 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         for compiler in compilers():
             check_macros(tally, compiler)
-            for name, *sources in PROGRAMS:
+            for name, *sources in PROGRAMS + (PROGRAMS_CXX if knows_cxx(compiler) else []):
                 check_program(tally, compiler, name, sources, directory)
             for level in ("-O2", "-Os"):
                 for name, flags in CONFIGURATIONS:

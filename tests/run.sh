@@ -92,25 +92,28 @@ meson_run() { # folder, expected backends, options for meson setup, arguments of
 built_run() { # folder, compiler and its flags, C file, what starts the program and its arguments
     program=$1/$(basename "$3" .c) compiler=$2 source=$3
     mkdir -p "$1" && shift 3 &&
-        $compiler -std=c99 -I. "$source" -o "$program" -lm -lpthread && "$@"
+        $compiler -std=c99 -I. "$source" -o "$program" -lm -lpthread -ldl && "$@"
 }
-plain_run() { # C file, arguments of the program
-    source=$1
-    shift
-    built_run build/plain "$CC -O2" "$source" "build/plain/$(basename "$source" .c)" "$@"
+
+# Without Meson: a program of one C file.
+plain() { # C file
+    built_run build/plain "$CC -O2" "$1" true
+}
+
+plain_test() { # C file
+    plain "$1" && "$program"
 }
 
 plain_hashes() {
+    plain bench/hash.c || return 1
     for backend in $(echo "$native" | tr , ' '); do
-        plain_run bench/hash.c --backend "$backend" --expect "$(cat bench/hash.golden)" || return 1
+        "$program" --backend "$backend" --expect "$(cat bench/hash.golden)" || return 1
     done
     echo "backends whose hash was compared: $native"
 }
 
 plain_speed() {
-    mkdir -p build/plain &&
-        $CC -std=c99 -O2 -I. bench/speed.c -o build/plain/speed -lm -lpthread -ldl &&
-        python3 tests/test_speed.py build/plain/speed
+    plain bench/speed.c && python3 tests/test_speed.py "$program"
 }
 
 # What this CPU has, found without the header's own detection, which is to be tested.
@@ -136,14 +139,30 @@ fi
 native_cc=$CC
 export CC
 
+compiles() { # language, header
+    echo "#include <$2>" | $CC -fsyntax-only -x "$1" - 2>/dev/null
+}
+if ! compiles c stdio.h; then
+    echo "run.sh: '$CC' does not compile C: install gcc or clang, and the headers of the C library" \
+        '(Debian: gcc libc6-dev), or set CC' >&2
+    exit 1
+fi
+compiles c++ memory || leave_out 'C++' "'$CC' does not compile it (Debian: g++)"
+
+echo "The logs of all steps are in $logs. A step that fails shows the end of its log here."
 numpy_there() { python3 -c 'import numpy' 2>/dev/null; }
 no_tools='not installed'
 if ! have meson || ! have ninja || ! have conan || ! numpy_there ||
     ! python3 -c 'import wasmtime, ziglang' 2>/dev/null; then
-    echo 'setting up Meson, NumPy, Conan, Zig and Wasmtime in build/venv ..'
-    { python3 -m venv --system-site-packages build/venv &&
-        build/venv/bin/pip install -r tests/requirements.txt; } \
-        >"$logs/venv.log" 2>&1 || no_tools=$(tail -n 1 "$logs/venv.log")
+    echo 'Setting up Meson, NumPy, Conan, Zig and Wasmtime in build/venv ..'
+    if ! have python3; then
+        no_tools='no python3'
+    elif ! python3 -m venv --system-site-packages build/venv >"$logs/venv.log" 2>&1; then
+        no_tools='python3 makes no virtual environment (Debian: python3-venv)'
+    elif ! build/venv/bin/pip install -r tests/requirements.txt >"$logs/venv.log" 2>&1; then
+        no_tools="pip could not install them, see $logs/venv.log"
+    fi
+    [ "$no_tools" = 'not installed' ] || echo "  not all of them: $no_tools"
     hash -r # dash would go on with the python3 it found before
 fi
 
@@ -257,12 +276,15 @@ else
     step 'hash' plain_hashes
     export BKV_EXPECT="$native"
     for source in tests/test_*.c; do
-        step "$(basename "$source" .c)" plain_run "$source"
+        step "$(basename "$source" .c)" plain_test "$source"
     done
     for script in tests/bad_config.py tests/check_*.py tests/test_examples.py \
         tests/test_adapters.py tests/test_packaging.py; do
         if have python3; then
             step "$(basename "$script" .py)" python3 "$script"
+            said=$(sed -n 's/^left out: /  /p' "$log")
+            [ -z "$said" ] || left_out="$left_out$said
+"
         else
             leave_out "$script" 'no python3'
         fi
@@ -282,6 +304,6 @@ printf '%s' "${ran:-  see the logs
 }"
 echo "Left out:"
 printf '%s' "${left_out:-  nothing
-}"
+}" | sort -u
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]

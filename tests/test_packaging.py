@@ -41,11 +41,11 @@ class Routes:
     def path(self, *parts):
         return os.path.join(self.folder, *parts)
 
-    def tool(self, *names):
+    def tool(self, route, *names):
         """Whether the tools of a route are there; says so if not."""
         missing = [name for name in names if not shutil.which(name)]
         if missing:
-            print("left out: %s (not installed)" % ", ".join(missing))
+            print("left out: packaging by %s (no %s)" % (route, ", no ".join(missing)))
         return not missing
 
     def run(self, what, command, good=True, **environment):
@@ -80,7 +80,7 @@ def plain(routes):
 
 def subproject(routes):
     """By wrap file and archive, then by the folder that this has unpacked."""
-    if not routes.tool("meson", "ninja"):
+    if not routes.tool("Meson", "meson", "ninja"):
         return
     consumer = routes.consumer("subproject")
     files = routes.path(consumer, "subprojects", "packagefiles")
@@ -117,7 +117,7 @@ def cmake(routes, what, prefix, consumer):
 
 
 def installed(routes):
-    if not routes.tool("meson", "ninja"):
+    if not routes.tool("meson install", "meson", "ninja"):
         return
     prefix = routes.path("prefix")
     routes.run("install: configures", [
@@ -130,7 +130,7 @@ def installed(routes):
               "share/balancekv/balancekv-config.cmake", "share/pkgconfig/balancekv.pc"]
     routes.tally.check(found == wanted, "install: these files", str(found))
 
-    if routes.tool("pkg-config"):
+    if routes.tool("pkg-config", "pkg-config"):
         here = {"PKG_CONFIG_PATH": prefix + "/share/pkgconfig"}
         version = routes.run("pkg-config: version", ["pkg-config", "--modversion", "balancekv"],
                              **here)
@@ -141,7 +141,7 @@ def installed(routes):
             "-std=c99", routes.path(NAME, "tests", "consumer", "app.c"), "-o", "pkg-config app"])
         routes.app("pkg-config", "pkg-config app")
 
-    if routes.tool("cmake"):
+    if routes.tool("CMake", "cmake"):
         moved = routes.path("moved prefix")
         os.rename(prefix, moved)  # CMake's files must not know where they were installed
         consumer = routes.consumer("found")
@@ -162,7 +162,7 @@ def installed(routes):
 
 
 def conan(routes):
-    if not routes.tool("conan", "cmake"):
+    if not routes.tool("Conan", "conan", "cmake"):
         return
     home = {"CONAN_HOME": routes.path("conan"), "CC": ""}  # it knows gcc and clang, but not "cc"
     routes.run("conan: detects a profile", ["conan", "profile", "detect"], **home)
@@ -192,7 +192,7 @@ def vcpkg(routes):
     fields = {"name", "version", "description", "homepage", "license"}
     routes.tally.check(set(manifest) == fields and manifest["name"] == "balancekv" and
                        manifest["version"] == VERSION, "vcpkg: the manifest", str(manifest))
-    if not routes.tool("cmake"):
+    if not routes.tool("vcpkg", "cmake"):
         return
     prefix = routes.path("vcpkg")
     if shutil.which("vcpkg"):
@@ -201,7 +201,7 @@ def vcpkg(routes):
                                        "--no-binarycaching", "--x-install-root=" + prefix])
         prefix = os.path.join(prefix, next(x for x in os.listdir(prefix) if x != "vcpkg"))
     else:
-        print("left out: vcpkg (not installed); its port runs in plain CMake")
+        print("left out: vcpkg (not installed; its port runs in plain CMake)")
         script = routes.path("port.cmake")
         with open(script, "w", encoding="utf-8") as file:
             file.write(STAND_IN % (VERSION, prefix, os.path.join(port, "portfile.cmake")))
