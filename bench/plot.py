@@ -20,6 +20,7 @@ STYLE = """<style>
 text { font: 12px sans-serif; fill: #333; } .title { font-size: 14px; font-weight: bold; }
 .num { text-anchor: middle; } .right { text-anchor: end; } .grid { stroke: #ddd; }
 .line { fill: none; stroke-width: 1.6; } .own { stroke-width: 3; }
+.lead { stroke-dasharray: 1 3; }
 </style>
 """
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -80,9 +81,9 @@ def line_chart(title, x_name, y_name, lines):
         colour, dash = COLOURS[i], ("", ' stroke-dasharray="6 3"', ' stroke-dasharray="2 2"')[turn]
         path = "L".join("%.1f %.1f" % (xs.at(x), ys.at(y)) for x, y in lines[name])
         out.append('<path class="line%s" stroke="%s"%s d="M%s"/>\n' %
-                   (" own" if name == "balancekv" else "", colour, dash, path))
+                   (" own" if name.split(",")[0] == "balancekv" else "", colour, dash, path))
         x = xs.at(lines[name][-1][0])
-        out.append('<path stroke="%s" fill="none" d="M%.1f %.1fL%d %.1f"/>\n' %
+        out.append('<path class="lead" stroke="%s" d="M%.1f %.1fL%d %.1f"/>\n' %
                    (colour, x, ys.at(lines[name][-1][1]), LEFT + WIDTH + 8, y))
         text(LEFT + WIDTH + 12, y + 4, "left", name)
     out.append("</svg>\n")
@@ -235,12 +236,12 @@ def growth(path):
     lines = collections.defaultdict(list)
     for r in rows:
         fixed = r["type"] == "f16"
-        lines["budget 2048" if fixed else "budget n / 16"].append((r["n"], r["ns"] / 1e3))
+        lines["balancekv, %s slots" % (2048 if fixed else "n / 16")].append((r["n"], r["ns"] / 1e3))
         for family in list(FAMILIES)[:2]:
             ratio = family_ratio(r, FAMILIES[family])
             if ratio:
                 lines[family].append((r["n"], ratio * r["ns"] / 1e3))
-    return line_chart("Append and attend, one layer of 3 KV heads and 9 query heads, d 64",
+    return line_chart("Time of a token: append and attend, 3 KV heads, 9 query heads, d 64",
                       "tokens so far", "us a token", {k: sorted(v) for k, v in lines.items()})
 
 

@@ -8,8 +8,10 @@
     report.py peers speed.json          other implementations, in multiples of our time
     report.py growth speed.json         time of a token against the length of the stream
     report.py machine speed.json        CPU, compiler, limits, date
+    report.py front speed.json          what README.md shows: picture of growth, summary, machine
     report.py update TEXT FOLDER        writes tables of FOLDER/*.json between the marks of a text:
-                                        <!-- shares speed --> .. <!-- end --> from speed.json
+                                        <!-- shares speed --> .. <!-- end --> from speed.json, and
+                                        shares.svg above it if that is beside the text
 
 The .log beside the .json has the machine, and the errors of ours and the peers.
 """
@@ -229,7 +231,12 @@ def bars(path):
     return table(["bar", "wanted", "measured", "met"], lines)
 
 
-COMMANDS = {f.__name__: f for f in (machine, summary, shares, peers, growth, bars)}
+def front(path):
+    return "![Time of a token against the length of the stream](bench/growth.svg)\n\n%s\n%s" % (
+        summary(path), machine(path))
+
+
+COMMANDS = {f.__name__: f for f in (machine, summary, shares, peers, growth, bars, front)}
 
 
 def update(path, folder):
@@ -240,7 +247,10 @@ def update(path, folder):
         source = os.path.join(folder, match[2] + ".json")
         if not os.path.exists(source):
             sys.exit("report.py: %s asks for %s" % (path, source))
-        return "<!-- %s %s -->\n%s<!-- end -->" % (match[1], match[2], COMMANDS[match[1]](source))
+        there = os.path.exists(os.path.join(os.path.dirname(path), match[1] + ".svg"))
+        picture = "![%s](%s.svg)\n\n" % (match[1], match[1]) if there else ""
+        return "<!-- %s %s -->\n%s%s<!-- end -->" % (match[1], match[2], picture,
+                                                    COMMANDS[match[1]](source))
 
     text = re.sub(r"<!-- (%s) (\w+) -->.*?<!-- end -->" % "|".join(COMMANDS), fill, text,
                   flags=re.S)
