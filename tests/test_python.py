@@ -6,8 +6,10 @@
 Needs a C compiler and NumPy.
 """
 import ctypes
+import doctest
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -190,6 +192,17 @@ def check_missing(tally):
                 "without a library the import says what to do", code.stderr)
 
 
+def check_readme(tally):
+    """The session that README.md shows."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        session = re.search(r"(?m)(?:^    >>> .*\n(?:    .*\n)*)", file.read())
+    if tally.check(session, "README shows a session in Python"):
+        said = []
+        example = doctest.DocTestParser().get_doctest(session[0], {}, "README.md", None, 0)
+        failed, tried = doctest.DocTestRunner().run(example, out=said.append)
+        tally.check(tried >= 5 and not failed, "README's session in Python", "".join(said))
+
+
 def main():
     tally = Tally()
     with tempfile.TemporaryDirectory() as folder:
@@ -199,6 +212,7 @@ def main():
         check_results(tally, module)
         check_refusals(tally, module)
         check_missing(tally)
+        check_readme(tally)
     tally.done()
 
 

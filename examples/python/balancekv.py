@@ -35,8 +35,9 @@ def _read_header():
         for declaration in filter(None, map(str.strip, body.split(";"))):
             kind, names = re.fullmatch(r"(?:const |unsigned )?(\w+)\s+(.*)", declaration,
                                        re.S).groups()
-            fields += [(field.strip("* \n"), ctypes.c_void_p if "*" in field else
-                        {**_TYPES, **types}[kind]) for field in names.split(",")]
+            for pointer, field, length in re.findall(r"(\*?)(\w+)(?:\[(\d+)\])?", names):
+                member = ctypes.c_void_p if pointer else {**_TYPES, **types}[kind]
+                fields.append((field, member * int(length) if length else member))
         types[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     numbers = dict(re.findall(r"#define BALANCEKV_(\w+) (\d+)\n", text))
     numbers["NONE"] = re.search(r"#define BKV_NONE (\w+)u", text)[1]
