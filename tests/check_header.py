@@ -86,6 +86,15 @@ def check_readme(tally):
     tally.check(screen <= MAX_SCREEN, "README's first screen has %d lines" % screen)
 
 
+def check_quotes(tally):
+    """Code of export.c that its README shows is in it."""
+    text, source = read("examples/llm/README.md"), read("examples/llm/export.c")
+    blocks = re.findall(r"```c\n(.*?)```", text, re.S)
+    tally.check(blocks, "examples/llm/README.md shows no C")
+    tally.check_none("examples/llm/README.md shows what is not in export.c",
+                     [block for block in blocks if block not in source])
+
+
 def check_links(tally):
     """Every file that a document points to is there."""
     for at, folders, names in os.walk(ROOT):
@@ -122,6 +131,7 @@ def main():
     check_platform(tally, lines, sections)
     check_version(tally, text)
     check_readme(tally)
+    check_quotes(tally)
     check_links(tally)
     tally.done()
 
