@@ -239,33 +239,33 @@ def front(path):
 COMMANDS = {f.__name__: f for f in (machine, summary, shares, peers, growth, bars, front)}
 
 
-def update(path, folder):
+def update(path, folder, commands):
     with open(path, encoding="utf-8") as f:
         text = f.read()
 
     def fill(match):
         source = os.path.join(folder, match[2] + ".json")
         if not os.path.exists(source):
-            sys.exit("report.py: %s asks for %s" % (path, source))
+            return match[0]
         there = os.path.exists(os.path.join(os.path.dirname(path), match[1] + ".svg"))
         picture = "![%s](%s.svg)\n\n" % (match[1], match[1]) if there else ""
         return "<!-- %s %s -->\n%s%s<!-- end -->" % (match[1], match[2], picture,
-                                                    COMMANDS[match[1]](source))
+                                                    commands[match[1]](source))
 
-    text = re.sub(r"<!-- (%s) (\w+) -->.*?<!-- end -->" % "|".join(COMMANDS), fill, text,
+    text = re.sub(r"<!-- (%s) (\w+) -->.*?<!-- end -->" % "|".join(commands), fill, text,
                   flags=re.S)
     with open(path, "w", encoding="utf-8") as f:
         f.write(text)
 
 
-def main(args):
+def main(args, commands, usage):
     if len(args) == 3 and args[0] == "update":
-        update(*args[1:])
-    elif len(args) == 2 and args[0] in COMMANDS:
-        print(COMMANDS[args[0]](args[1]), end="")
+        update(*args[1:], commands)
+    elif len(args) == 2 and args[0] in commands:
+        print(commands[args[0]](args[1]), end="")
     else:
-        sys.exit(__doc__)
+        sys.exit(usage)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], COMMANDS, __doc__)

@@ -7,19 +7,16 @@
     tables.py update TEXT DIR   writes the tables of DIR/*.json between the marks of a text
 """
 import collections
-import json
 import os
-import re
 import sys
 from statistics import mean, stdev
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from plot import read  # noqa: E402
+from report import main, table  # noqa: E402
+
 # 97.5 % quantile of Student's t for 1, 2, .. degrees of freedom
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-
-
-def read(path):
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
 
 
 def shares(rows):
@@ -48,11 +45,6 @@ def by_method(rows, column, field="rel_err"):
 
 def short(x):
     return ("%.4f" if x < 0.1 else "%.3f" if x < 10 else "%.3g") % x
-
-
-def table(head, lines):
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(out + ["| " + " | ".join(line) + " |" for line in lines]) + "\n"
 
 
 def means(path):
@@ -120,31 +112,5 @@ def ratio(path):
 COMMANDS = {"means": means, "traces": traces, "ratio": ratio}
 
 
-def update(path, folder):
-    """Between <!-- means stream --> and <!-- end --> goes the table `means` of stream.json."""
-    with open(path, encoding="utf-8") as f:
-        text = f.read()
-
-    def fill(match):
-        source = os.path.join(folder, match[2] + ".json")
-        if not os.path.exists(source):
-            return match[0]
-        return "<!-- %s %s -->\n%s<!-- end -->" % (match[1], match[2], COMMANDS[match[1]](source))
-
-    text = re.sub(r"<!-- (%s) (\w+) -->.*?<!-- end -->" % "|".join(COMMANDS), fill, text,
-                  flags=re.S)
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(text)
-
-
-def main(args):
-    if len(args) == 3 and args[0] == "update":
-        update(*args[1:])
-    elif len(args) == 2 and args[0] in COMMANDS:
-        print(COMMANDS[args[0]](args[1]), end="")
-    else:
-        sys.exit(__doc__)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], COMMANDS, __doc__)

@@ -86,7 +86,7 @@ def test_all_cases(folder):
     text = os.path.join(folder, "text.md")
     with open(text, "w", encoding="utf-8") as f:
         f.write("a\n<!-- growth speed -->\nold\n<!-- end -->\nb\n")
-    report.update(text, folder)
+    report.update(text, folder, report.COMMANDS)
     with open(text, encoding="utf-8") as f:
         new = f.read()
     check(new == "a\n<!-- growth speed -->\n%s<!-- end -->\nb\n" % report.growth(path), "update")
