@@ -173,6 +173,7 @@ if have meson && have ninja; then
     for tool in cmake pkg-config conan; do
         have "$tool" || leave_out "packaging by $tool" "no $tool"
     done
+    have make || leave_out 'packaging by cmake and conan' 'no make'
     have patch || leave_out 'the diff of examples/llama2c' 'no patch'
     have vcpkg || mention 'packaging by vcpkg' 'no vcpkg; its port runs in plain CMake'
     python3 tests/test_press.py --there >/dev/null ||

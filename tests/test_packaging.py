@@ -141,7 +141,7 @@ def installed(routes):
             "-std=c99", routes.path(NAME, "tests", "consumer", "app.c"), "-o", "pkg-config app"])
         routes.app("pkg-config", "pkg-config app")
 
-    if routes.tool("CMake", "cmake"):
+    if routes.tool("CMake", "cmake", "make"):
         moved = routes.path("moved prefix")
         os.rename(prefix, moved)  # CMake's files must not know where they were installed
         consumer = routes.consumer("found")
@@ -162,7 +162,7 @@ def installed(routes):
 
 
 def conan(routes):
-    if not routes.tool("Conan", "conan", "cmake"):
+    if not routes.tool("Conan", "conan", "cmake", "make"):
         return
     home = {"CONAN_HOME": routes.path("conan"), "CC": ""}  # it knows gcc and clang, but not "cc"
     routes.run("conan: detects a profile", ["conan", "profile", "detect"], **home)
@@ -192,7 +192,7 @@ def vcpkg(routes):
     fields = {"name", "version", "description", "homepage", "license"}
     routes.tally.check(set(manifest) == fields and manifest["name"] == "balancekv" and
                        manifest["version"] == VERSION, "vcpkg: the manifest", str(manifest))
-    if not routes.tool("vcpkg", "cmake"):
+    if not routes.tool("vcpkg", "cmake", "make"):
         return
     prefix = routes.path("vcpkg")
     if shutil.which("vcpkg"):
