@@ -302,12 +302,45 @@ static void partials_merge(void) {
     }
 }
 
+/* A part of which all is minus infinity: of a cache of nothing, and beside one far above. */
+static void parts_without_mass(void) {
+    enum { DIM = 16, N = 40 };
+    bkv_config cfg = config(1, DIM, DIM, BKV_F32, 208);
+    bkv_cache c = cache_new(&cfg), low = cache_new(&cfg);
+    stream s = stream_of(&cfg, N, BKV_F32, 1);
+    static float out[2][2 * DIM], max[2][2], sum[2][2], mask[208], k[208 * DIM];
+    bkv_rows rows;
+    memset(&rows, 0, sizeof rows);
+    rows.k = k, rows.mask = mask, rows.n_rows = 208, rows.type = rows.mask_type = BKV_F32;
+    OK(bkv_export(&c, 0, &rows));
+    for (size_t i = 0; i < 208; i++) CHECK(mask[i] == -INFINITY && k[i * DIM] == 0);
+    RESULT(bkv_attend_partial(&c, s.q.view, out[0], max[0], sum[0], 0, 1), BKV_E_EMPTY);
+    append(&c, &s, 0, N);
+    for (size_t i = 0; i < DIM; i++)
+        for (size_t h = 0; h < cfg.n_q_heads; h++) tensor_set(&s.q, 0, h, i, 1);
+    for (size_t t = 0; t < N; t++)
+        for (size_t h = 0; h < cfg.n_kv_heads; h++)
+            for (size_t i = 0; i < DIM; i++) tensor_set(&s.k, t, h, i, -1e16);
+    append(&low, &s, 0, N);
+    OK(bkv_attend_partial(&c, s.q.view, out[0], max[0], sum[0], 0, 1));
+    OK(bkv_attend_partial(&low, s.q.view, out[1], max[1], sum[1], 0, 1));
+    for (size_t h = 0; h < cfg.n_q_heads; h++) { /* finite, and the merge leaves it out */
+        CHECK(max[1][h] < -1e16f && max[1][h] > -INFINITY && sum[1][h] >= 1);
+        CHECK(exp((double)max[1][h] - (double)max[0][h]) == 0);
+        for (size_t i = 0; i < DIM; i++) CHECK(isfinite(out[1][h * DIM + i]));
+    }
+    stream_free(&s);
+    cache_free(&c), cache_free(&low);
+}
+
 /* ---- extremes -------------------------------------------------------------------------------- */
 
-enum { SAME_KEYS, VERY_NEGATIVE, LARGE, ONE_HUGE, DENORMALS, LARGEST, ZERO_VALUES, N_EXTREMES };
+enum { SAME_KEYS, VERY_NEGATIVE, LARGE, ONE_HUGE, DENORMALS, LARGEST, ZERO_VALUES };
+enum { ALTERNATING = ZERO_VALUES + 1, ALL_MASS, SORTED, N_EXTREMES };
 
 static const char *const extreme_names[N_EXTREMES] = {
-    "same keys", "very negative", "large", "one huge", "denormals", "largest", "zero values"};
+    "same keys", "very negative", "large",       "one huge",         "denormals",
+    "largest",   "zero values",   "alternating", "all mass on one", "sorted by similarity"};
 
 /* Small whole numbers where the logits are large: their products are exact in f32. */
 static void make_extreme(const stream *s, int kind) {
@@ -324,6 +357,9 @@ static void make_extreme(const stream *s, int kind) {
                 case ONE_HUGE: k = t == 100 ? 30000 : k; break;
                 case DENORMALS: k = ldexp(k, tiny), v = ldexp(v, tiny); break;
                 case LARGEST: k = sign * ldexp(1.9, 55), v = sign * ldexp(1.9, 55); break;
+                case ALTERNATING: k = v = t % 2 ? 10000 : -10000; break;
+                case ALL_MASS: k = t == 5 ? 60 : 0; break; /* a sink: it stays */
+                case SORTED: k = (double)t / (double)s->k.n_tokens + (i ? 0 : 1); break;
                 default: v = 0;
                 }
                 tensor_set(&s->k, t, h, i, k);
@@ -331,7 +367,7 @@ static void make_extreme(const stream *s, int kind) {
             }
     for (size_t h = 0; h < s->q.n_heads; h++)
         for (size_t i = 0; i < s->q.dim; i++)
-            if (kind == VERY_NEGATIVE || kind == ONE_HUGE)
+            if (kind == VERY_NEGATIVE || kind == ONE_HUGE || kind == ALL_MASS)
                 tensor_set(&s->q, 0, h, i, 1);
             else if (kind == LARGE)
                 tensor_set(&s->q, 0, h, i, (double)random_below(7) - 3);
@@ -339,7 +375,8 @@ static void make_extreme(const stream *s, int kind) {
                 tensor_set(&s->q, 0, h, i, ldexp(1.9, 55));
 }
 
-/* Logits of size L are only known to about L * 2^-22, and so is the output. */
+/* Logits of size L are only known to about L * 2^-22, and so is the output: beside
+   softmax in double over what the cache holds it is off by that and 2e-5 of the largest value. */
 static void extremes(void) {
     for (int kind = 0; kind < N_EXTREMES; kind++)
         for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++)
@@ -416,6 +453,6 @@ static void larger_budgets_err_less(void) {
 
 int main(int argc, char **argv) {
     TEST_MAIN(T(powers_of_two), T(exact_until_full), T(weighted_after_halving),
-              T(errors_are_estimated), T(bytes_round_little), T(partials_merge), T(extremes),
-              T(larger_budgets_err_less));
+              T(errors_are_estimated), T(bytes_round_little), T(partials_merge),
+              T(parts_without_mass), T(extremes), T(larger_budgets_err_less));
 }
