@@ -5,7 +5,7 @@
 #     README.md, bench/README.md              the tables between their marks
 # Needs build/bench/speed, and a quiet machine for three quarters of an hour with all peers.
 # Environment: RUN, a command before each part, e.g. RUN='chrt -f 1 taskset -c 1' (threads goes
-# without it: it wants two processors).
+# without it: it wants two processors); LENGTHS, the tokens of attend and prefill.
 set -eu
 cd "$(dirname "$0")/.."
 program=build/bench/speed
@@ -41,7 +41,7 @@ for name in $($program --list | cut -d ' ' -f 1); do
     case $name in
     attend_* | prefill) # in parts of a minute or two
         for shape in 'd64 g3' 'd128 g4' 'd64 g7' 'd128 g2'; do
-            for n in 1024 4096 16384 65536; do
+            for n in ${LENGTHS:-1024 4096 16384 65536}; do
                 part ${RUN:-} $program --case $name --filter "$shape n$n " "$@"
             done
         done
