@@ -86,7 +86,7 @@
      heads; all nth calls must be made, with equal arguments, before the next operation on the cache
      starts. (0, 1) does everything. The result does not depend on nth.
    Errors. A negative bkv_result; the cache is then unchanged. Inputs are checked first, NaN and Inf
-     included: a key or value must be finite in kv_type (|x| < 65520 for f16), all below 2^56.
+     included: a key or value must be finite in kv_type (|x| < 65520 for f16), all below 2^55.
    Arithmetic. Same input bytes + same config => same output bytes and same state bytes on every
      backend, compiler and optimisation level, for any nth and any chunking of the same tokens:
      16 float lanes, one correctly rounded fused multiply-add, one reduction tree, own 2^x (1 ulp).
@@ -251,7 +251,7 @@ typedef struct bkv_config {
 } bkv_config;
 
 /* bkv_size() as a constant expression, for static arrays: of what bkv_config_default() gives, with
-   this kv_type. Checks nothing, bkv_init() does. See examples/freestanding.c. */
+   this kv_type, n_q_heads not 0. Checks nothing, bkv_init() does. See examples/freestanding.c. */
 #define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
     (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
      BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
@@ -277,13 +277,12 @@ typedef struct bkv_tensor {
 } bkv_tensor;
 
 /* A cache handle: fields are private, the size is not. Holds the only pointer to the memory. Copy
-   it freely; it is made anew by bkv_attach(), as it must be after another copy
-   of it went through bkv_shrink(). */
+   it freely. After bkv_shrink() through one copy the others are stale; bkv_attach() renews them. */
 typedef struct bkv_cache {
     unsigned char *mem;
     bkv_config cfg; /* every default resolved; backend is the one in use */
     uint32_t group, slots, sink_slots, n_pages, window_pages, rests;
-    size_t elem_bytes, at[13], each[12]; /* parts of a head: offset, bytes per slot or whatever */
+    size_t elem_bytes, at[13], each[12]; /* parts of a head: offset, bytes per slot, page or head */
     size_t head_bytes, scratch_bytes, state_bytes, bytes;
 } bkv_cache;
 
@@ -350,9 +349,9 @@ BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
 
 /* Takes back all but the first n_tokens tokens. What is left is, bit for bit, the state before
    them, but for what attention to tokens that were no drafts has taught, and drafts that a later
-   token accepted stay accepted. Tokens from before the
-   last halving, of BKV_I8 from before the newest page, cannot be taken back (all pages can, before
-   any halving): stats.room says how many more are safe. Returns BKV_E_NULL, _ROLLBACK.
+   token accepted stay accepted. Once something was halved (BKV_I8 from 512 slots on: once there is
+   a second page) the first token of the newest page and all before it cannot be taken back:
+   stats.room says how many more tokens are safe. Returns BKV_E_NULL, _ROLLBACK.
    Cost: proportional to the tokens taken back. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens);
 
@@ -361,8 +360,8 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_truncate(bkv_cache *c, uint64_t n_toke
    if it must. Returns BKV_E_NULL, _BUDGET. Cost: the halvings, and moves the state once. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_shrink(bkv_cache *c, uint32_t budget);
 
-/* The largest budget whose bkv_size() is at most `bytes`, all else as in cfg (whose budget is not
-   read; window = 0 grows with it); 0: none. */
+/* The largest budget, in sixteens, whose bkv_size() is at most `bytes`, all else as in cfg (whose
+   budget is not read; window = 0 grows with it); 0: none. */
 BALANCEKV_API uint32_t bkv_budget_for_bytes(const bkv_config *cfg, size_t bytes);
 
 /* Writes stats.state_bytes bytes, the same on every machine: config, counters, tokens, checksum.
@@ -373,8 +372,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_save(const bkv_cache *c, void *out, si
    the stream goes on bit for bit. n_threads, backend: as in bkv_config. bkv_load_size() says how
    large mem must be; 0: these bytes are no state. Bytes from anywhere are safe: everything is
    checked. Returns BKV_E_NULL, _STATE, _VERSION, _MEMORY, _THREADS, and _BACKEND, _HEAD_DIM,
-   _KV_TYPE if this build or CPU lacks what the state asks for; c is then unchanged, mem undefined.
-   */
+   _KV_TYPE if this build or CPU lacks what it asks for; c is then unchanged, mem undefined. */
 BALANCEKV_API size_t bkv_load_size(const void *saved, size_t saved_bytes, uint32_t n_threads);
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_load(bkv_cache *c, const void *saved, size_t saved_bytes,
                                                void *mem, size_t mem_bytes, uint32_t n_threads,
@@ -437,14 +435,13 @@ typedef struct bkv_rows {
     size_t k_stride, v_stride;  /* bytes between rows, 0: dense */
     uint32_t type, mask_type;   /* BKV_F32, BKV_F16, BKV_BF16; mask: the first two */
     uint32_t n_rows;            /* at least stats.slots */
-    uint32_t first, n;          /* out: the range of rows that this call wrote */
+    uint32_t first, n;          /* out, with BKV_OK: the range of rows that this call wrote */
     uint64_t seen, halvings;    /* of the last call on this buffer, so that only what has changed
                                    since is written; zeros write all: set them after any of
-                                   bkv_truncate, _reset, _load, or for another head */
+                                   bkv_truncate, _shrink, _reset, _load, or for another head */
 } bkv_rows;
-/* Returns BKV_E_NULL, _INDEX (head), _TYPE, _STRIDE, _COUNT (n_rows), _VALUE (a number is too large
-   for f16). Uses the scratch of the first thread. Cost: the rows that changed, all after a halving.
-   */
+/* Returns BKV_E_NULL, _INDEX (head), _TYPE, _STRIDE, _COUNT (n_rows), _VALUE (too large for f16).
+   Uses the scratch of the first thread. Cost: the rows that changed, all after a halving. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows);
 
 /* Chooses from the caller's own n_tokens keys and values what a cache of this config would hold at
@@ -668,7 +665,7 @@ enum {
 enum { BKVI_COUNTERS, BKVI_TABLE, BKVI_WEIGHT, BKVI_USE, BKVI_POSITION, BKVI_QUERIES };
 enum { BKVI_K_SCALE = 6, BKVI_V_SCALE, BKVI_K_REST, BKVI_V_REST, BKVI_K, BKVI_V, BKVI_END };
 static const float BKVI_LOG2E = 1.44269504088896341f, BKVI_LN2 = 0.693147180559945309f;
-static const float BKVI_HUGE = 7.2057594037927936e16f; /* 2^56: keys, values, queries are below */
+static const float BKVI_HUGE = 3.6028797018963968e16f; /* 2^55: keys, values, queries are below */
 static const float BKVI_LEARN = 0.01f; /* share of a query in its running mean */
 static const float BKVI_PINNED = 1e38f; /* a use that marks a pin: no share changes it */
 static const uint64_t BKVI_GOLDEN = 0x9E3779B97F4A7C15u;
@@ -746,13 +743,16 @@ static float bkvi_uniform(uint64_t key, uint32_t i) {
     return (float)(bkvi_mix(key + BKVI_GOLDEN * ((uint64_t)i + 1)) >> 40) * 5.9604644775390625e-8f;
 }
 
-/* The square root of a positive number, without libm: Newton in double from a
-   guess by the exponent. No root of a float is so near the middle of two floats that the last bits
-   could matter to one rounded to float. */
+/* The square root of a positive finite number, without libm: Newton from a guess by the exponent of
+   the double. No root of a float is so near the middle of two that the last bits could matter. */
 static double bkvi_root(float x) {
-    double y = (double)bkvi_float((bkvi_bits(x) >> 1) + 0x1FBD1DF5u);
+    double d = (double)x, y;
+    uint64_t u;
     int i;
-    for (i = 0; i < 4; i++) y = 0.5 * (y + (double)x / y);
+    memcpy(&u, &d, sizeof u);
+    u = (u >> 1) + ((uint64_t)1023 << 51);
+    memcpy(&y, &u, sizeof y);
+    for (i = 0; i < 5; i++) y = 0.5 * (y + d / y);
     return y;
 }
 
@@ -763,7 +763,9 @@ BKVI_INLINE uint16_t bkvi_to_bf16(float x) {
 }
 
 #if BKVI_HAVE_SCALAR || BALANCEKV_SIMDE
-static float bkvi_sqrt(float x) { return x > 0.0f ? (float)bkvi_root(x) : 0.0f; } /* to nearest */
+static float bkvi_sqrt(float x) { /* to nearest; 0 of what is not positive */
+    return x > 0.0f ? x - x == 0.0f ? (float)bkvi_root(x) : x : 0.0f;
+}
 
 /* Correctly rounded a * b + c. Without the instruction: the product of two floats is exact in
    double; TwoSum gives the rounding error of the sum; rounding the sum to odd then makes the final
@@ -984,7 +986,7 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
    State: a header of 64 words (magic, version, config), then one region per KV head:
        16 words    tokens seen, halvings (both low, high), sinks, pages in use, newest page's fill,
                    drafts, sum (mod 2^32) of drafts and the words of weights, positions and
-                   levels; the last one: f32, the estimate of the error
+                   levels, six zeros, and f32, the estimate of the error
        page table  [n_pages] (place, level), oldest first; page p has slots sink_slots + 64 p ..
        per slot    f32 weight (0: empty), f32 observed use, u32 position
        queries     f32, the running mean of each query head, [group][head_dim padded to 16]
@@ -1071,7 +1073,7 @@ static uint32_t bkvi_page_slot(const bkvi_head *h, uint32_t i) {
    the newest page have it, of BKV_I8 and of caches that are large enough. */
 static unsigned char *bkvi_rest(const bkvi_head *h, int part, uint32_t slot) {
     const uint32_t sinks = h->c->rests - BKVI_PAGE, is_sink = slot < h->c->sink_slots;
-    if (!bkvi_is_i8(h->c->cfg.kv_type) || !h->c->rests) return NULL;
+    if (!bkvi_is_i8(h->c->cfg.kv_type) || !h->c->rests || !(is_sink || h->used)) return NULL;
     if (!is_sink) slot -= bkvi_page_slot(h, h->used - 1);
     if (slot >= (is_sink ? sinks : (uint32_t)BKVI_PAGE)) return NULL;
     return bkvi_part(h, part - BKVI_K + BKVI_K_REST, is_sink ? slot : sinks + slot);
@@ -1333,7 +1335,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         return BKV_E_RULE;
     if (r->temp == 0.0f) r->temp = 0.1f;
     if (r->scale == 0.0f) r->scale = (float)(1.0 / bkvi_root((float)r->head_dim));
-    /* Written so that NaN fails. The bounds keep every logit below 2^127 for inputs below 2^56. */
+    /* Written so that NaN fails. The bounds keep every logit below 2^127 for inputs below 2^55. */
     if (!(r->temp >= 1e-6f && r->temp <= 1e6f) || !(r->scale >= 1e-6f && r->scale <= 8.0f) ||
         !(r->scale * r->temp <= 8.0f) ||
         !(r->softcap == 0.0f || (r->softcap >= 1.0f && r->softcap <= 100.0f)))
@@ -1411,6 +1413,8 @@ static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
             taken[bit / 8] = (unsigned char)(taken[bit / 8] | 1u << bit % 8);
         }
     }
+    for (i = BKVI_COUNTER_BYTES + 4; i < BKVI_ERROR_AT; i++)
+        if (h.mem[i]) return 0;
     return bkvi_same(h.mem, bkvi_head_mem(c, 0), BKVI_COUNTER_BYTES);
 }
 
@@ -1805,7 +1809,7 @@ static int bkvi_head_valid(const bkv_cache *c, uint32_t head) {
     uint64_t next = 0;
     for (i = 0; i < c->n_pages; i++) {
         sum += bkvi_level(&h, i);
-        if (i >= h.used && bkvi_place(&h, i)) return 0;
+        if (bkvi_level(&h, i) > h.halvings || (i >= h.used && bkvi_place(&h, i))) return 0;
     }
     if (sum != h.sum || h.drafts > h.seen ||
         !h.kernels.scan(h.mem + BKVI_ERROR_AT, BKV_F32, 4, 1, BKVI_HUGE))
@@ -1830,7 +1834,7 @@ static int bkvi_head_valid(const bkv_cache *c, uint32_t head) {
                 return 0;
     }
     for (part = BKVI_K_SCALE; part <= BKVI_V_SCALE && type == BKV_I8; part++)
-        if (!h.kernels.scan(h.mem + c->at[part], BKV_BF16, 2, c->slots, BKVI_HUGE)) return 0;
+        if (!h.kernels.scan(h.mem + c->at[part], BKV_BF16, 2, c->slots, BKVI_HUGE / 4)) return 0;
     return held == bkvi_held(&h) && /* rotated queries may be sqrt(512) times as large */
            h.kernels.scan(h.mem + c->at[BKVI_QUERIES], BKV_F32, 4,
                           c->group * (uint32_t)c->each[BKVI_QUERIES] / 4, 32.0f * BKVI_HUGE);
@@ -2823,7 +2827,7 @@ static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *
     memcpy(block->factor, block->weight, sizeof block->factor);
     bkvi_k(rate)(block, importance);
     constant = bkvi_k(total)(block->norm, BKVI_BLOCK) * (1.0f / 4096.0f);
-    constant = constant > 0.0f ? constant : 1.0f;
+    constant = constant > 1e-37f ? constant : 1.0f;
     /* All entries at most about 1, whatever the size of the values. */
     bkvi_k(products)(block, 1, v_dim, v_stride, 1.0f / (largest + constant), constant);
 }
@@ -3258,7 +3262,7 @@ BKVI_NOINLINE bkvi_kernels bkvi_kernels_of(uint32_t backend) {
     return k;
 }
 
-/* No macro of ours survives the #include. */
+/* No macro BKVI_* survives the #include. */
 #undef BKVI_ARCH_X86
 #undef BKVI_ARCH_ARM64
 #undef BKVI_DIM

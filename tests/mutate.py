@@ -53,7 +53,7 @@ MUTATIONS = [
     M("bf16-ties-up", "(u + 0x7FFFu + (u >> 16 & 1u))", "(u + 0x8000u)", ["convert:values"]),
     M("f16-ties-up", "rest += 0xFFFu + (rest >> 13 & 1u);", "rest += 0x1000u;",
       ["convert:values"]),
-    M("root-early", "for (i = 0; i < 4; i++) y = 0.5", "for (i = 0; i < 2; i++) y = 0.5",
+    M("root-early", "for (i = 0; i < 5; i++) y = 0.5", "for (i = 0; i < 2; i++) y = 0.5",
       ["api:default_scales", "kernels@all", "hash"]),
     M("fma-rounds-twice", "(p - (sum - back)) + ((double)c - back);",
       "0.0 * back;", ["hash@soft"]),

@@ -502,7 +502,7 @@ static void bad_values(void) {
             fixture f = fixture_new(kv_type, type, 10);
             const tensor *x[3] = {&f.k, &f.v, &f.q};
             for (int which = 0; which < 3; which++) {
-                double limit = which < 2 && kv_type == BKV_F16 ? 65520 : ldexp(1, 56);
+                double limit = which < 2 && kv_type == BKV_F16 ? 65520 : ldexp(1, 55);
                 uint32_t bad[8] = {
                     m.infinity, m.infinity | m.sign,   m.infinity + 1,
                     m.sign - 1, m.sign | (m.sign - 1), m.infinity | (m.infinity >> 1)};
@@ -553,7 +553,7 @@ static void largest_values(void) {
     for (size_t s = 0; s < COUNT(storage_types); s++)
         for (size_t t = 0; t < COUNT(test_types); t++) {
             uint32_t type = test_types[t], kv_type = storage_types[s];
-            double limit = kv_type == BKV_F16 ? 65520 : ldexp(1, 56);
+            double limit = kv_type == BKV_F16 ? 65520 : ldexp(1, 55);
             uint32_t bits = type == BKV_F16 ? 0x7BFF : encode(limit, type);
             while (decode(bits, type) >= limit) bits--;
             fixture f = fixture_new(kv_type, type, 0);

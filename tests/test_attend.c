@@ -356,7 +356,7 @@ static void make_extreme(const stream *s, int kind) {
                 case LARGE: k = sign * 10000; break;
                 case ONE_HUGE: k = t == 100 ? 30000 : k; break;
                 case DENORMALS: k = ldexp(k, tiny), v = ldexp(v, tiny); break;
-                case LARGEST: k = sign * ldexp(1.9, 55), v = sign * ldexp(1.9, 55); break;
+                case LARGEST: k = sign * ldexp(1.9, 54), v = sign * ldexp(1.9, 54); break;
                 case ALTERNATING: k = v = t % 2 ? 10000 : -10000; break;
                 case ALL_MASS: k = t == 5 ? 60 : 0; break; /* a sink: it stays */
                 case SORTED: k = (double)t / (double)s->k.n_tokens + (i ? 0 : 1); break;
@@ -372,7 +372,7 @@ static void make_extreme(const stream *s, int kind) {
             else if (kind == LARGE)
                 tensor_set(&s->q, 0, h, i, (double)random_below(7) - 3);
             else if (kind == LARGEST)
-                tensor_set(&s->q, 0, h, i, ldexp(1.9, 55));
+                tensor_set(&s->q, 0, h, i, ldexp(1.9, 54));
 }
 
 /* Logits of size L are only known to about L * 2^-22, and so is the output: beside

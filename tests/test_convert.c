@@ -16,7 +16,7 @@ typedef struct list {
 
 static int acceptable(uint32_t bits, uint32_t type, uint32_t kv_type) {
     double x = fabs(decode(bits, type));
-    return x < (kv_type == BKV_F16 ? 65520.0 : ldexp(1, 56)); /* false for NaN */
+    return x < (kv_type == BKV_F16 ? 65520.0 : ldexp(1, 55)); /* false for NaN */
 }
 
 static void add(list *l, float x) { memcpy(&l->bits[l->n++], &x, 4); }
@@ -51,7 +51,7 @@ static list inputs(uint32_t type, uint32_t kv_type) {
              sign += 2) /* the largest numbers that round to a finite one */
             for (float x = 65504; x < 65520; x = nextafterf(x, INFINITY)) add(&l, (float)sign * x);
     } else if (kv_type == BKV_BF16) {
-        add_ties(&l, BKV_BF16, (127 + 56) << 7);
+        add_ties(&l, BKV_BF16, (127 + 55) << 7);
     }
     add(&l, nextafterf(0, 1));
     add(&l, -nextafterf(0, 1));
@@ -60,8 +60,8 @@ static list inputs(uint32_t type, uint32_t kv_type) {
         if (acceptable(bits, BKV_F32, kv_type)) l.bits[l.n++] = bits;
     }
     if (kv_type != BKV_F16) {
-        add(&l, nextafterf(72057594037927936.0f, 0));
-        add(&l, -nextafterf(72057594037927936.0f, 0));
+        add(&l, nextafterf(36028797018963968.0f, 0));
+        add(&l, -nextafterf(36028797018963968.0f, 0));
     }
     return l;
 }

@@ -417,7 +417,7 @@ static void any_importance_of_any_input(void) {
         for (size_t t = 0; t < N_TOKENS; t++)
             for (size_t h = 0; h < N_KV; h++)
                 for (size_t i = 0; i < DIM; i++) {
-                    double k = tensor_get(&s.k, t, h, i), huge = ldexp(1.5, 55);
+                    double k = tensor_get(&s.k, t, h, i), huge = ldexp(1.5, 54);
                     if (kind == EQUAL_KEYS) k = 0.5;
                     if (kind == ONE_HUGE && t == 100) k *= 1e15;
                     if (kind == ALL_HUGE) k = k < 0 ? -huge : huge;
@@ -519,6 +519,49 @@ static void weights_on_average(void) {
         double mean = sum / seeds, deviation = sqrt(fmax(squares / seeds - mean * mean, 0) / seeds);
         CHECKF(fabs(mean - LATER) <= 5 * deviation + 1e-3, "importance %u: mass %g +- %g",
                importances[m], mean, deviation);
+    }
+    stream_free(&s);
+}
+
+/* One token takes so much of the attention that the uses of all others, squares, are denormal; values
+   so small that their squares are. Every backend must take the same roots of them. */
+static void denormals_on_every_backend(void) {
+    enum { N_TOKENS = 330 };
+    stream s = stream_new(N_TOKENS, BKV_F32);
+    uint32_t backends[8];
+    size_t n = test_backends(backends);
+    float out[VALUE_DIM];
+    for (int logit = 42; logit < 56; logit++) {
+        double size = logit % 2 ? 1 : 1e-20;
+        for (size_t t = 0; t < N_TOKENS; t++) {
+            tensor_set(&s.q, t, 0, 0, logit);
+            tensor_set(&s.k, t, 0, 0, t == 0);
+            for (size_t i = 1; i < DIM; i++) tensor_set(&s.k, t, 0, i, 0.01 * (double)((t * i) % 9));
+            for (size_t i = 0; i < VALUE_DIM; i++)
+                tensor_set(&s.v, t, 0, i, size * (double)((t * 7 + i * 5) % 11));
+        }
+        bkv_cache first = {0};
+        for (size_t b = 0; b < n; b++) {
+            bkv_config cfg = one_head(BKV_IMPORTANCE_USE, 2, 1);
+            cfg.scale = 1;
+            cfg.kv_type = BKV_F32;
+            cfg.backend = backends[b];
+            bkv_cache c = cache_new(&cfg);
+            for (size_t t = 0; t < N_TOKENS; t++) {
+                append_one_head(&c, &s, t, 1);
+                bkv_tensor q = tensor_from(&s.q, t);
+                q.elem_stride = s.q.elem_stride;
+                OK(bkv_attend(&c, q, out, 0, 1));
+            }
+            CHECKF(b == 0 || same_state(&c, &first), "logit %d: %s is not %s", logit,
+                   bkv_backend_name(backends[b]), bkv_backend_name(backends[0]));
+            if (b == 0)
+                first = c;
+            else
+                cache_free(&c);
+        }
+        CHECK(cache_stats(&first).halvings > 0);
+        cache_free(&first);
     }
     stream_free(&s);
 }
@@ -789,6 +832,7 @@ static void two_caches(void) {
 int main(int argc, char **argv) {
     TEST_MAIN(T(ways_to_feed), T(many_sinks), T(state_at_any_time), T(long_streams),
               T(any_importance_of_any_input), T(weights_on_average), T(certain_tokens_stay),
+              T(denormals_on_every_backend),
               T(pinned_tokens_stay), T(odd_keys_stay), T(rounds_of_balancing_help),
               T(reset_is_init), T(branches), T(seeds), T(positions_do_not_matter), T(two_caches));
 }

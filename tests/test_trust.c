@@ -336,7 +336,7 @@ static void validation_finds_every_flipped_bit(void) {
             const struct {
                 size_t at, bytes;
             } parts[] = {{0, head ? 0 : BKVI_HEADER_BYTES},
-                         {at_head, 36},
+                         {at_head, 60},
                          {at_head + c.at[BKVI_TABLE], 8 * (size_t)c.n_pages},
                          {at_head + c.at[BKVI_WEIGHT], 4 * (size_t)c.slots},
                          {at_head + c.at[BKVI_POSITION], 4 * (size_t)c.slots}};
@@ -699,8 +699,8 @@ static void limits_of_states(void) {
         size_t bytes = cache_stats(&c).state_bytes, head = BKVI_HEADER_BYTES + c.head_bytes;
         unsigned char *saved = (unsigned char *)checked(malloc(bytes)), was[2], *at;
         void *mem = checked(malloc(c.bytes));
-        tensor_set(&s.k, 1, 1, 0, cfg.kv_type == BKV_F16 ? 65519.0 : 7.2057e16);
-        for (size_t j = 0; j < DIM; j++) tensor_set(&s.q, 3, 1, j, 7e16);
+        tensor_set(&s.k, 1, 1, 0, cfg.kv_type == BKV_F16 ? 65519.0 : 3.6028e16);
+        for (size_t j = 0; j < DIM; j++) tensor_set(&s.q, 3, 1, j, 3.6e16);
         append(&c, &s, 0, 700, 0);
         for (int j = 0; j < 300; j++) attend(&c, &s, 3, out);
         OK(bkv_save(&c, saved, bytes));
