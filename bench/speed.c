@@ -528,8 +528,7 @@ static double attention_error(const float *result, const target *want) {
 /* ---- halve ---- */
 static uint64_t halvings(const bkv_cache *c) {
     bkv_stats_info s;
-    bkv_stats(c, &s);
-    return s.halvings;
+    return bkv_stats(c, &s) == BKV_OK ? s.halvings : 0;
 }
 
 /* One append in 64 halves; only that one is timed. */
