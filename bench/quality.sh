@@ -43,11 +43,12 @@ run() { # name, traces separated by commas, options
     mv "$out/$name.new" "$out/$name.json"
 }
 seeds=${SEEDS:-1,2,3,4,5}
-run stream "$traces" --seed "$seeds" --method balancekv,walk,pair,uniform,stride,window,\
-streamingllm,knorm,keydiff,h2o,tova,expected
+run stream "$traces" --seed "$seeds" --method balancekv,balancekv:rounds=none,walk,\
+pair,uniform,stride,window,streamingllm,knorm,keydiff,h2o,tova,expected
 run theory "$traces" --seed 1 --every 4 --method \
 balancekv,walk,algorithm1,algorithm1:sinks=4:window=170,hybrid
-run oneshot "$traces" --protocol oneshot --seed "$seeds" --method balancekv,walk,uniform,window,\
+run oneshot "$traces" --protocol oneshot --seed "$seeds" --method balancekv,\
+balancekv:importance=1,balancekv:importance=none,walk,uniform,window,\
 streamingllm,knorm,keydiff,expected,h2o,tova,snapkv,pyramidkv,kvcrush-random,kvcrush-mean,\
 kvcrush-alternate,uniform-once,published,published-both,snapkv-ahead
 run first "$first" --protocol oneshot --budget 1/2 --seed "$seeds" --method uniform-once,\
