@@ -660,8 +660,8 @@ enum {
     BKVI_MAGIC = 0x4B564B42, /* "BKVK" */
     BKVI_STATE_VERSION = 1
 };
-/* The parts of a head's state (§8), in order; of what is kept twice, the value's follows the key's,
-   so that BKVI_K + 1 is BKVI_V. */
+/* The parts of a head's state, in the order of §8; a value's part follows that of the key, so that
+   BKVI_K + 1 is BKVI_V. */
 enum { BKVI_COUNTERS, BKVI_TABLE, BKVI_WEIGHT, BKVI_USE, BKVI_POSITION, BKVI_QUERIES };
 enum { BKVI_K_SCALE = 6, BKVI_V_SCALE, BKVI_K_REST, BKVI_V_REST, BKVI_K, BKVI_V, BKVI_END };
 static const float BKVI_LOG2E = 1.44269504088896341f, BKVI_LN2 = 0.693147180559945309f;
