@@ -645,7 +645,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 enum {
     BKVI_PAGE = 64,          /* slots of a page */
     BKVI_PINS = 32,          /* pins that hold in a halving */
-    BKVI_FEW = 512,          /* with fewer slots than these every slot goes to the pages (ours) */
+    BKVI_FEW = 512,          /* with fewer slots: a window of one page, no second bytes */
     BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */

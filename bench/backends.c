@@ -4,8 +4,9 @@
        cc -std=c99 -O2 -I. -c -DPART_SIMDE -DBALANCEKV_SIMDE bench/backends.c -o simde.o
        cc -std=c99 -O2 -I. bench/backends.c simde.o -o backends && ./backends
 
-   On x86 the first line wants -mavx2 -mfma -mf16c as well. For WASM, cc is `zig cc -target wasm32-wasi
-   -msimd128`, and tests/wasi.py runs it. The same class of bits (BALANCEKV_FMA) in both. */
+   On x86 the first line wants -mavx2 -mfma -mf16c as well. For WASM, cc is `python3 -m ziglang cc
+   -target wasm32-wasi -msimd128 -isystem build/matrix/include` (tests/matrix.sh makes that folder),
+   and `python3 tests/wasi.py ./backends` runs it. -DBALANCEKV_FMA=0 in both lines: the other class. */
 #define _POSIX_C_SOURCE 199309L /* clock_gettime */
 #define BALANCEKV_IMPLEMENTATION
 #define BALANCEKV_STATIC

@@ -111,7 +111,7 @@ def quality(path):
 SHAPES = ("M-4 0A4 4 0 1 0 4 0A4 4 0 1 0 -4 0", "M-3.6 -3.6H3.6V3.6H-3.6Z", "M0 -4.6L4.6 3.6H-4.6Z",
           "M0 -5L5 0L0 5L-5 0Z", "M-4 -4L4 4M4 -4L-4 4", "M0 5L-5 -3.6H5Z", "M-5 0H5M0 -5V5")
 FAMILIES = {"ggml flash, as in llama.cpp": ("ggml_flash_llama",),
-            "ggml, best path": ("ggml_",),
+            "ggml, best path": ("ggml",),
             "OpenBLAS, best route": ("openblas_",),
             "naive C, -Ofast": ("naive",),
             "numkong": ("numkong",),

@@ -19,6 +19,7 @@ import math
 import os
 import re
 import sys
+from statistics import median
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from plot import FAMILIES, best_rows, chosen, family_best, family_ratio, name_of, read  # noqa: E402
@@ -72,13 +73,15 @@ def machine(path):
     words = {key: [line.split(": ", 1)[1] for line in lines if line.startswith(key + ": ")]
              for key in ("cpu", "compiler", "limit", "peers")}
     version = next((line for line in lines if line.startswith("balancekv ")), "balancekv")
-    best = {}
+    found = {}
     for x in words["limit"]: # several runs may stand one behind the other
         name, value, unit = re.match(r"(.*?) +([\d.]+) (\S+)$", x).groups()
-        best[name + " %s " + unit] = max(float(value), best.get(name + " %s " + unit, 0))
+        found.setdefault(name + " %s " + unit, []).append(float(value))
+    best = {name: "%.0f" % max(v) if max(v) < 1.1 * median(v) else "%.0f to %.0f" % (min(v), max(v))
+            for name, v in found.items()}
     out = "%s. %s; %s. Limits of one core: %s.\n" % (
         version, re.sub(", load.*", "", words["cpu"][0]), words["compiler"][0],
-        ", ".join(name % ("%.0f" % x) for name, x in best.items()))
+        ", ".join(name % x for name, x in best.items()))
     if words["peers"]:
         out += "Peers: %s.\n" % "; ".join(dict.fromkeys(words["peers"]))
     return out
@@ -194,9 +197,9 @@ def bars(path):
             bar("halving d %d, times %s" % (d, family), ">= %g" % w,
                 ratio("halve", family, d=d, type="f32"))
     bar("attend f16 in cache, group >= 3, %s, of FMA peak" % wide, ">= 80 %",
-        share("attend_hot", backend=wide, type="f16", group=(3, 4, 7), n=1024))
+        share("attend_hot", backend=wide, type="f16", group=(3, 4, 7), n=(1024, 4096)))
     bar("attend cold, group <= 4, f16 bf16 f32, of read (or FMA)", ">= 90 %",
-        share("attend_cold", backend=wide, group=(2, 3, 4)))
+        share("attend_cold", backend=wide, group=(2, 3, 4), type=("f16", "bf16", "f32")))
     flash, best = list(FAMILIES)[:2]
     bar("attend cold f16, times ggml flash as in llama.cpp", ">= 6",
         ratio("attend_cold", flash, type="f16"))

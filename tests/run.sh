@@ -56,6 +56,9 @@ total, backends = [0, 0], []
 for line in open(sys.argv[1], encoding="utf-8"):
     test = json.loads(line)
     name, ok = re.split("[ /:]+", test["name"])[-1], test["result"] == "OK"
+    if test["result"] == "SKIP": # it says why; run.sh mentions what is missing
+        print("%-20s SKIP  %s" % (name, (test.get("stdout") or "").strip()))
+        continue
     counts = re.findall(r"^(\d+) passed, (\d+) failed$", test.get("stdout") or "", re.M)
     good, bad = map(int, counts[-1]) if counts else (int(ok), 0)
     bad = max(bad, int(not ok))
@@ -173,6 +176,7 @@ if have meson && have ninja; then
     done
     have make || leave_out 'packaging by cmake and conan' 'no make'
     have patch || leave_out 'the diff of examples/llama2c' 'no patch'
+    { have clang-16 && have llvm-mca-16; } || leave_out 'loops of NEON' 'no clang-16 or no llvm-mca-16'
     have vcpkg || mention 'packaging by vcpkg' 'no vcpkg; its port runs in plain CMake'
     python3 tests/test_press.py --there >/dev/null ||
         mention 'the press of examples/python' 'no torch; bench/peers.sh installs one'
