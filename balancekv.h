@@ -93,9 +93,9 @@
      Where the CPU has no such instruction (WASM, x86 without FMA, ARMv7 before VFPv4) it is made of
      doubles, exactly. BALANCEKV_FMA=0 is a second class of bits, as equal everywhere: product and
      sum round by themselves. States go from one class to the other, bits do not.
-     tests/MATRIX.md: CPUs, compilers and hashes of both. States lie in memory in the machine's
-     byte order, saved ones are little-endian. ARMv7's NEON flushes denormals: use the scalar code.
-     Not under -ffast-math, nor on a thread that flushes denormals. While exact, |out - softmax in
+     Equal hashes on x86-64, i686, AArch64, ARMv7, riscv64, ppc64le, s390x, wasm32: tests/MATRIX.md.
+     States lie in memory in the machine's byte order, saved ones are little-endian. Not under
+     -ffast-math, nor where denormals are flushed (ARMv7's NEON). While exact, |out - softmax in
      double| <= 2e-5 * max |v| for f32 storage and logits within +-30 (tests/test_attend.c).
    ---------------------------------------------------------------------------------------------- */
 
