@@ -173,6 +173,12 @@ write='' resume=''
 [ "${1:-}" != --resume ] || { resume=1; shift; }
 [ $# -gt 0 ] || set -- $(rows | sed 's/ *|.*//')
 for name; do
+    rows | grep -q "^$name *|" || {
+        echo "matrix.sh: no target $name; there are:" $(rows | sed 's/ *|.*//') >&2
+        exit 2
+    }
+done
+for name; do
     [ -n "$resume" ] && [ $out/$name.row -nt bench/hash.golden ] && [ "$(cat $out/$name.code)" = 0 ] ||
         echo "$name"
 done | xargs -r -P "${MATRIX_JOBS:-2}" -I '{}' sh -c \
