@@ -15,18 +15,65 @@
 
 The .log beside the .json has the machine, and the errors of ours and the peers.
 """
+import collections
+import json
 import math
 import os
 import re
 import sys
 from statistics import median
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from plot import FAMILIES, best_rows, chosen, family_best, family_ratio, name_of, read  # noqa: E402
-
+FAMILIES = {"ggml flash, as in llama.cpp": ("ggml_flash_llama",),
+            "ggml, best path": ("ggml",),
+            "OpenBLAS, best route": ("openblas_",),
+            "naive C, -Ofast": ("naive",),
+            "numkong": ("numkong",),
+            "torch SDPA": ("torch_",),
+            "BalanceKV reference, 4k tokens": ("reference_4k",)}
 ERROR = re.compile(r"^    (\S+) .* error (\S+) \(tolerance \S+\)(?:, ours (\S+))?$")
 ROW = re.compile(r"^(\w+) +(\d+) +(\d+) +(\d+)  (\S+(?: \S+)?) +(\w+) +[\d.]+ \w+"
                  r"(?: +[\d.]+ % of (\w+))?(?:  error (\S+))?$")
+
+
+def read(path):
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def name_of(row):
+    """What a row of the output is about, without the backend."""
+    words = [row["case"]]
+    if row["d"]:
+        words += ["d %d" % row["d"], "group %d" % row["group"]]
+    return " ".join(words + ["n %d" % row["n"], row["type"]])
+
+
+def chosen(rows):
+    """Of rows that differ only in n: for attend and prefill the one next to 4096."""
+    group = collections.defaultdict(list)
+    for r in rows:
+        more = 0 if r["case"].startswith(("attend", "prefill")) else r["n"]
+        group[r["case"], r["backend"], r["d"], r["group"], r["type"], more].append(r)
+    return [min(g, key=lambda r: abs(math.log(r["n"] / 4096))) for g in group.values()]
+
+
+def best_rows(rows):
+    """The fastest backend of each row."""
+    best = {}
+    for r in rows:
+        if name_of(r) not in best or r["ns"] < best[name_of(r)]["ns"]:
+            best[name_of(r)] = r
+    return list(best.values())
+
+
+def family_best(row, prefixes):
+    """(ratio, name) of the fastest peer whose name starts so; (None, None) if there is none."""
+    return min(((x, peer) for peer, x in row["ratio_to"].items() if peer.startswith(prefixes)),
+               default=(None, None))
+
+
+def family_ratio(row, prefixes):
+    return family_best(row, prefixes)[0]
 
 
 def log_of(path):

@@ -3,7 +3,7 @@
 #     bench/results/speed.json, speed.log     what bench/speed printed
 #     bench/growth.svg, shares.svg, peers.svg pictures of it
 #     README.md, bench/README.md              the tables between their marks
-# Needs build/bench/speed, and a quiet machine for three quarters of an hour with all peers.
+# Needs build/bench/speed, matplotlib (tests/requirements.txt), and a quiet machine for three quarters of an hour with all peers.
 # Environment: RUN, a command before each part, e.g. RUN='chrt -f 1 taskset -c 1' (threads goes
 # without it: it wants two processors); LENGTHS, the tokens of attend and prefill.
 set -eu
@@ -13,6 +13,7 @@ if [ ! -x $program ]; then
     echo 'speed.sh: first: meson setup build && ninja -C build' >&2
     exit 1
 fi
+PYTHONPATH=bench python3 -c 'import plot' || exit 1 # it says what is missing: now, not at the end
 case $# in
 0) ;;
 1) case $1 in --peers | --peers=?*) ;; *)

@@ -12,8 +12,7 @@ import sys
 from statistics import mean, stdev
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from plot import read  # noqa: E402
-from report import main, table  # noqa: E402
+from report import main, read, table  # noqa: E402
 
 # 97.5 % quantile of Student's t for 1, 2, .. degrees of freedom
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
