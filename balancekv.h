@@ -1257,11 +1257,11 @@ typedef char bkvi_scratch_suffices[sizeof(bkvi_tiles) <= sizeof(bkvi_block) ? 1 
 
 /* One block as attend sees it, and what to prefetch while at it (NULL: nothing). */
 typedef struct bkvi_span {
-    const unsigned char *k, *v, *weight, *next_k;
+    const unsigned char *k, *v, *weight, *next_k, *next_v;
     const unsigned char *k_scale, *v_scale, *k_rest, *v_rest; /* NULL unless BKV_I8 */
     unsigned char *use;                                       /* NULL: an old block, it stays */
     uint32_t slots, rests;
-    int last, warm; /* the last block; a later row tile: it is in the cache already */
+    int last;
 } bkvi_span;
 
 /* Slots of the last block in use. */
@@ -2513,7 +2513,7 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, const int rows, const int vecs
         BKVI_TILES for (s = 0; s < steps; s++, x += step * es) {
             if (ahead) {
                 BKVI_TILES for (t = 0; t < (vecs * (int)es + 3) / 4; t++)
-                    __builtin_prefetch(ahead + 64 * t);
+                    __builtin_prefetch(ahead + 64 * t, 0, 2); /* into the second level */
                 ahead += (size_t)vecs * BKVI_LANES * es;
             }
             BKVI_TILES for (t = 0; t < rows * regs; t++) {
@@ -3029,8 +3029,8 @@ BKVI_INLINE void bkvi_k(lessen)(float *scores, int rows) {
         bkvi_v(store)(scores + i, bkvi_v(load)(scores + i) * bkvi_v(set)(1.0f / 128.0f));
 }
 
-/* A tile of rows over one block: scores, softmax, sum of values. The values are prefetched during
-   the scores, the keys of the next block during the sum. */
+/* A tile of rows over one block: scores, softmax, sum of values. Meanwhile the keys and values of the
+   next one come to the second level of the cache, line by line: a run of prefetches would stall. */
 BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
                                   bkvi_tiles *t, const bkvi_span *span, uint32_t first) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = bkvi_v_dim(c);
@@ -3044,13 +3044,13 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
     for (; n <= BKVI_VECS(rows) && i + n <= panels; i += n)                                        \
     bkvi_k(tile_fma)(type, rows, n, x + i * panel * es, BKVI_LANES, panel, dim, q, 0,        \
                      (size_t)rows, type != BKV_I8, t->scores + (size_t)i * BKVI_LANES,          \
-                     BKVI_PAGE, span->warm ? NULL : span->v + i * panel * es)
+                     BKVI_PAGE, span->next_k ? span->next_k + i * panel * es : NULL)
 #define BKVI_VALUES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= vecs; i += n)                                          \
     bkvi_k(tile_fma)(type, rows, n, x + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES,        \
                      slots, t->scores, BKVI_PAGE, 0, 0,                                         \
                      out + (size_t)i * BKVI_LANES, v_dim_pad,                                \
-                     span->next_k ? span->next_k + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
+                     span->next_v ? span->next_v + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
     if (type == BKV_I8) memset(t->scores, 0, (size_t)rows * BKVI_PAGE * sizeof(float));
     for (x = span->k_rest ? span->k_rest : span->k; x; x = x == span->k ? NULL : span->k) {
         if (type == BKV_I8 && span->k_rest && x == span->k) bkvi_k(lessen)(t->scores, rows);
@@ -3155,6 +3155,7 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
         t->doubted = doubted - begin;
 
         for (b = 0; b < n_blocks; b++) {
+            bkvi_head next = *h;
             bkvi_span span;
             uint32_t slot = bkvi_block_slot(h, b, &span.slots), unused;
             span.k = bkvi_part(h, BKVI_K, slot);
@@ -3167,13 +3168,16 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
             span.v_rest = bkvi_rest(h, BKVI_V, slot);
             span.rests = bkvi_min(span.slots, slot < c->sink_slots ? BKVI_LANES : BKVI_PAGE);
             span.last = b + 1 == n_blocks;
-            span.next_k = NULL;
-            if (!span.last)
-                span.next_k = bkvi_part(h, BKVI_K, bkvi_block_slot(h, b + 1, &unused));
+            span.next_k = span.next_v = NULL;
+            if (span.last) next.mem += c->head_bytes;
+            if (!span.last || h->index + 1 < c->cfg.n_kv_heads) {
+                slot = span.last ? 0 : bkvi_block_slot(h, b + 1, &unused);
+                span.next_k = bkvi_part(&next, BKVI_K, slot);
+                span.next_v = bkvi_part(&next, BKVI_V, slot);
+            }
             for (r = 0; r < n; r += tile_rows) {
                 tile_rows = bkvi_min(size, n - r);
-                span.warm = r > 0;
-                if (r) span.next_k = NULL;
+                if (r) span.next_k = span.next_v = NULL;
                 switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
     case (type)*8 + (rows): BKVI_FN(bkvi_attend_##type##_##rows)(c, t, &span, r); break;

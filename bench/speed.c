@@ -724,6 +724,107 @@ static void attend_row(const char *name, const shape *s, size_t n, const char *t
     free_tokens(&t);
 }
 
+/* Attention over the tokens that a cache holds, as it holds them, in double. */
+static double *exact_of_held(bkv_cache *c, const tokens *t) {
+    size_t d = c->cfg.head_dim, slots, h, i, x;
+    double *out = (double *)allocate(t->q_size * sizeof(double)), cap = (double)c->cfg.softcap;
+    bkv_rows rows;
+    bkv_stats_info s;
+    require(bkv_stats(c, &s), "bkv_stats");
+    slots = s.slots;
+    memset(&rows, 0, sizeof rows);
+    rows.k = allocate(slots * d * sizeof(float));
+    rows.v = allocate(slots * d * sizeof(float));
+    rows.mask = allocate(slots * sizeof(float));
+    rows.type = rows.mask_type = BKV_F32;
+    for (h = 0; h < c->cfg.n_q_heads; h++) {
+        const float *q = t->q + h * d;
+        double *o = out + h * d, sum = 0.0;
+        rows.n_rows = (uint32_t)slots;
+        rows.seen = rows.halvings = 0;
+        require(bkv_export(c, (uint32_t)h / c->group, &rows), "bkv_export");
+        for (i = 0; i < slots; i++) {
+            const float *k = (float *)rows.k + i * d, *v = (float *)rows.v + i * d;
+            double dot = 0.0, p;
+            for (x = 0; x < d; x++) dot += (double)q[x] * (double)k[x];
+            dot /= sqrt((double)d); /* of order 1, as is all of this data */
+            p = exp((cap > 0.0 ? cap * tanh(dot / cap) : dot) + (double)((float *)rows.mask)[i]);
+            sum += p;
+            for (x = 0; x < d; x++) o[x] += p * (double)v[x];
+        }
+        for (x = 0; x < d; x++) o[x] /= sum;
+    }
+    free(rows.k);
+    free(rows.v);
+    free(rows.mask);
+    return out;
+}
+
+static float partial_max[32], partial_sum[32];
+static double sample_partial(void *self, size_t repeats) {
+    pool *p = (pool *)self;
+    double start = now_ns();
+    for (; repeats; repeats--) {
+        require(bkv_attend_partial(&p->cache[p->at], bkv_dense(p->t->q, BKV_F32), p->out,
+                                   partial_max, partial_sum, 0, 1),
+                "bkv_attend_partial");
+        p->at = p->at + 1 < p->copies ? p->at + 1 : 0;
+    }
+    return now_ns() - start;
+}
+
+/* With weights: of twice as many tokens as fit, and some more, as the error is estimated where a page
+   ends. With a softcap. As (max, sum) partials. Beside each, `plain`: as many tokens without. */
+static void attend_variant(const char *name, const shape *s, size_t n, const char *type, int cold) {
+    int weights = strstr(type, "weights") != NULL, partial = strstr(type, "partial") != NULL;
+    size_t pool_bytes = cold ? opt.pool_bytes : 0, b, i;
+    row r = {name, type, s->d, s->group, n, 1.0, 0.0, 0.0, 1.0};
+    bkv_stats_info info;
+    target want = {NULL, 0, 0, 1, attention_error};
+    tokens t;
+    pool *p[8], *plain[8];
+    double *reference = NULL;
+    if (!wanted(&r)) return;
+    progress("%s", label(&r));
+    t = make_tokens(s, 2 * n, 1);
+    want.n = want.query_size = t.q_size;
+    for (b = 0; b < n_backends; b++) {
+        bkv_config cfg = config(s, "f16", budget_for(n), backends[b]);
+        double held;
+        entry *e;
+        cfg.softcap = strstr(type, "softcap") ? 3.0f : 0.0f;
+        p[b] = make_pool(&cfg, &t, NULL, weights ? 2 * n + 32 : n, pool_bytes, 1);
+        require(bkv_stats(&p[b]->cache[0], &info), "bkv_stats");
+        held = (double)info.tokens_held * s->kv_heads;
+        r.flops = held * 4.0 * s->group * s->d;
+        r.bytes = cold ? held * 4.0 * s->d : 0.0;
+        cfg.softcap = 0.0f;
+        plain[b] = make_pool(&cfg, &t, NULL, info.tokens_held, pool_bytes, 1);
+        if (!reference) want.reference = reference = exact_of_held(&p[b]->cache[0], &t);
+        (partial ? sample_partial : sample_attend)(p[b], p[b]->copies); /* ends where it began */
+        for (i = 0; partial && i < t.q_size; i++) p[b]->out[i] /= partial_sum[i / s->d];
+        e = enter(&r, OURS, bkv_backend_name(backends[b]), partial ? sample_partial : sample_attend,
+                  p[b]);
+        e->error = attention_error(p[b]->out, &want);
+        check_error(label(&r), e->error, "f32");
+        enter(&r, PEER, "plain", sample_attend, plain[b])->of = bkv_backend_name(backends[b]);
+    }
+    run_race();
+    for (b = 0; b < n_backends; b++) {
+        free_pool(p[b]);
+        free_pool(plain[b]);
+    }
+    free(reference);
+    free_tokens(&t);
+}
+static void attend_variants(const char *name, int cold) {
+    static const char *const types[] = {"f16 weights", "f16 softcap", "f16 partial"};
+    size_t i, s;
+    for (i = 0; i < 3; i++)
+        for (s = 0; s < N_SHAPES; s++)
+            attend_variant(name, &shapes[s], opt.quick ? 1024 : 4096, types[i], cold);
+}
+
 static void case_attend_hot(const char *name) {
     static const char *const types[] = {"f16", "bf16", "f32", "i8"};
     size_t i, s, n;
@@ -731,6 +832,7 @@ static void case_attend_hot(const char *name) {
         for (s = 0; s < N_SHAPES; s++)
             for (n = 1024; n <= (opt.quick || i ? 1024 : 4096); n *= 4)
                 attend_row(name, &shapes[s], n, types[i], 0);
+    attend_variants(name, 0);
 }
 
 static void case_attend_cold(const char *name) {
@@ -742,6 +844,7 @@ static void case_attend_cold(const char *name) {
     for (i = 1; i < 4; i++)
         for (s = 0; s < N_SHAPES; s++)
             attend_row(name, &shapes[s], opt.quick ? 1024 : 4096, types[i], 1);
+    attend_variants(name, 1);
 }
 
 /* ---- prefill: the last 512 tokens of n, causal, as one chunk ---- */

@@ -3,7 +3,8 @@
 #     bench/results/speed.json, speed.log     what bench/speed printed
 #     bench/growth.svg, shares.svg, peers.svg pictures of it
 #     README.md, bench/README.md              the tables between their marks
-# Needs build/bench/speed, matplotlib (tests/requirements.txt), and a quiet machine for three quarters of an hour with all peers.
+# Needs build/bench/speed, matplotlib (tests/requirements.txt), and a quiet machine for three quarters
+# of an hour with all peers.
 # Environment: RUN, a command before each part, e.g. RUN='chrt -f 1 taskset -c 1' (threads goes
 # without it: it wants two processors); LENGTHS, the tokens of attend and prefill.
 set -eu
