@@ -1260,8 +1260,7 @@ typedef struct bkvi_span {
     const unsigned char *k, *v, *weight, *next_k, *next_v;
     const unsigned char *k_scale, *v_scale, *k_rest, *v_rest; /* NULL unless BKV_I8 */
     unsigned char *use;                                       /* NULL: an old block, it stays */
-    uint32_t slots, rests;
-    int last;
+    uint32_t slots, rests, last; /* last: is it the last block? */
 } bkvi_span;
 
 /* Slots of the last block in use. */
@@ -3029,7 +3028,7 @@ BKVI_INLINE void bkvi_k(lessen)(float *scores, int rows) {
         bkvi_v(store)(scores + i, bkvi_v(load)(scores + i) * bkvi_v(set)(1.0f / 128.0f));
 }
 
-/* A tile of rows over one block: scores, softmax, sum of values. Meanwhile the keys and values of the
+/* A tile of rows over one block: scores, softmax, sum of values. Meanwhile keys and values of the
    next one come to the second level of the cache, line by line: a run of prefetches would stall. */
 BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
                                   bkvi_tiles *t, const bkvi_span *span, uint32_t first) {
@@ -3124,11 +3123,12 @@ BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *
 static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
     const bkv_cache *c = h->c;
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = bkvi_v_dim(c), group = c->group;
-    const uint32_t n_blocks = bkvi_n_blocks(h);
+    const uint32_t n_blocks = bkvi_n_blocks(h), last_head = h->index + 1 == c->cfg.n_kv_heads;
     const float softcap = c->cfg.softcap;
     const float scale = c->cfg.scale * (softcap > 0.0f ? 2.0f * BKVI_LOG2E / softcap : BKVI_LOG2E);
     bkvi_tiles *t = (bkvi_tiles *)(void *)h->scratch;
     float *work = bkvi_is_i8(c->cfg.kv_type) ? t->work : NULL;
+    bkvi_head next = *h; /* behind the last block comes the next KV head, if there is one */
     uint32_t begin, b, r, i, doubted = 0xFFFFFFFFu; /* row whose error is estimated */
     if (h->halvings && h->fill == BKVI_PAGE && !h->drafts) /* the last token; heads take turns */
         doubted = (run->n - 1) * group + (uint32_t)(h->halvings % group);
@@ -3155,7 +3155,6 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
         t->doubted = doubted - begin;
 
         for (b = 0; b < n_blocks; b++) {
-            bkvi_head next = *h;
             bkvi_span span;
             uint32_t slot = bkvi_block_slot(h, b, &span.slots), unused;
             span.k = bkvi_part(h, BKVI_K, slot);
@@ -3168,16 +3167,13 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
             span.v_rest = bkvi_rest(h, BKVI_V, slot);
             span.rests = bkvi_min(span.slots, slot < c->sink_slots ? BKVI_LANES : BKVI_PAGE);
             span.last = b + 1 == n_blocks;
-            span.next_k = span.next_v = NULL;
-            if (span.last) next.mem += c->head_bytes;
-            if (!span.last || h->index + 1 < c->cfg.n_kv_heads) {
-                slot = span.last ? 0 : bkvi_block_slot(h, b + 1, &unused);
-                span.next_k = bkvi_part(&next, BKVI_K, slot);
-                span.next_v = bkvi_part(&next, BKVI_V, slot);
-            }
+            next.mem = h->mem + (span.last && !last_head ? c->head_bytes : 0);
+            slot = span.last ? 0 : bkvi_block_slot(h, b + 1, &unused);
+            span.next_k = bkvi_part(&next, BKVI_K, slot);
+            span.next_v = bkvi_part(&next, BKVI_V, slot);
             for (r = 0; r < n; r += tile_rows) {
                 tile_rows = bkvi_min(size, n - r);
-                if (r) span.next_k = span.next_v = NULL;
+                if (r || (span.last && last_head)) span.next_k = span.next_v = NULL;
                 switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
     case (type)*8 + (rows): BKVI_FN(bkvi_attend_##type##_##rows)(c, t, &span, r); break;
