@@ -2,16 +2,18 @@
 """Markdown of what bench/speed printed, so that no figure is typed by hand:
 
     build/bench/speed --peers --json >speed.json 2>speed.log
-    report.py bars speed.json           the bars the project set itself, and what was measured
+    report.py bars speed.json MORE..    the bars the project set itself, and what was measured; a
+                                        column more for each file of another compiler
     report.py summary speed.json        the most telling rows of the next two
     report.py shares speed.json         share of the machine's limit
     report.py peers speed.json          other implementations, in multiples of our time
     report.py growth speed.json         time of a token against the length of the stream
     report.py machine speed.json        CPU, compiler, limits, date
-    report.py front speed.json          what README.md shows: picture of growth, summary, machine
+    report.py front speed.json          what README.md shows: pictures, summary, machine
     report.py update TEXT FOLDER        writes tables of FOLDER/*.json between the marks of a text:
                                         <!-- shares speed --> .. <!-- end --> from speed.json, and
-                                        shares.svg above it if that is beside the text
+                                        shares.svg above it if that is beside the text; names of
+                                        more files may follow that of the first
 
 The .log beside the .json has the machine, and the errors of ours and the peers.
 """
@@ -30,6 +32,8 @@ FAMILIES = {"ggml flash, as in llama.cpp": ("ggml_flash_llama",),
             "numkong": ("numkong",),
             "torch SDPA": ("torch_",),
             "BalanceKV reference, 4k tokens": ("reference_4k",)}
+VARIANTS = {"weights": "with weights", "softcap": "with a softcap",
+            "partial": "as (max, sum) partials"}
 ERROR = re.compile(r"^    (\S+) .* error (\S+) \(tolerance \S+\)(?:, ours (\S+))?$")
 ROW = re.compile(r"^(\w+) +(\d+) +(\d+) +(\d+)  (\S+(?: \S+)?) +(\w+) +[\d.]+ \w+"
                  r"(?: +[\d.]+ % of (\w+))?(?:  error (\S+))?$")
@@ -202,7 +206,8 @@ def growth(path):
                   "x: ggml flash on all tokens, as in llama.cpp", "x: ggml, best path"], lines)
 
 
-def bars(path):
+def bars_of(path):
+    """Lines of (bar, wanted, measured, met)."""
     rows = read(path)
 
     def find(case, **want):
@@ -245,8 +250,15 @@ def bars(path):
                 ratio("halve", family, d=d, type="f32"))
     bar("attend f16 in cache, group >= 3, %s, of FMA peak" % wide, ">= 80 %",
         share("attend_hot", backend=wide, type="f16", group=(3, 4, 7), n=(1024, 4096)))
-    bar("attend cold, group <= 4, f16 bf16 f32, of read (or FMA)", ">= 90 %",
-        share("attend_cold", backend=wide, group=(2, 3, 4), type=("f16", "bf16", "f32")))
+    for variant in ("weights", "softcap", "partial"):
+        bar("the same, %s" % VARIANTS[variant], ">= 80 %",
+            share("attend_hot", backend=wide, type="f16 " + variant, group=(3, 4, 7)))
+    for kind in ("f16", "bf16", "f32", "i8"):
+        bar("attend cold %s, group <= 4, of read (or FMA)" % kind, ">= 90 %",
+            share("attend_cold", backend=wide, group=(2, 3, 4), type=kind))
+    bar("attend cold f16 with weights, a softcap, as partials", ">= 90 %",
+        share("attend_cold", backend=wide, group=(2, 3, 4),
+              type=tuple("f16 " + v for v in VARIANTS)))
     flash, best = list(FAMILIES)[:2]
     bar("attend cold f16, times ggml flash as in llama.cpp", ">= 6",
         ratio("attend_cold", flash, type="f16"))
@@ -278,12 +290,26 @@ def bars(path):
         bar("append d %d, after 1M tokens over after 1k" % d, "<= 1.15",
             [ends[-1]["ns"] / ends[0]["ns"]] if len(ends) > 1 else [], most=True)
     bar("two threads over one", ">= 1.9", ratio("threads", "one_thread"))
-    return table(["bar", "wanted", "measured", "met"], lines)
+    return lines
+
+
+def compiler_of(path):
+    words = next(x for x in log_of(path) if x.startswith("compiler: ")).split()
+    return words[1] + " " + next(w for w in words[2:] if w[0].isdigit()).split(".")[0]
+
+
+def bars(path, *others):
+    """The first file says which bars; of others only what they measured."""
+    more = [dict((line[0], line[2]) for line in bars_of(other)) for other in others]
+    return table(["bar", "wanted", compiler_of(path), "met"] + list(map(compiler_of, others)),
+                 [line + [m[line[0]] for m in more] for line in bars_of(path)])
 
 
 def front(path):
-    return "![Time of a token against the length of the stream](bench/growth.svg)\n\n%s\n%s" % (
-        summary(path), machine(path))
+    return ("![Time of a token against the length of the stream](bench/growth.svg)\n\n%s\n"
+            "![Other implementations, in multiples of our time](bench/peers.svg)\n\n"
+            "![Share of the machine's limit](bench/shares.svg)\n\n%s" % (
+                summary(path), machine(path)))
 
 
 COMMANDS = {f.__name__: f for f in (machine, summary, shares, peers, growth, bars, front)}
@@ -294,15 +320,15 @@ def update(path, folder, commands):
         text = f.read()
 
     def fill(match):
-        source = os.path.join(folder, match[2] + ".json")
-        if not os.path.exists(source):
+        sources = [os.path.join(folder, name + ".json") for name in match[2].split()]
+        if not os.path.exists(sources[0]):
             return match[0]
         there = os.path.exists(os.path.join(os.path.dirname(path), match[1] + ".svg"))
         picture = "![%s](%s.svg)\n\n" % (match[1], match[1]) if there else ""
-        return "<!-- %s %s -->\n%s%s<!-- end -->" % (match[1], match[2], picture,
-                                                    commands[match[1]](source))
+        return "<!-- %s %s -->\n%s%s<!-- end -->" % (
+            match[1], match[2], picture, commands[match[1]](*filter(os.path.exists, sources)))
 
-    text = re.sub(r"<!-- (%s) (\w+) -->.*?<!-- end -->" % "|".join(commands), fill, text,
+    text = re.sub(r"<!-- (%s) ([\w -]+) -->.*?<!-- end -->" % "|".join(commands), fill, text,
                   flags=re.S)
     with open(path, "w", encoding="utf-8") as f:
         f.write(text)
@@ -311,8 +337,8 @@ def update(path, folder, commands):
 def main(args, commands, usage):
     if len(args) == 3 and args[0] == "update":
         update(*args[1:], commands)
-    elif len(args) == 2 and args[0] in commands:
-        print(commands[args[0]](args[1]), end="")
+    elif len(args) == 2 and args[0] in commands or len(args) > 2 and args[0] == "bars":
+        print(commands[args[0]](*args[1:]), end="")
     else:
         sys.exit(usage)
 

@@ -3,15 +3,18 @@
 #     bench/results/speed.json, speed.log     what bench/speed printed
 #     bench/growth.svg, shares.svg, peers.svg pictures of it
 #     README.md, bench/README.md              the tables between their marks
-# Needs build/bench/speed, matplotlib (tests/requirements.txt), and a quiet machine for three quarters
-# of an hour with all peers.
-# Environment: RUN, a command before each part, e.g. RUN='chrt -f 1 taskset -c 1' (threads goes
-# without it: it wants two processors); LENGTHS, the tokens of attend and prefill.
+# Needs build/bench/speed, matplotlib (tests/requirements.txt), and a quiet machine for three
+# quarters of an hour with all peers.
+# Environment: RUN, a command before each part, e.g. RUN='chrt -f 1'; LENGTHS, the tokens of attend
+# and prefill; PEER_LENGTHS, those of them with peers. A second compiler gets a column of the bars:
+#     CC=clang-16 meson setup build-clang && ninja -C build-clang
+#     BUILD=build-clang NAME=speed-clang sh bench/speed.sh
 set -eu
 cd "$(dirname "$0")/.."
-program=build/bench/speed
+program=${BUILD:-build}/bench/speed
+name=${NAME:-speed}
 if [ ! -x $program ]; then
-    echo 'speed.sh: first: meson setup build && ninja -C build' >&2
+    echo "speed.sh: no $program; first: meson setup build && ninja -C build" >&2
     exit 1
 fi
 PYTHONPATH=bench python3 -c 'import plot' || exit 1 # it says what is missing: now, not at the end
@@ -39,29 +42,36 @@ part() { # command.., of a part that is a share of the whole
     }
 }
 # shellcheck disable=SC2086
-for name in $($program --list | cut -d ' ' -f 1); do
-    case $name in
+for case in $($program --list | cut -d ' ' -f 1); do
+    case $case in
     attend_* | prefill) # in parts of a minute or two
         for shape in 'd64 g3' 'd128 g4' 'd64 g7' 'd128 g2'; do
             for n in ${LENGTHS:-1024 4096 16384 65536}; do
-                part ${RUN:-} $program --case $name --filter "$shape n$n " "$@"
+                case " ${PEER_LENGTHS:-$n} " in
+                *" $n "*) part ${RUN:-} $program --case $case --filter "$shape n$n " "$@" ;;
+                *) part ${RUN:-} $program --case $case --filter "$shape n$n " ;;
+                esac
             done
         done
         ;;
     growth) # n0: the fixed budget, all lengths in one race
         for n in 0 4096 16384 65536 262144; do
-            part ${RUN:-} $program --case $name --filter " n$n " "$@"
+            part ${RUN:-} $program --case $case --filter " n$n " "$@"
         done
         ;;
-    threads) part $program --case threads ;;
-    *) part ${RUN:-} $program --case $name "$@" ;;
+    *) part ${RUN:-} $program --case $case "$@" ;;
     esac
 done
-mv "$new/speed.json" "$new/speed.log" bench/results/
+for end in json log; do
+    mv "$new/speed.$end" "bench/results/$name.$end"
+done
 for picture in growth shares peers; do
     case $picture$# in
     peers0) ;; # none were there
-    *) python3 bench/plot.py $picture bench/results/speed.json >bench/$picture.svg ;;
+    *)
+        [ "$name" != speed ] ||
+            python3 bench/plot.py $picture bench/results/speed.json >bench/$picture.svg
+        ;;
     esac
 done
 for text in README.md bench/README.md; do
