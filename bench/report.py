@@ -302,7 +302,7 @@ def bars(path, *others):
     """The first file says which bars; of others only what they measured."""
     more = [dict((line[0], line[2]) for line in bars_of(other)) for other in others]
     return table(["bar", "wanted", compiler_of(path), "met"] + list(map(compiler_of, others)),
-                 [line + [m[line[0]] for m in more] for line in bars_of(path)])
+                 [line + [m.get(line[0], "") for m in more] for line in bars_of(path)])
 
 
 def front(path):
