@@ -652,10 +652,11 @@ static uint32_t default_window(const run *x) {
 
 static void run_header(run *x, const reference *r, const options *o, double *errors) {
     const uint32_t kept = x->cfg.budget;
-    const uint32_t room = is_shrunk(x->choice) ? (uint32_t)r->t.n : kept; /* before it shrinks */
+    uint32_t room = kept; /* before it shrinks: whole pages more, for all tokens */
     bkv_cache c;
     size_t bytes;
     void *mem;
+    if (is_shrunk(x->choice)) room += ((uint32_t)r->t.n - kept + 63) / 64 * 64;
     if (room > kept && !x->cfg.window) x->cfg.window = default_window(x);
     x->cfg.budget = room;
     bytes = bkv_size(&x->cfg);
