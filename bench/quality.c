@@ -12,6 +12,7 @@
 #include "slots.h"
 #include <inttypes.h>
 #include <pthread.h>
+#include <signal.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -45,6 +46,8 @@ static const char help[] =
     "it)\n"
     "  --threads N         default 2\n"
     "  --json              one JSON object a line instead of a table\n"
+    "  --plot FILE.svg     also a picture, error against bytes, by bench/plot.py and $PYTHON\n"
+    "                      (default python3; needs matplotlib)\n"
     "  --list              the methods and settings\n"
     "Of an option given twice the last one counts, except --set. Exit code 2: wrong options or\n"
     "input.\n";
@@ -90,6 +93,8 @@ static const method methods[] = {
      STREAM | ONESHOT, 1},
     {"window", "nothing", "balancekv.h, sinks and a sliding window", BKV_RULE_WINDOW,
      STREAM | ONESHOT, 0},
+    {"shrunk", "queries", "balancekv.h, exact until bkv_shrink() at the end of the prompt",
+     BKV_RULE_DEFAULT, ONESHOT, 1},
 };
 #define N_METHODS (sizeof methods / sizeof *methods)
 
@@ -160,6 +165,7 @@ typedef struct options {
     size_t n_traces, n_choices, n_budgets, n_seeds;
     size_t tokens, every, chunk, threads;
     int protocol, json;
+    const char *plot; /* file, or NULL */
 } options;
 
 static uint64_t parse_number(const char *text, uint64_t min, uint64_t max, const char *option) {
@@ -293,7 +299,7 @@ static void add_common(options *o, const setting *s) {
 static void parse_options(options *o, int argc, char **argv) {
     static const char *const names[] = {"--trace", "--protocol", "--budget", "--method",
                                         "--set",   "--seed",     "--tokens", "--every",
-                                        "--chunk", "--threads"};
+                                        "--chunk", "--threads",  "--plot"};
     static char default_method[] = "balancekv";
     setting common[MAX_SETTINGS];
     size_t n_common = 0;
@@ -326,6 +332,8 @@ static void parse_options(options *o, int argc, char **argv) {
                           : !strcmp(value, "oneshot") ? ONESHOT
                                                       : 0;
             if (!o->protocol) fail("--protocol: '%s' is neither stream nor oneshot", value);
+        } else if (!strcmp(option, "--plot")) {
+            o->plot = value;
         } else if (!strcmp(option, "--set")) {
             add_setting(common, &n_common, value, option);
         } else if (!strcmp(option, "--tokens")) {
@@ -386,8 +394,9 @@ typedef struct reference {
 
 typedef struct run {
     const choice *choice;
-    bkv_config cfg; /* if the method is the header's, */
-    bl_config bl;   /* or else this */
+    bkv_config cfg;    /* if the method is the header's, */
+    bl_config bl;      /* or else this */
+    const char *needs; /* as configured */
     uint64_t seed;
     uint32_t budget, held_max;
     const struct run *same_as; /* a run that this one would repeat */
@@ -423,6 +432,8 @@ static uint32_t slots_of(const budget *b, const reference *r) {
     return b->slots ? b->slots : (uint32_t)edges + (uint32_t)((double)(r->t.n - edges) * b->share);
 }
 
+static int is_shrunk(const choice *c) { return !strcmp(c->method->name, "shrunk"); }
+
 static void configure_header(run *x, const npy_trace *t, int protocol) {
     uint32_t outside = protocol == ONESHOT ? ONESHOT_EDGE : 0; /* the last tokens */
     const choice *c = x->choice;
@@ -445,6 +456,8 @@ static void configure_header(run *x, const npy_trace *t, int protocol) {
              x->budget, bkv_result_string(result), least.budget + outside);
     }
     if (result != BKV_OK) fail("%s: %s", c->name, bkv_result_string(result));
+    if (x->cfg.importance == BKV_NONE || x->cfg.importance == BKV_IMPORTANCE_KEY)
+        x->needs = "nothing";
 }
 
 /* The number behind "layer" in a trace's name, as in psalms_layer05. */
@@ -488,6 +501,7 @@ static run make_run(const options *o, const reference *r, const choice *c, const
     run x;
     memset(&x, 0, sizeof x);
     x.choice = c;
+    x.needs = c->needs;
     x.seed = seed;
     x.budget = slots_of(b, r);
     if (o->protocol == ONESHOT && x.budget <= 2 * ONESHOT_EDGE)
@@ -626,13 +640,37 @@ static void attend_oneshot(run *x, const reference *r, bkv_cache *c, double *err
     free(out);
 }
 
-static void run_header(run *x, const reference *r, const options *o, double *errors) {
+/* What a window of 0 means at the budget of the config. */
+static uint32_t default_window(const run *x) {
     size_t bytes = bkv_size(&x->cfg);
     void *mem = get_memory(bytes);
     bkv_cache c;
     check(bkv_init(&c, &x->cfg, mem, bytes), x);
+    free(mem);
+    return c.cfg.window;
+}
+
+static void run_header(run *x, const reference *r, const options *o, double *errors) {
+    const uint32_t kept = x->cfg.budget;
+    uint32_t room = kept; /* before it shrinks: whole pages more, for all tokens */
+    bkv_cache c;
+    size_t bytes;
+    void *mem;
+    if (is_shrunk(x->choice)) room += ((uint32_t)r->t.n - kept + 63) / 64 * 64;
+    if (room > kept && !x->cfg.window) x->cfg.window = default_window(x);
+    x->cfg.budget = room;
+    bytes = bkv_size(&x->cfg);
+    mem = get_memory(bytes);
+    check(bkv_init(&c, &x->cfg, mem, bytes), x);
     x->cfg = c.cfg; /* with the defaults filled in */
     feed(x, r, &c, o->protocol == STREAM ? r->t.n : r->t.n - ONESHOT_EDGE, o->chunk, errors);
+    if (room > kept) {
+        bkv_stats_info s;
+        check(bkv_shrink(&c, kept), x);
+        bkv_stats(&c, &s);
+        x->held_max = s.tokens_held;
+        x->bytes = s.state_bytes;
+    }
     if (o->protocol == ONESHOT) {
         attend_oneshot(x, r, &c, errors);
     } else {
@@ -813,31 +851,47 @@ static double mean_of(const double *x, size_t n) {
     return sum / (double)n;
 }
 
-static void print_list(const char *name, const double *x, size_t n) {
-    printf(", \"%s\": [", name);
-    for (size_t i = 0; i < n; i++) printf("%s%.6g", i ? ", " : "", x[i]);
-    putchar(']');
+static void print_list(FILE *to, const char *name, const double *x, size_t n) {
+    fprintf(to, ", \"%s\": [", name);
+    for (size_t i = 0; i < n; i++) fprintf(to, "%s%.6g", i ? ", " : "", x[i]);
+    fputc(']', to);
 }
 
-static void print_json(const run *x, const run *as, const reference *r, const options *o) {
-    printf("{\"trace\": \"%s\", \"protocol\": \"%s\", \"method\": \"%s\", \"budget\": %" PRIu32
-           ", \"held_max\": %" PRIu32 ", \"bytes\": %zu, \"rel_err\": %.6g, \"rel_err_p95\": %.6g, "
-           "\"seed\": %" PRIu64 ", \"needs\": \"%s\", \"tokens\": %zu",
-           r->name, o->protocol == STREAM ? "stream" : "oneshot", x->choice->name, x->budget,
-           as->held_max, as->bytes, as->error, as->error_p95, x->seed, x->choice->needs, r->t.n);
-    print_list("head_err", as->head_error, r->t.n_kv_heads);
+static void print_json(FILE *to, const run *x, const run *as, const reference *r,
+                       const options *o) {
+    fprintf(to,
+            "{\"trace\": \"%s\", \"protocol\": \"%s\", \"method\": \"%s\", \"budget\": %" PRIu32
+            ", \"held_max\": %" PRIu32 ", \"bytes\": %zu, \"rel_err\": %.6g, \"rel_err_p95\": %.6g"
+            ", \"seed\": %" PRIu64 ", \"needs\": \"%s\", \"tokens\": %zu",
+            r->name, o->protocol == STREAM ? "stream" : "oneshot", x->choice->name, x->budget,
+            as->held_max, as->bytes, as->error, as->error_p95, x->seed, x->needs, r->t.n);
+    print_list(to, "head_err", as->head_error, r->t.n_kv_heads);
     if (as->head_estimate) {
-        printf(", \"est_err\": %.6g", mean_of(as->head_estimate, r->t.n_kv_heads));
-        print_list("head_est", as->head_estimate, r->t.n_kv_heads);
+        fprintf(to, ", \"est_err\": %.6g", mean_of(as->head_estimate, r->t.n_kv_heads));
+        print_list(to, "head_est", as->head_estimate, r->t.n_kv_heads);
     }
-    printf(", \"rel_err_clamped\": %.6g, \"failures\": %zu, \"seconds\": %.3f}\n",
-           as->error_clamped, as->failures, as->seconds);
+    fprintf(to, ", \"rel_err_clamped\": %.6g, \"failures\": %zu, \"seconds\": %.3f}\n",
+            as->error_clamped, as->failures, as->seconds);
 }
 
 static void print_row(const run *x, const run *as, const reference *r) {
     printf("%-20s %-28s %7" PRIu32 " %7" PRIu32 " %9.1f %9.5f %9.5f %6" PRIu64 " %7.2f\n", r->name,
            x->choice->name, x->budget, as->held_max, (double)as->bytes / 1024, as->error,
            as->error_p95, x->seed, as->seconds);
+}
+
+/* What is written to it becomes the picture. By the environment, so that no name needs quotes. */
+#ifndef PLOT_PY
+#define PLOT_PY "bench/plot.py"
+#endif
+static FILE *open_plot(const char *file) {
+    FILE *plot = NULL;
+    if (!setenv("QUALITY_PLOT", PLOT_PY, 1) && !setenv("QUALITY_SVG", file, 1))
+        plot = popen("exec \"${PYTHON:-python3}\" \"$QUALITY_PLOT\" quality /dev/stdin "
+                     ">\"$QUALITY_SVG\"",
+                     "w");
+    if (!plot) fail("cannot start %s", PLOT_PY);
+    return plot;
 }
 
 /* ---- main ------------------------------------------------------------------------------------ */
@@ -916,7 +970,7 @@ static void count_estimates(tally *t, const run *x, size_t heads) {
     }
 }
 
-static void evaluate(reference *r, const options *o, double start, tally *estimates) {
+static void evaluate(reference *r, const options *o, double start, tally *estimates, FILE *plot) {
     size_t heads = r->t.n_q_heads;
     work w;
     memset(&w, 0, sizeof w);
@@ -945,8 +999,9 @@ static void evaluate(reference *r, const options *o, double start, tally *estima
                "KiB", "error", "95 %", "seed", "s");
     for (size_t i = 0; i < w.n; i++) {
         const run *as = w.runs[i].same_as ? w.runs[i].same_as : &w.runs[i];
+        if (plot) print_json(plot, &w.runs[i], as, r, o);
         if (o->json)
-            print_json(&w.runs[i], as, r, o);
+            print_json(stdout, &w.runs[i], as, r, o);
         else
             print_row(&w.runs[i], as, r);
     }
@@ -964,16 +1019,23 @@ int main(int argc, char **argv) {
     static options o; /* large */
     double start = seconds();
     tally estimates = {0, 0};
+    FILE *plot;
     parse_options(&o, argc, argv);
+    signal(SIGPIPE, SIG_IGN); /* a plot.py that has given up says so itself */
+    plot = o.plot ? open_plot(o.plot) : NULL;
     for (size_t i = 0; i < o.n_traces; i++) {
         reference r;
         load(&r, o.traces[i], &o);
         r.is_first = i == 0;
-        evaluate(&r, &o, start, &estimates);
+        evaluate(&r, &o, start, &estimates, plot);
         npy_free_trace(&r.t);
     }
     if (estimates.all)
         fprintf(o.json ? stderr : stdout, "estimate within a factor 2: %zu of %zu\n",
                 estimates.within, estimates.all);
+    if (plot && pclose(plot)) {
+        remove(o.plot);
+        fail("%s: no picture", o.plot);
+    }
     return 0;
 }

@@ -33,7 +33,7 @@ mkdir -p "$out"
 ${CC:-cc} -std=c99 -O3 -march=native -ffp-contract=fast -I"$root" -I"$root/examples" \
     "$root/bench/quality.c" "$root/bench/exact.c" "$root/bench/slots.c" "$root/bench/baselines.c" \
     "$root/bench/oneshot.c" "$root/bench/pool.c" "$root/bench/theory.c" "$root/bench/pages.c" \
-    -o "$out/quality" -lm -lpthread
+    -DPLOT_PY="\"$root/bench/plot.py\"" -o "$out/quality" -lm -lpthread
 
 run() { # name, traces separated by commas, options
     name=$1 list=${2#,}

@@ -717,6 +717,67 @@ def check_reports(tally, program, folder, work):
     tally.check(all(m in words for m in ("balancekv", "walk", "knorm", "keydiff")) and
                 not any("nan" in e.get("d") for e in picture.iter(
                     "{http://www.w3.org/2000/svg}path")), "a line for each method", str(words))
+    drawn = os.path.join(work, "it's a picture.svg")
+    ran = subprocess.run([program.path, *args, "--plot", drawn], stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, universal_newlines=True, check=False,
+                         env=dict(os.environ, PYTHON=sys.executable))
+    with open(drawn, encoding="utf-8") as f:
+        tally.check(ran.returncode == 0 and f.read() == script("plot.py", "quality", path),
+                    "--plot draws what plot.py draws of --json", ran.stderr)
+    ran = subprocess.run([program.path, *args, "--plot", drawn], stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, universal_newlines=True, check=False,
+                         env=dict(os.environ, PYTHON="false"))
+    tally.check(ran.returncode == 2 and "no picture" in ran.stderr and "walk" in ran.stdout and
+                not os.path.exists(drawn), "no picture: said, and the table stands", ran.stderr)
+
+
+def check_join(tally, program, work):
+    """Recordings of two texts, joined, are one recording of both: RoPE is from its definition."""
+    def rope(x, start, halves):
+        angle = (start + np.arange(len(x)))[:, None] * 1e4 ** (-np.arange(0, DIM, 2) / DIM)
+        turn = np.exp(1j * angle)[:, None]
+        if halves:
+            z = (x[..., :DIM // 2] + 1j * x[..., DIM // 2:]) * turn
+            return np.concatenate((z.real, z.imag), -1)
+        z = (x[..., 0::2] + 1j * x[..., 1::2]) * turn
+        return np.stack((z.real, z.imag), -1).reshape(x.shape)
+
+    rng = np.random.default_rng(7)
+    for halves in (False, True):
+        plain = {"q": rng.normal(size=(300, Q_HEADS, DIM)),
+                 "k": rng.normal(size=(300, KV_HEADS, DIM)),
+                 "v": rng.normal(size=(300, KV_HEADS, VALUE_DIM))}
+        names = [os.path.join(work, "%s%d" % (part, halves)) for part in ("one", "two", "both")]
+        for folder, first, last in ((names[0], 0, 180), (names[1], 180, 300)):
+            os.makedirs(folder)
+            for name, x in plain.items():
+                x = x[first:last] if name == "v" else rope(x[first:last], 0, halves)
+                np.save(os.path.join(folder, name + ".npy"), x.astype(np.float32))
+        script("join.py", "--theta", "10000", *["--halves"] * halves, names[2], *names[:2])
+        for name, x in plain.items():
+            got = np.load(os.path.join(names[2], name + ".npy"))
+            want = x if name == "v" else rope(x, 0, halves)
+            tally.check(got.dtype == np.float32 and np.allclose(got, want, atol=1e-5),
+                        "join.py, halves %d: %s as of one text" % (halves, name))
+        tally.check(program.rows("--trace", names[2], "--budget", 256)[0]["tokens"] == 300,
+                    "bench/quality takes it")
+
+
+def check_shrunk(tally, program, prompt):
+    rows = {(r["method"], r["budget"]): r for r in program.rows(
+        "--trace", prompt, "--protocol", "oneshot", "--budget", "640,896", "--method",
+        "shrunk,balancekv,balancekv:importance=1,balancekv:importance=none,shrunk:rule=window,"
+        "window")}
+    tally.check(all(r["held_max"] <= b for (_, b), r in rows.items()), "shrunk keeps to the budget")
+    for what in ("bytes", "rel_err"):
+        tally.check(rows["shrunk:rule=window", 640][what] == rows["window", 640][what],
+                    "a window is a window, shrunk or not: " + what, str(rows))
+    tally.check(rows["shrunk", 640]["rel_err"] != rows["balancekv", 640]["rel_err"] and
+                rows["shrunk", 640]["bytes"] == rows["balancekv", 640]["bytes"],
+                "shrunk chooses at the end", str(rows))
+    tally.check([rows[m, 640]["needs"] for m in (
+        "shrunk", "balancekv", "balancekv:importance=1", "balancekv:importance=none")] ==
+                ["queries", "queries", "nothing", "nothing"], "needs, as configured")
 
 
 # ---- options and bad input ---------------------------------------------------------------------
@@ -861,6 +922,8 @@ def main():
         check_pools(tally, program, small, t_small)
         check_theory(tally, program, folder, small)
         check_reports(tally, program, folder, work)
+        check_join(tally, program, work)
+        check_shrunk(tally, program, prompt)
         check_options(tally, program, folder, t)
         check_bad_input(tally, program, folder, work)
     tally.done()
