@@ -25,6 +25,7 @@ clean() { # never with /proc mounted below
     rm -rf "$there"
 }
 trap clean EXIT
+trap 'exit 130' INT TERM
 mkdir -p "$fresh" && clean
 if [ ! -e "$fresh/made" ]; then
     rm -rf "$fresh/base"
