@@ -83,7 +83,7 @@ row 'Python, the lines of README' python3-numpy \
 row 'Meson, a subproject' 'meson ninja-build' 'cp -r tests/consumer /tmp/app &&
     mkdir /tmp/app/subprojects && cp -r . /tmp/app/subprojects/balancekv && cd /tmp/app &&
     meson setup build && meson compile -C build && build/app'
-row 'Meson'\''s install, pkg-config' pkg-config 'meson setup build && meson install -C build &&
+row 'Meson'\''s install, pkg-config' pkg-config 'meson setup build && meson install -C build --no-rebuild &&
     cc $(pkg-config --cflags balancekv) tests/consumer/app.c -o /tmp/pc && /tmp/pc'
 row 'CMake, of what Meson installed' 'cmake make' \
     'cmake -S tests/consumer -B /tmp/cm && cmake --build /tmp/cm && /tmp/cm/app'
