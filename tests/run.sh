@@ -43,6 +43,9 @@ step() { # name, command...
         echo "    all of it: $log"
     fi
     passed=$((passed + good)) failed=$((failed + bad))
+    targets=$(sed -n 's/^\([a-z0-9-]*\) left out: /  tests\/matrix.sh \1: /p' "$log")
+    [ -z "$targets" ] || left_out="$left_out$targets
+"
     backends=$(sed -n 's/^backends whose hash was compared: //p' "$log")
     [ -z "$backends" ] || ran="$ran  $name: $backends
 "
