@@ -125,8 +125,11 @@ def check_program(tally, compiler, name, sources, directory):
     where = "%s, %s" % (compiler, name)
     program = os.path.join(directory, "program")
     objects = []
-    for source, flags in sources:
-        objects.append(os.path.join(directory, source + ".o"))
+    for source, flags in sources: # the same object is compiled once for all programs
+        objects.append(os.path.join(directory, re.sub(r"\W", "_", " ".join([compiler, source] + flags))
+                                    + ".o"))
+        if os.path.exists(objects[-1]):
+            continue
         result = run([compiler, "-I.", "-O1", "-c", "-o", objects[-1], "tests/" + source]
                      + WARNINGS + flags)
         if not tally.check(result.returncode == 0, where + ": " + source, result.stdout):

@@ -6,7 +6,9 @@
    AFL++      afl-clang-fast -g -O1 -DREPLAY -I. tests/fuzz_ops.c -o fuzz -lm; afl-fuzz .. ./fuzz @@
    replay     cc -O1 -DREPLAY -I. tests/fuzz_ops.c -o fuzz -lm; ./fuzz FILE.. or
               ./fuzz --random OPERATIONS [SEED] */
+#ifndef LINKED /* with an object of tests/linked.c */
 #define BALANCEKV_IMPLEMENTATION
+#endif
 #include "balancekv.h"
 #include <math.h>
 #include <stdio.h>

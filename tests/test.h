@@ -1,6 +1,6 @@
 /* test.h - what the C tests share: the harness, number formats, tensors, caches.
 
-   A test file includes this, then balancekv.h with BALANCEKV_IMPLEMENTATION, and ends with
+   A test file includes this, and with it the whole of balancekv.h, and ends with
        int main(int argc, char **argv) { TEST_MAIN(T(first_test), T(second_test)); }
    An argument runs only the tests whose name contains it. BKV_QUICK=1 asks for smaller sizes. */
 #ifndef TEST_H
@@ -8,6 +8,9 @@
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* mmap and threads under -std=c99 */
+#endif
+#ifndef LINKED /* of balancekv.h the public part alone: the rest is tests/linked.c, compiled once */
+#define BALANCEKV_IMPLEMENTATION
 #endif
 #include "balancekv.h"
 #include <math.h>

@@ -1,8 +1,6 @@
 /* Arguments, good and bad: every code of bkv_result is reached, and a failing call changes neither
    the state nor the output. Also memory: alignment, bounds, foreign bytes, no allocation. */
 #include "test.h"
-#define BALANCEKV_IMPLEMENTATION
-#include "balancekv.h"
 #include <limits.h>
 
 /* ---- no allocation: this program's own malloc counts the calls ------------------------------- */

@@ -1,8 +1,6 @@
 /* Attention against its formula in double precision, over the keys and values as they are stored:
    exact until the budget is full, the weighted formula of the manual afterwards. */
 #include "test.h"
-#define BALANCEKV_IMPLEMENTATION
-#include "balancekv.h"
 
 #define BOUND 2e-5    /* the manual's, times the largest value */
 #define I8_BOUND 2e-2 /* the same for BKV_I8, against tokens that were not rounded */

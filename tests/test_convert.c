@@ -3,8 +3,6 @@
    largest logit is one element of its key, up to the rounding of a logit. Every pattern of the
    16-bit types and every rounding tie is tried; I8, which rounds rows, is held against test.h. */
 #include "test.h"
-#define BALANCEKV_IMPLEMENTATION
-#include "balancekv.h"
 
 enum { LANES = 17, GROUP = 16, VALUE_DIM = 512 }; /* one full vector and a rest; whole rows */
 

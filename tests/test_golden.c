@@ -6,9 +6,6 @@
    agree. I8 has cases of its own, whose model rounds as tests/golden/README.md says. */
 #include "test.h"
 
-#define BALANCEKV_IMPLEMENTATION
-#include "balancekv.h"
-
 typedef struct golden_case {
     uint32_t rule, importance, rounds, n_q_heads, n_kv_heads, head_dim, value_dim;
     uint32_t budget, sinks, window;

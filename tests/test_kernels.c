@@ -1,8 +1,6 @@
 /* Every backend against the first one (scalar where it is compiled in): the same calls must give
    the same bytes, outputs and state, for all dimensions, types, groups, layouts and rules. */
 #include "test.h"
-#define BALANCEKV_IMPLEMENTATION
-#include "balancekv.h"
 
 enum { PREFILL = 20, MIXED = 317 }; /* tokens: prefill, then appended in chunks */
 

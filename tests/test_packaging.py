@@ -79,7 +79,9 @@ def plain(routes):
 
 
 def subproject(routes):
-    """By wrap file and archive, then by the folder that this has unpacked."""
+    """By wrap file and archive, then by the folder that this has unpacked; never the copy that this
+    machine may have installed."""
+    setup = ["meson", "setup", "--force-fallback-for=balancekv"]
     if not routes.tool("Meson", "meson", "ninja"):
         return
     consumer = routes.consumer("subproject")
@@ -90,7 +92,7 @@ def subproject(routes):
         archive.add(routes.tree, NAME)
     for route in ("wrap", "folder"):
         build = routes.path(consumer, route)
-        routes.run(route + ": configures", ["meson", "setup", build, consumer])
+        routes.run(route + ": configures", setup + [build, consumer])
         routes.run(route + ": builds", ["meson", "compile", "-C", build])
         routes.app(route, build + "/app")
         targets = json.loads(routes.run(route + ": lists its targets", [
@@ -102,8 +104,7 @@ def subproject(routes):
         routes.tally.check(not os.path.exists(prefix), route + ": a subproject installs nothing")
         shutil.rmtree(files, ignore_errors=True)
     wanted = routes.path(consumer, "wanted")
-    routes.run("folder: takes options", ["meson", "setup", wanted, consumer,
-                                         "-Dbalancekv:examples=enabled"])
+    routes.run("folder: takes options", setup + [wanted, consumer, "-Dbalancekv:examples=enabled"])
     names = routes.run("folder: lists targets", ["meson", "introspect", "--targets", wanted])
     routes.tally.check('"minimal"' in names, "folder: examples are there when wanted")
 

@@ -1,8 +1,6 @@
 /* Streams: the same tokens give the same bytes however they are fed, and the state is at any time
    what the manual says (a small model of the pages in this file decides). */
 #include "test.h"
-#define BALANCEKV_IMPLEMENTATION
-#include "balancekv.h"
 #include <pthread.h>
 
 enum { N_KV = 3, GROUP = 2, DIM = 24, VALUE_DIM = 20, MOST_THREADS = 5 };

@@ -2,8 +2,6 @@
    that is broken gets in. BKV_LONG=1 runs the numbers that README names. Built with
    BALANCEKV_KV_TYPE and BALANCEKV_HEAD_DIM, `exported_rows` tests a copy of one shape. */
 #include "test.h"
-#define BALANCEKV_IMPLEMENTATION
-#include "balancekv.h"
 
 enum { N_KV = 2, GROUP = 2, N_Q = N_KV * GROUP, BUDGET = 272, I8_BUDGET = BKVI_FEW + 16 };
 #ifdef BALANCEKV_HEAD_DIM
