@@ -2493,7 +2493,7 @@ BKVI_NOINLINE void bkvi_k(raise)(float *x, uint32_t n, float shift) {
    rows of `vecs` sixteens. x: (i, v) at i * step + v * apart, in elements of the cache; the
    coefficients of step i: c[i * c_step + r], or c[r * c_row + i] if c_row (then n is rounded up to
    a multiple of 4); acc: rows `acc_row` floats apart, set to 0 if `fresh`. ahead: memory to
-   prefetch at the pace of x, or NULL. */
+   prefetch at the pace of x, or NULL (small builds do not). */
 BKVI_INLINE void bkvi_k(tile_fma)(const int type, const int rows, const int vecs,
                                const unsigned char *x, size_t step, size_t apart, uint32_t n,
                                const float *c, const size_t c_row, size_t c_step, const int fresh,
@@ -2510,7 +2510,7 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, const int rows, const int vecs
         fresh ? bkvi_v(set)(0.0f) : bkvi_v(load)(BKVI_ACC);
     for (i = 0; i < n; i += (uint32_t)steps, c += c_row ? 4 : c_step) {
         BKVI_TILES for (s = 0; s < steps; s++, x += step * es) {
-            if (ahead) {
+            if (ahead && !BKVI_SMALL) {
                 BKVI_TILES for (t = 0; t < (vecs * (int)es + 3) / 4; t++)
                     __builtin_prefetch(ahead + 64 * t, 0, 2); /* into the second level */
                 ahead += (size_t)vecs * BKVI_LANES * es;
@@ -3173,7 +3173,7 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
             span.next_v = bkvi_part(&next, BKVI_V, slot);
             for (r = 0; r < n; r += tile_rows) {
                 tile_rows = bkvi_min(size, n - r);
-                if (r || (span.last && last_head)) span.next_k = span.next_v = NULL;
+                if (BKVI_SMALL || r || (span.last && last_head)) span.next_k = span.next_v = NULL;
                 switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
     case (type)*8 + (rows): BKVI_FN(bkvi_attend_##type##_##rows)(c, t, &span, r); break;
