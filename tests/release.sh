@@ -59,6 +59,13 @@ packaged() { # along every route: none may be left out here, but vcpkg may run i
     tail -n 1 "$out/routes.log" | grep -q ' 0 failed$' && ! grep '^left out: packaging' "$out/routes.log"
 }
 
+# Every row, all of this header.
+matrix() {
+    blob=$(git rev-parse HEAD:balancekv.h | cut -c 1-7)
+    sed -n 's/^| .* \([0-9a-f]\{7\}\) |$/\1/p' tests/MATRIX.md | sort | uniq -c | tee "$out/matrix"
+    [ "$(wc -l <"$out/matrix")" -eq 1 ] && grep -q " $blob$" "$out/matrix"
+}
+
 everything() { .ci/run && [ -z "$(git status --porcelain)" ]; }
 
 echo "balancekv.h $version"
@@ -69,6 +76,7 @@ item "the tag v$version is free, or here" tag_is_free
 item 'an archive is made' archive
 item 'its main job runs within 60 s' first_minute
 [ "${1:-}" = --no-tests ] || item 'every test passes, as in CI, and leaves the tree clean' everything
+item 'tests/MATRIX.md is of this header: sh tests/matrix.sh --write' matrix
 item 'it can be consumed along every route' packaged
 item 'a new user on a fresh Debian gets along' sh tests/fresh.sh
 rm -rf "${out:?}/$name"
@@ -79,7 +87,8 @@ if [ "$missed" -gt 0 ]; then
     exit 1
 fi
 cat <<END
-All done. By hand: read README.md once as a stranger; then
+All done. By hand: tests/long.sh, tests/mutate.py --markdown, tests/sizes.py and the benchmarks, into
+README.md; read it once as a stranger; then
     git tag -a v$version -m "balancekv.h $version" && git push --tags
 and publish $out/$name.tar.gz with its checksum.
 END
