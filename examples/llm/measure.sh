@@ -3,8 +3,9 @@
 # Perplexity of the texts (WINDOWS windows of each) and pass keys hidden in them, for every method
 # and share of the bytes of a full f16 cache; all methods store TYPE. A TEXT `filler` stands for
 # the filler of bkv-llm passkey. Every run adds its lines to LOG, and what stands there is not run
-# again: it may be stopped at any time; several may share a LOG. Prints tables in Markdown of all
-# that LOG has; WHAT= only prints. Hours for everything on one core.
+# again: it may be stopped at any time; several may share a LOG. When the header's results change,
+# begin another one. Prints tables in Markdown of all that LOG has; WHAT= only prints. Hours for
+# everything on one core.
 # Environment: METHODS, SHARES, CTX, TYPE, WINDOWS, DEPTHS, SEEDS, WHAT ("ppl passkey"), LOG,
 # THREADS, and BKV_LLM, the folder that setup.sh has made.
 set -eu
@@ -24,7 +25,7 @@ done
 touch "$log"
 
 once() { # command, tokens, text, method, share, seed, further options
-    name=$(basename "$3" .txt)
+    name=$(basename "$3" .txt | tr " " _)
     run="$1 $2 $name $4 $5 $6 $windows $depths"
     command=$1 tokens=$2 text=$3 method=$4 share=$5 seed=$6 stored=$type
     shift 6
@@ -45,7 +46,7 @@ once() { # command, tokens, text, method, share, seed, further options
 each() { # tokens, text, method, share
     for seed in $(seq "$seeds"); do
         case $3-$seed in
-        full-1 | window-1 | keydiff-1 | balancekv* | uniform-* | walk-*) random=1 ;;
+        *-1 | balancekv* | sample* | uniform-* | walk-*) random=1 ;;
         *) random=0 ;; # a seed changes nothing but the keys
         esac
         [ "$2" = filler ] || [ $random = 0 ] ||
