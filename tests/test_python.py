@@ -135,6 +135,9 @@ def check_results(tally, module):
     tally.check(small.stats()["bytes"] < cache.stats()["bytes"] and
                 abs(small.prefill(k[:300], v[:300], q[:300])[-1] - exact).max() < 0.05,
                 "int8 storage by its name")
+    words = module.Cache(Q_HEADS, KV_HEADS, DIM, np.int64(BUDGET), rule="window", importance="key")
+    tally.check((words.config["rule"], words.config["importance"], words.config["budget"]) ==
+                (module.C.RULE_WINDOW, module.C.IMPORTANCE_KEY, BUDGET), "rules by their names")
     other.reset()
     tally.check(other.stats()["tokens_seen"] == 0, "reset empties")
 
@@ -162,7 +165,13 @@ def check_refusals(tally, module):
             (module.Error, "no token yet", lambda: cache.attend(q)),
             (module.Error, "head or token index", lambda: filled.tokens(KV_HEADS)),
             (module.Error, "budget is smaller", lambda: module.Cache(1, 1, 8, 10)),
-            (module.Error, "kv_type must be", lambda: module.Cache(1, 1, 8, 256, kv_type="f31")),
+            (module.Error, "kv_type must be", lambda: module.Cache(1, 1, 8, 256, kv_type=31)),
+            (ValueError, "kv_type: 'rule_window' is none of f32, f16, bf16, i8",
+             lambda: module.Cache(1, 1, 8, 256, kv_type="rule_window")),
+            (ValueError, "rule: 'f16' is none of sample, window",
+             lambda: module.Cache(1, 1, 8, 256, rule="f16")),
+            (ValueError, "importance: 'sample' is none of key, query, use",
+             lambda: module.Cache(1, 1, 8, 256, importance="sample")),
             (TypeError, "saved: str, need bytes", lambda: module.Cache.load("x")),
             (module.Error, "not a balancekv state", lambda: module.Cache.load(b"x" * 999)),
             (module.Error, "damaged", lambda: module.Cache.load(
@@ -172,7 +181,17 @@ def check_refusals(tally, module):
             (ValueError, "head_dim: -1 is out of range", lambda: module.Cache(1, 1, -1, 256)),
             (ValueError, "seed: 18446744073709551616 is", lambda: module.Cache(1, 1, 8, 256,
                                                                                seed=1 << 64)),
-            (TypeError, "budget: 256.5 is no number", lambda: module.Cache(1, 1, 8, 256.5))):
+            (TypeError, "budget: 512.5, need a whole number", lambda: module.Cache(1, 1, 8, 512.5)),
+            (TypeError, "budget: '512', need a whole", lambda: module.Cache(1, 1, 8, "512")),
+            (TypeError, "budget: None, need a whole", lambda: module.Cache(1, 1, 8, None)),
+            (TypeError, "scale: '1', need a number", lambda: module.Cache(1, 1, 8, 256, scale="1")),
+            (ValueError, "budget: 4294967552 is out of range", lambda: cache.shrink(2**32 + 256)),
+            (ValueError, "budget: -1 is out of range", lambda: cache.shrink(-1)),
+            (TypeError, "budget: 300.0, need a whole number", lambda: cache.shrink(300.0)),
+            (ValueError, "n_tokens: 18446744073709551616 is", lambda: cache.truncate(1 << 64)),
+            (TypeError, "n_tokens: None, need a whole number", lambda: cache.truncate(None)),
+            (ValueError, "head: 4294967296 is out of range", lambda: filled.tokens(1 << 32)),
+            (TypeError, "head: 'a', need a whole number", lambda: cache.tokens("a"))):
         try:
             call()
             said = "nothing"

@@ -12,6 +12,7 @@ What the words mean, and every field of the configuration: section 1 and 3 of ba
 structures and constants below are read out of that file, so that they cannot differ from it.
 """
 import ctypes
+import operator
 import os
 import re
 from types import SimpleNamespace
@@ -48,6 +49,10 @@ def _read_header():
 
 
 types, C = _read_header()
+_WORDS = {"kv_type": {"f32": C.F32, "f16": C.F16, "bf16": C.BF16, "i8": C.I8},
+          "rule": {"sample": C.RULE_SAMPLE, "window": C.RULE_WINDOW},
+          "importance": {"key": C.IMPORTANCE_KEY, "query": C.IMPORTANCE_QUERY,
+                         "use": C.IMPORTANCE_USE}}
 
 
 def _load():
@@ -93,6 +98,20 @@ def _must(result):
         raise Error(_lib.bkv_result_string(result).decode())
 
 
+# ---- numbers -------------------------------------------------------------------------------------
+def _number(name, value, kind):
+    """The value as a number that a C variable of this kind holds; ctypes itself would wrap it."""
+    whole = kind is not ctypes.c_float
+    try:
+        number = operator.index(value) if whole else kind(value).value
+    except TypeError as fault:
+        need = "whole number" if whole else "number"
+        raise TypeError("%s: %r, need a %s" % (name, value, need)) from fault
+    if whole and not 0 <= number < 1 << 8 * ctypes.sizeof(kind):
+        raise ValueError("%s: %s is out of range" % (name, number))
+    return number
+
+
 # ---- arrays --------------------------------------------------------------------------------------
 def _tensor(array, name, n_heads, dim, n_tokens=None):
     """The array as bkv_tensor, and how many tokens it has. Strided arrays are read where they lie;
@@ -118,23 +137,21 @@ def _tensor(array, name, n_heads, dim, n_tokens=None):
 # ---- the cache -----------------------------------------------------------------------------------
 class Cache:
     """One transformer layer. Further arguments are fields of bkv_config by their names, such as
-    window=256, seed=layer or importance=C.IMPORTANCE_KEY; kv_type may also be a name as "f16"."""
+    window=256, seed=layer or backend=C.BACKEND_SCALAR; kv_type, rule and importance may also be
+    words as "f16", "window" and "key"."""
 
     def __init__(self, n_q_heads, n_kv_heads, head_dim, budget, **fields):
         fields.update(n_q_heads=n_q_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, budget=budget)
-        if isinstance(fields.get("kv_type"), str):
-            fields["kv_type"] = getattr(C, fields["kv_type"].upper(), C.NONE)
         config, known = types.config(), dict(types.config._fields_)
         for name, value in fields.items():
             if name not in known:
                 raise TypeError("no field %s in bkv_config; it has %s" % (name, ", ".join(known)))
-            if known[name] is not ctypes.c_float and \
-                    not 0 <= value < 1 << 8 * ctypes.sizeof(known[name]):
-                raise ValueError("%s: %s is out of range" % (name, value))
-            try:
-                setattr(config, name, value)
-            except TypeError as fault:
-                raise TypeError("%s: %r is no number for it" % (name, value)) from fault
+            if name in _WORDS and isinstance(value, str):
+                if value not in _WORDS[name]:
+                    words = ", ".join(_WORDS[name])
+                    raise ValueError("%s: %r is none of %s" % (name, value, words))
+                value = _WORDS[name][value]
+            setattr(config, name, _number(name, value, known[name]))
         _must(_lib.bkv_check(config))
         self._cache = types.cache()
         self._memory = np.empty(_lib.bkv_size(config), np.uint8)
@@ -174,7 +191,7 @@ class Cache:
 
     def tokens(self, head):
         """The kept tokens of a KV head, oldest first: a structured array of bkv_token_info."""
-        info, rows = types.token_info(), []
+        head, info, rows = _number("head", head, ctypes.c_uint32), types.token_info(), []
         for i in range(self.stats()["tokens_held"]):
             _must(_lib.bkv_token(self._cache, head, i, info))
             rows.append(tuple(_dict(info).values()))
@@ -193,11 +210,11 @@ class Cache:
 
     def truncate(self, n_tokens):
         """Takes back all but the first n_tokens, as far back as the last halving."""
-        _must(_lib.bkv_truncate(self._cache, n_tokens))
+        _must(_lib.bkv_truncate(self._cache, _number("n_tokens", n_tokens, ctypes.c_uint64)))
 
     def shrink(self, budget):
         """Lowers the budget in place."""
-        _must(_lib.bkv_shrink(self._cache, budget))
+        _must(_lib.bkv_shrink(self._cache, _number("budget", budget, ctypes.c_uint32)))
 
     def save(self):
         """The state as bytes, the same on every machine."""
