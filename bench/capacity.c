@@ -4,6 +4,7 @@
 #define BALANCEKV_IMPLEMENTATION
 #include "balancekv.h"
 #include <inttypes.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -39,8 +40,13 @@ static const char help[] =
     "of every token in f16; sessions that fit in 8, 64 and 512 GB. --type: storage, default f16.\n"
     "--json: one JSON object a line.\n";
 
-static void fail(const char *what, const char *why) {
-    fprintf(stderr, "capacity: %s: %s\n", what, why);
+static void fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fputs("capacity: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
     exit(2);
 }
 
@@ -60,7 +66,7 @@ static uint64_t full_bytes(const shape *s, uint32_t length) {
 static uint64_t our_bytes(const shape *s, uint32_t budget, uint32_t type) {
     bkv_config cfg = bkv_config_default(s->q_heads, s->kv_heads, s->dim, budget);
     cfg.kv_type = type;
-    if (bkv_check(&cfg) != BKV_OK) fail(s->name, bkv_result_string(bkv_check(&cfg)));
+    if (bkv_check(&cfg) != BKV_OK) fail("%s: %s", s->name, bkv_result_string(bkv_check(&cfg)));
     return (s->layers - s->window_layers) * (uint64_t)bkv_size(&cfg) + window_bytes(s, UINT32_MAX);
 }
 
@@ -113,11 +119,12 @@ int main(int argc, char **argv) {
         }
         if (!strcmp(argv[i], "--json")) {
             json = 1;
-        } else if (!strcmp(argv[i], "--type") && i + 1 < argc) {
-            for (i++, type = 1; type < TYPES && strcmp(argv[i], types[type]); type++) continue;
-            if (type == TYPES) fail(argv[i], "is no type; --help lists them");
+        } else if (!strcmp(argv[i], "--type")) {
+            if (++i == argc) fail("--type needs a value; --help explains it");
+            for (type = 1; type < TYPES && strcmp(argv[i], types[type]); type++) continue;
+            if (type == TYPES) fail("--type: '%s' is none of: f32 f16 bf16 i8", argv[i]);
         } else {
-            fail(argv[i], "unknown option or no value; --help explains");
+            fail("unknown option '%s'; --help lists them", argv[i]);
         }
     }
     if (!json) print_tables(type);

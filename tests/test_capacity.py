@@ -73,9 +73,12 @@ def main():
         "--json", "--type", name).stdout.splitlines()) if "budget" in r} for name in ("f32", "i8"))
     tally.check(all(single[key] > ours[key] > byte[key] for key in ours),
                 "f32 weighs more than f16, i8 less")
-    for options in (["--type"], ["--type", "f31"], ["--jsn"]):
+    for options, text in ((["--type"], "--type needs a value; --help explains it"),
+                          (["--type", "f31"], "--type: 'f31' is none of: f32 f16 bf16 i8"),
+                          (["--budget"], "unknown option '--budget'; --help lists them"),
+                          (["--json", "512"], "unknown option '512'; --help lists them")):
         ran = output(*options)
-        tally.check(ran.returncode == 2 and ran.stderr.startswith("capacity: " + options[-1]),
+        tally.check((ran.returncode, ran.stderr) == (2, "capacity: %s\n" % text),
                     "%s is refused" % options, ran.stderr)
     tally.check("usage" in output("--help").stdout, "--help helps")
     tally.done()
