@@ -662,8 +662,8 @@ enum {
 };
 /* The parts of a head's state, in the order of §8; a value's part follows that of the key, so that
    BKVI_K + 1 is BKVI_V. */
-enum { BKVI_COUNTERS, BKVI_TABLE, BKVI_WEIGHT, BKVI_USE, BKVI_POSITION, BKVI_QUERIES };
-enum { BKVI_K_SCALE = 6, BKVI_V_SCALE, BKVI_K_REST, BKVI_V_REST, BKVI_K, BKVI_V, BKVI_END };
+enum { BKVI_COUNTERS, BKVI_TABLE, BKVI_WEIGHT, BKVI_USE, BKVI_POSITION, BKVI_QUERIES, BKVI_K_SCALE,
+       BKVI_V_SCALE, BKVI_K_REST, BKVI_V_REST, BKVI_K, BKVI_V, BKVI_END };
 static const float BKVI_LOG2E = 1.44269504088896341f, BKVI_LN2 = 0.693147180559945309f;
 static const float BKVI_HUGE = 3.6028797018963968e16f; /* 2^55: keys, values, queries are below */
 static const float BKVI_LEARN = 0.01f; /* share of a query in its running mean */
@@ -1010,6 +1010,10 @@ static float *bkvi_scratch(const bkv_cache *c, uint32_t ith) {
     p += (64 - ((uintptr_t)p & 63)) & 63;
     return (float *)(void *)(p + (size_t)ith * c->scratch_bytes);
 }
+/* Bits, name and place of a head's counters; its sum, at 32, has the drafts added. */
+#define BKVI_EACH_COUNTER(X)                                                                       \
+    X(64, seen, 0)                                                                                 \
+    X(64, halvings, 8) X(32, sinks, 16) X(32, used, 20) X(32, fill, 24) X(32, drafts, 28)
 static bkvi_head bkvi_head_get(const bkv_cache *c, uint32_t head, uint32_t ith) {
     unsigned char *mem = bkvi_head_mem(c, head);
     bkvi_head h;
@@ -1018,22 +1022,17 @@ static bkvi_head bkvi_head_get(const bkv_cache *c, uint32_t head, uint32_t ith) 
     h.scratch = bkvi_scratch(c, ith);
     h.kernels = bkvi_kernels_of(c->cfg.backend);
     h.index = head;
-    h.seen = bkvi_get64(mem);
-    h.halvings = bkvi_get64(mem + 8);
-    h.sinks = bkvi_get32(mem + 16);
-    h.used = bkvi_get32(mem + 20);
-    h.fill = bkvi_get32(mem + 24);
-    h.drafts = bkvi_get32(mem + 28);
+#define BKVI_X(bits, name, place) h.name = bkvi_get##bits(mem + (place));
+    BKVI_EACH_COUNTER(BKVI_X)
+#undef BKVI_X
     h.sum = bkvi_get32(mem + 32) - h.drafts;
     return h;
 }
 static void bkvi_head_put(const bkvi_head *h) {
-    bkvi_put64(h->mem, h->seen);
-    bkvi_put64(h->mem + 8, h->halvings);
-    bkvi_put32(h->mem + 16, h->sinks);
-    bkvi_put32(h->mem + 20, h->used);
-    bkvi_put32(h->mem + 24, h->fill);
-    bkvi_put32(h->mem + 28, h->drafts);
+#define BKVI_X(bits, name, place) bkvi_put##bits(h->mem + (place), h->name);
+    BKVI_EACH_COUNTER(BKVI_X)
+#undef BKVI_X
+#undef BKVI_EACH_COUNTER
     bkvi_put32(h->mem + 32, h->sum + h->drafts);
 }
 
@@ -2657,14 +2656,17 @@ BKVI_NOINLINE void bkvi_k(sums)(float *to, const float *x, size_t step, size_t a
                          apart, n, c, 0, 1, 1, to + i * BKVI_LANES, BKVI_BLOCK, NULL);
 }
 
+BKVI_INLINE void bkvi_k(scaled)(float *to, const float *x, uint32_t n, float factor) {
+    uint32_t i;
+    for (i = 0; i < n; i += BKVI_WIDTH)
+        bkvi_v(store)(to + i, bkvi_v(load)(x + i) * bkvi_v(set)(factor));
+}
+
 /* <key, vector> * scale of every token: to[128]. */
 static void bkvi_k(against)(bkvi_block *block, uint32_t dim, size_t stride, const float *vector,
                             float scale, float *to) {
-    float *work = block->matrix;
-    uint32_t i;
-    for (i = 0; i < dim; i += BKVI_WIDTH)
-        bkvi_v(store)(work + i, bkvi_v(load)(vector + i) * bkvi_v(set)(scale));
-    bkvi_k(sums)(to, block->panels, BKVI_LANES, stride, dim, work);
+    bkvi_k(scaled)(block->matrix, vector, dim, scale);
+    bkvi_k(sums)(to, block->panels, BKVI_LANES, stride, dim, block->matrix);
 }
 
 /* x becomes 2^(x - shift) times the weights. */
@@ -3021,20 +3023,13 @@ BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t
     if (span->v_scale) bkvi_k(times)(s, span->v_scale);
 }
 
-/* The scores of a tile, in 1/128. */
-BKVI_INLINE void bkvi_k(lessen)(float *scores, int rows) {
-    uint32_t i;
-    for (i = 0; i < (uint32_t)rows * BKVI_PAGE; i += BKVI_WIDTH)
-        bkvi_v(store)(scores + i, bkvi_v(load)(scores + i) * bkvi_v(set)(1.0f / 128.0f));
-}
-
 /* A tile of rows over one block: scores, softmax, sum of values. Meanwhile keys and values of the
    next one come to the second level of the cache, line by line: a run of prefetches would stall. */
 BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
                                   bkvi_tiles *t, const bkvi_span *span, uint32_t first) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = bkvi_v_dim(c);
     const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)dim * BKVI_LANES;
-    const uint32_t vecs = v_dim_pad / BKVI_LANES;
+    const uint32_t vecs = v_dim_pad / BKVI_LANES, n_scores = (uint32_t)rows * BKVI_PAGE;
     float *q = t->q + (size_t)first * dim, *out = t->out + (size_t)first * v_dim_pad;
     const unsigned char *x;
     uint32_t i, slots, panels;
@@ -3050,9 +3045,10 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
                      slots, t->scores, BKVI_PAGE, 0, 0,                                         \
                      out + (size_t)i * BKVI_LANES, v_dim_pad,                                \
                      span->next_v ? span->next_v + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
-    if (type == BKV_I8) memset(t->scores, 0, (size_t)rows * BKVI_PAGE * sizeof(float));
+    if (type == BKV_I8) memset(t->scores, 0, n_scores * sizeof(float));
     for (x = span->k_rest ? span->k_rest : span->k; x; x = x == span->k ? NULL : span->k) {
-        if (type == BKV_I8 && span->k_rest && x == span->k) bkvi_k(lessen)(t->scores, rows);
+        if (type == BKV_I8 && span->k_rest && x == span->k)
+            bkvi_k(scaled)(t->scores, t->scores, n_scores, 1.0f / 128.0f);
         slots = x == span->k ? span->slots : span->rests;
         panels = (slots + BKVI_LANES - 1) / BKVI_LANES;
         i = 0;
@@ -3062,7 +3058,8 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
     }
     for (r = 0; r < rows; r++) bkvi_k(soften)(t, span, first, first + (uint32_t)r, c);
     for (x = span->v; x; x = x == span->v ? span->v_rest : NULL) {
-        if (type == BKV_I8 && x != span->v) bkvi_k(lessen)(t->scores, rows);
+        if (type == BKV_I8 && x != span->v)
+            bkvi_k(scaled)(t->scores, t->scores, n_scores, 1.0f / 128.0f);
         slots = x == span->v ? span->slots : span->rests;
         i = 0;
         BKVI_VALUES(4);
@@ -3123,12 +3120,11 @@ BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *
 static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
     const bkv_cache *c = h->c;
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = bkvi_v_dim(c), group = c->group;
-    const uint32_t n_blocks = bkvi_n_blocks(h), last_head = h->index + 1 == c->cfg.n_kv_heads;
+    const uint32_t n_blocks = bkvi_n_blocks(h);
     const float softcap = c->cfg.softcap;
     const float scale = c->cfg.scale * (softcap > 0.0f ? 2.0f * BKVI_LOG2E / softcap : BKVI_LOG2E);
     bkvi_tiles *t = (bkvi_tiles *)(void *)h->scratch;
     float *work = bkvi_is_i8(c->cfg.kv_type) ? t->work : NULL;
-    bkvi_head next = *h; /* behind the last block comes the next KV head, if there is one */
     uint32_t begin, b, r, i, doubted = 0xFFFFFFFFu; /* row whose error is estimated */
     if (h->halvings && h->fill == BKVI_PAGE && !h->drafts) /* the last token; heads take turns */
         doubted = (run->n - 1) * group + (uint32_t)(h->halvings % group);
@@ -3136,6 +3132,10 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
     /* Row r: token r / group, query head r % group of this KV head. */
     for (begin = 0; begin < run->n * group; begin += BKVI_ROWS) {
         uint32_t n = bkvi_min(BKVI_ROWS, run->n * group - begin), tile_rows, size;
+        uint32_t slots, slot = bkvi_block_slot(h, 0, &slots);
+        /* Behind the last block of the last rows comes the next KV head, if there is one. */
+        const int onward = begin + n == run->n * group && h->index + 1 < c->cfg.n_kv_heads;
+        const size_t beyond = onward ? c->head_bytes : 0;
         /* Tiles of equal size, at most BKVI_TILE_ROWS rows; the queries of a tile side by side. */
         size = (n + BKVI_TILE_ROWS - 1) / BKVI_TILE_ROWS;
         size = (n + size - 1) / size;
@@ -3156,7 +3156,7 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
 
         for (b = 0; b < n_blocks; b++) {
             bkvi_span span;
-            uint32_t slot = bkvi_block_slot(h, b, &span.slots), unused;
+            span.slots = slots;
             span.k = bkvi_part(h, BKVI_K, slot);
             span.v = bkvi_part(h, BKVI_V, slot);
             span.weight = bkvi_part(h, BKVI_WEIGHT, slot);
@@ -3167,13 +3167,12 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
             span.v_rest = bkvi_rest(h, BKVI_V, slot);
             span.rests = bkvi_min(span.slots, slot < c->sink_slots ? BKVI_LANES : BKVI_PAGE);
             span.last = b + 1 == n_blocks;
-            next.mem = h->mem + (span.last && !last_head ? c->head_bytes : 0);
-            slot = span.last ? 0 : bkvi_block_slot(h, b + 1, &unused);
-            span.next_k = bkvi_part(&next, BKVI_K, slot);
-            span.next_v = bkvi_part(&next, BKVI_V, slot);
+            slot = span.last ? 0 : bkvi_block_slot(h, b + 1, &slots);
+            span.next_k = bkvi_part(h, BKVI_K, slot) + (span.last ? beyond : 0);
+            span.next_v = bkvi_part(h, BKVI_V, slot) + (span.last ? beyond : 0);
             for (r = 0; r < n; r += tile_rows) {
                 tile_rows = bkvi_min(size, n - r);
-                if (BKVI_SMALL || r || (span.last && last_head)) span.next_k = span.next_v = NULL;
+                if (BKVI_SMALL || r || (span.last && !beyond)) span.next_k = span.next_v = NULL;
                 switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
     case (type)*8 + (rows): BKVI_FN(bkvi_attend_##type##_##rows)(c, t, &span, r); break;
