@@ -75,8 +75,9 @@ static int new_caches(llm_attention *a, char *err) {
     uint32_t i;
     a->layer_bytes = bkv_size(&c);
     if (!a->layer_bytes)
-        return llm_fail(err, "--budget %u: %s", (unsigned)c.budget,
-                        bkv_result_string(bkv_check(&c)));
+        return llm_fail(err, "--budget %u: %s%s", (unsigned)c.budget,
+                        bkv_result_string(bkv_check(&c)),
+                        bkv_check(&c) == BKV_E_BUDGET ? "; give more, or 0 for all tokens" : "");
     a->memory = (char *)malloc(a->layer_bytes * a->shape.n_layers);
     if (!a->memory)
         return llm_fail(err, "%zu bytes for the caches are not there; take a smaller --budget",
