@@ -37,13 +37,14 @@ def run(*args):
 
 
 def plausible(row):
-    """Nothing is faster than the machine's limit; but the limit may have been disturbed: once more."""
+    """Nothing is faster than the limit of the machine. If that was disturbed: once more."""
     for _ in range(4):
         if row["share_of_limit"] is None or 0 < row["share_of_limit"] < 1.5:
             return True
+        shape = "d%d g%d n%d %s" % tuple(row[k] for k in ("d", "group", "n", "type"))
         again = run("--quick", "--json", "--case", row["case"], "--backend", row["backend"],
-                    "--filter", "d%d g%d n%d %s" % tuple(row[k] for k in ("d", "group", "n", "type")))
-        row = next(r for r in map(json.loads, again.stdout.splitlines()) if r["type"] == row["type"])
+                    "--filter", shape).stdout.splitlines()
+        row = next(r for r in map(json.loads, again) if r["type"] == row["type"])
     return False
 
 
