@@ -91,6 +91,7 @@ row() { # the fields of one row; prints its lines of the table
         # shellcheck disable=SC2086
         $compiler -std=c99 -O2 $warnings -isystem $out/include $flags $3 -I. "$1" -o "$2" $libm \
             >"$log" 2>&1 || fail "$name: $1 does not compile cleanly"
+        rm -f a.o # which zig leaves, empty, when it links for macOS
     }
     run() {
         # shellcheck disable=SC2086
