@@ -91,7 +91,6 @@ row() { # the fields of one row; prints its lines of the table
         # shellcheck disable=SC2086
         $compiler -std=c99 -O2 $warnings -isystem $out/include $flags $3 -I. "$1" -o "$2" $libm \
             >"$log" 2>&1 || fail "$name: $1 does not compile cleanly"
-        rm -f a.o # which zig leaves, empty, when it links for macOS
     }
     run() {
         # shellcheck disable=SC2086
@@ -154,7 +153,8 @@ row() { # the fields of one row; prints its lines of the table
             ;;
         esac
     fi
-    version=$($compiler --version 2>/dev/null | sed -n 1p | sed 's/(.*) *//')
+    # In $out, as zig for macOS leaves an empty a.o where it is asked.
+    version=$(cd $out && $compiler --version 2>/dev/null | sed -n 1p | sed 's/(.*) *//')
     header=$(git hash-object balancekv.h 2>/dev/null | cut -c 1-7)
     echo "| $name | $version | $backend | $hashes| ${passed:--} | $(($(date +%s) - start)) | $header |"
 }
