@@ -2035,7 +2035,8 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
    it, read once per pass; + - * / are the compiler's. All data of §12 comes in sixteens and every
    loop steps by whole registers, so that no result depends on the width. A product must never flow
    into an addition other than through bkvi_v(fma): compilers may fuse the two.
-     load, store                       lanes from and to memory of any alignment
+     load, store                       lanes from and to floats
+     load_f32, store_f32               the same at any address: of the state or a caller
      load_f16, load_bf16, store_f16    the same, converted; to nearest even
      load_i8                           lanes from signed bytes
      fused(x, y, z)                    x * y + z, rounded once; fma() is that, or BALANCEKV_FMA=0
@@ -2084,7 +2085,8 @@ typedef float bkvi_vec;
 #undef BKVI_TILES
 #define BKVI_TILES /* nothing to keep in registers */
 BKVI_OP(set, (float x), x)
-BKVI_OP(load, (const void *p), bkvi_getf((const unsigned char *)p))
+BKVI_OP(load, (const float *p), *p)
+BKVI_OP(load_f32, (const void *p), bkvi_getf((const unsigned char *)p))
 BKVI_OP(load_f16, (const void *p), bkvi_from_f16(bkvi_get16((const unsigned char *)p)))
 BKVI_OP(load_bf16, (const void *p),
         bkvi_float((uint32_t)bkvi_get16((const unsigned char *)p) << 16))
@@ -2095,7 +2097,8 @@ BKVI_OP(max, BKVI_2, a > b ? a : b)
 BKVI_OP(pick_gt, BKVI_4, a > b ? x : y)
 BKVI_OP(pow2, (bkvi_vec r), bkvi_float((bkvi_bits(r) << 23) + 0x3F800000u))
 BKVI_INLINE int bkvi_v(any_gt) BKVI_2 { return a > b; }
-BKVI_STORE(store, bkvi_putf((unsigned char *)p, x))
+BKVI_INLINE void bkvi_v(store)(float *p, bkvi_vec x) { *p = x; }
+BKVI_STORE(store_f32, bkvi_putf((unsigned char *)p, x))
 BKVI_STORE(store_f16, bkvi_put16((unsigned char *)p, bkvi_to_f16(x)))
 BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) { (void)a, (void)b; }
 
@@ -2248,6 +2251,10 @@ BKVI_INLINE bkvi_vec bkvi_v(fused) BKVI_3 {
 #undef BKVI_EACH_LANE
 #endif
 
+#if BKVI_PASS != BALANCEKV_SIMD_SCALAR
+BKVI_OP(load_f32, (const void *p), bkvi_v(load)(p))
+BKVI_STORE(store_f32, bkvi_v(store)(p, x))
+#endif
 BKVI_INLINE bkvi_vec bkvi_v(fma) BKVI_3 {
 #if BALANCEKV_FMA
     return bkvi_v(fused)(x, y, z);
@@ -2310,7 +2317,7 @@ static const float bkvi_k(count)[16] = {0,  -1, -2,  -3,  -4,  -5,  -6,  -7,
 
 /* A register of elements of a cache or tensor type. */
 BKVI_INLINE bkvi_vec bkvi_v(get)(const int type, const void *p) {
-    return type == BKV_F32   ? bkvi_v(load)(p)
+    return type == BKV_F32   ? bkvi_v(load_f32)(p)
            : type == BKV_F16 ? bkvi_v(load_f16)(p)
            : type == BKV_I8  ? bkvi_v(load_i8)(p)
                              : bkvi_v(load_bf16)(p);
@@ -2659,7 +2666,7 @@ BKVI_NOINLINE void bkvi_k(sums)(float *to, const float *x, size_t step, size_t a
 BKVI_INLINE void bkvi_k(scaled)(float *to, const float *x, uint32_t n, float factor) {
     uint32_t i;
     for (i = 0; i < n; i += BKVI_WIDTH)
-        bkvi_v(store)(to + i, bkvi_v(load)(x + i) * bkvi_v(set)(factor));
+        bkvi_v(store)(to + i, bkvi_v(load_f32)(x + i) * bkvi_v(set)(factor));
 }
 
 /* <key, vector> * scale of every token: to[128]. */
@@ -2909,12 +2916,12 @@ BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *s
     float by[BKVI_PAGE], *to = sums + BKVI_LANES;
     uint32_t i, j, scale = 0x3F80; /* 1 as bf16 */
     for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH)
-        most = bkvi_v(max)(most, bkvi_v(load)(span->weight + 4 * (size_t)i));
+        most = bkvi_v(max)(most, bkvi_v(load_f32)(span->weight + 4 * (size_t)i));
     if (!bkvi_v(any_gt)(most, one)) return;
     for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
         float *lanes = sums + i % BKVI_LANES;
         x = bkvi_v(load)(s + i);
-        y = x - x / bkvi_v(load)(span->weight + 4 * (size_t)i);
+        y = x - x / bkvi_v(load_f32)(span->weight + 4 * (size_t)i);
         bkvi_v(store)(by + i, x * y);
         bkvi_v(store)(lanes, bkvi_v(fma)(x, y, bkvi_v(load)(lanes)));
     }
@@ -3004,7 +3011,7 @@ BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t
     for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
         bkvi_vec sum = bkvi_v(load)(lanes + j);
         for (i = j; i < BKVI_PAGE; i += BKVI_LANES) {
-            bkvi_vec w = bkvi_v(load)(span->weight + 4 * (size_t)i);
+            bkvi_vec w = bkvi_v(load_f32)(span->weight + 4 * (size_t)i);
             x = bkvi_v(load)(s + i);
             sum = bkvi_v(fma)(x, w, sum);
             bkvi_v(store)(s + i, x * w);
@@ -3016,7 +3023,7 @@ BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t
         for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
             unsigned char *use = span->use + 4 * (size_t)i;
             x = bkvi_v(load)(s + i) * share;
-            bkvi_v(store)(use, bkvi_v(fma)(x, x, bkvi_v(load)(use)));
+            bkvi_v(store_f32)(use, bkvi_v(fma)(x, x, bkvi_v(load_f32)(use)));
         }
     }
     if (r == t->doubted) bkvi_k(doubt)(t->doubt, s, span, c);
@@ -3107,8 +3114,8 @@ BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *
         for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
             bkvi_vec x = bkvi_v(load)(part + j);
             if (mean) {
-                bkvi_vec m = bkvi_v(load)(mean + 4 * (i + j));
-                bkvi_v(store)(mean + 4 * (i + j),
+                bkvi_vec m = bkvi_v(load_f32)(mean + 4 * (i + j));
+                bkvi_v(store_f32)(mean + 4 * (i + j),
                               bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m));
             }
             bkvi_v(store)(part + j, x * bkvi_v(set)(scale));
