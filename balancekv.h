@@ -615,6 +615,11 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #endif
 #define BKVI_INLINE static inline __attribute__((always_inline, unused))
 #define BKVI_NOINLINE static __attribute__((noinline))
+#if BALANCEKV_DISPATCH
+#define BKVI_CHOICE BKVI_NOINLINE
+#else /* of one backend: calls of its functions are direct */
+#define BKVI_CHOICE BKVI_INLINE
+#endif
 
 /* One scalar instruction for a correctly rounded a * b + c, where the target always has it. */
 #if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) ||                   \
@@ -846,19 +851,18 @@ typedef struct bkvi_kernels {
     void (*attend)(const bkvi_head *h, const bkvi_queries *queries);
 } bkvi_kernels;
 
-/* A KV head in hand: what works on it, and the counters that stand in its state (§8). */
+/* A KV head in hand, and the counters that stand in its state (§8). */
 struct bkvi_head {
     const bkv_cache *c;
     unsigned char *mem;
     float *scratch;
-    bkvi_kernels kernels;
     uint32_t index;
     uint32_t sinks, used, fill; /* tokens in the sinks; pages in use; tokens in the newest page */
     uint32_t drafts, sum;       /* newest tokens on trial; of all weights, positions and levels */
     uint64_t seen, halvings;    /* tokens appended; halvings done */
 };
 
-BKVI_NOINLINE bkvi_kernels bkvi_kernels_of(uint32_t backend); /* at the end of §12 */
+BKVI_CHOICE bkvi_kernels bkvi_kernels_of(uint32_t backend); /* at the end of §12 */
 
 #if (BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512) && !BALANCEKV_SIMDE
 /* The instructions AND the operating system's saving of their registers. */
@@ -969,10 +973,11 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
     for (i = 0; i < BKVI_BLOCK; i++) heaviest = mass[i] > heaviest ? mass[i] : heaviest;
     for (i = 0; i < BKVI_BLOCK; i++)
         block->weight[i] = mass[i] / heaviest; /* so that products stay in range */
-    h->kernels.gram(h, slots, block);
+    bkvi_kernels_of(cfg->backend).gram(h, slots, block);
     bkvi_chances(block->score, keep, block->chance);
     bkvi_draw_tokens(block->chance, bkvi_draw_key(cfg->seed, h->index, h->halvings), keep);
-    if (cfg->rounds != BKV_NONE) h->kernels.exchange(block, cfg->rounds, keep);
+    if (cfg->rounds != BKV_NONE)
+        bkvi_kernels_of(cfg->backend).exchange(block, cfg->rounds, keep);
     for (i = 0; i < BKVI_BLOCK; i++) { /* those that go: 0, whatever their chance */
         mass[i] = mass[i] * (float)keep[i] / (block->chance[i] + (float)!keep[i]);
         kept += (double)mass[i];
@@ -1020,7 +1025,6 @@ static bkvi_head bkvi_head_get(const bkv_cache *c, uint32_t head, uint32_t ith) 
     h.c = c;
     h.mem = mem;
     h.scratch = bkvi_scratch(c, ith);
-    h.kernels = bkvi_kernels_of(c->cfg.backend);
     h.index = head;
 #define BKVI_X(bits, name, place) h.name = bkvi_get##bits(mem + (place));
     BKVI_EACH_COUNTER(BKVI_X)
@@ -1209,6 +1213,7 @@ static const unsigned char *bkvi_at(const bkv_tensor *t, size_t token, size_t he
 static void bkvi_put_run(bkvi_head *h, uint32_t slot, bkv_tensor *const *in, size_t first,
                          uint32_t n, uint32_t flags) {
     const bkv_cache *c = h->c;
+    const bkvi_kernels kernels = bkvi_kernels_of(c->cfg.backend);
     unsigned char *rest;
     uint32_t t;
     int i;
@@ -1219,11 +1224,11 @@ static void bkvi_put_run(bkvi_head *h, uint32_t slot, bkv_tensor *const *in, siz
         bkvi_putf(bkvi_part(h, BKVI_USE, slot), flags & BKV_PIN ? BKVI_PINNED : 0.0f);
         bkvi_put32(bkvi_part(h, BKVI_POSITION, slot), (uint32_t)(h->seen + t));
         for (i = 0; i < 2; i++)
-            h->kernels.put(bkvi_part(h, BKVI_K + i, slot), i ? 1 : BKVI_LANES,
-                           bkvi_rest(h, BKVI_K + i, slot), bkvi_part(h, BKVI_K_SCALE + i, slot),
-                           c->cfg.kv_type, bkvi_at(in[i], first + t, h->index), in[i]->type,
-                           in[i]->elem_stride, BKVI_DIM(i ? c->cfg.value_dim : c->cfg.head_dim),
-                           h->scratch);
+            kernels.put(bkvi_part(h, BKVI_K + i, slot), i ? 1 : BKVI_LANES,
+                        bkvi_rest(h, BKVI_K + i, slot), bkvi_part(h, BKVI_K_SCALE + i, slot),
+                        c->cfg.kv_type, bkvi_at(in[i], first + t, h->index), in[i]->type,
+                        in[i]->elem_stride, BKVI_DIM(i ? c->cfg.value_dim : c->cfg.head_dim),
+                        h->scratch);
     }
     h->sum += bkvi_sum(h, slot - n, n);
     h->seen += n;
@@ -1531,11 +1536,10 @@ static bkv_result bkvi_check_input(const bkv_cache *c, bkv_tensor *t, int i, siz
     const uint32_t heads = i == 2 ? c->cfg.n_q_heads : c->cfg.n_kv_heads;
     const uint32_t dim = BKVI_DIM(i == 1 ? c->cfg.value_dim : c->cfg.head_dim);
     const float limit = i < 2 && c->cfg.kv_type == BKV_F16 ? 65520.0f : BKVI_HUGE;
-    bkvi_kernels kernels;
+    const bkvi_kernels kernels = bkvi_kernels_of(c->cfg.backend);
     size_t token;
     uint32_t head;
     if (!values) return bkvi_check_tensor(t, n_tokens, heads, dim);
-    kernels = bkvi_kernels_of(c->cfg.backend);
     for (token = 0; token < n_tokens; token++)
         for (head = 0; head < heads; head++)
             if (!kernels.scan(bkvi_at(t, token, head), t->type, t->elem_stride, dim, limit))
@@ -1577,7 +1581,7 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor *k, bkv_tensor *v, bkv_tens
                 bkvi_put_run(&h, slot, in, run.first, run.n, flags);
                 h.drafts = flags & BKV_DRAFT ? bkvi_min(h.drafts, 1u << 30) + run.n : 0;
             }
-            if (q) h.kernels.attend(&h, &run);
+            if (q) bkvi_kernels_of(c->cfg.backend).attend(&h, &run);
         }
         if (k) bkvi_head_put(&h);
     }
@@ -1802,6 +1806,7 @@ BALANCEKV_API bkv_result bkv_load(bkv_cache *c, const void *saved, size_t saved_
 static int bkvi_head_valid(const bkv_cache *c, uint32_t head) {
     const uint32_t type = c->cfg.kv_type, es = (uint32_t)c->elem_bytes;
     const float limit = type == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE; /* bf16 may round up to it */
+    const bkvi_kernels kernels = bkvi_kernels_of(c->cfg.backend);
     bkvi_head h = bkvi_head_get(c, head, 0);
     uint32_t i, part, held = 0, sum = bkvi_sum(&h, 0, c->slots);
     uint64_t next = 0;
@@ -1810,7 +1815,7 @@ static int bkvi_head_valid(const bkv_cache *c, uint32_t head) {
         if (bkvi_level(&h, i) > h.halvings || (i >= h.used && bkvi_place(&h, i))) return 0;
     }
     if (sum != h.sum || h.drafts > h.seen ||
-        !h.kernels.scan(h.mem + BKVI_ERROR_AT, BKV_F32, 4, 1, BKVI_HUGE))
+        !kernels.scan(h.mem + BKVI_ERROR_AT, BKV_F32, 4, 1, BKVI_HUGE))
         return 0;
     for (i = 0; i < bkvi_held(&h); i++) { /* positions rise, but for those beyond 2^32 */
         uint32_t slot = bkvi_slot_of(&h, i);
@@ -1827,15 +1832,15 @@ static int bkvi_head_valid(const bkv_cache *c, uint32_t head) {
         if (!(use >= 0.0f && use <= 4294967296.0f) && use != BKVI_PINNED) return 0;
         held += w > 0.0f;
         for (part = BKVI_K; part <= BKVI_V; part++) /* of keys a sixteenth of a panel */
-            if (!h.kernels.scan(h.mem + c->at[part] + i * c->each[part], type, es,
-                                (uint32_t)c->each[part] / es, limit))
+            if (!kernels.scan(h.mem + c->at[part] + i * c->each[part], type, es,
+                              (uint32_t)c->each[part] / es, limit))
                 return 0;
     }
     for (part = BKVI_K_SCALE; part <= BKVI_V_SCALE && type == BKV_I8; part++)
-        if (!h.kernels.scan(h.mem + c->at[part], BKV_BF16, 2, c->slots, BKVI_HUGE / 4)) return 0;
+        if (!kernels.scan(h.mem + c->at[part], BKV_BF16, 2, c->slots, BKVI_HUGE / 4)) return 0;
     return held == bkvi_held(&h) && /* rotated queries may be sqrt(512) times as large */
-           h.kernels.scan(h.mem + c->at[BKVI_QUERIES], BKV_F32, 4,
-                          c->group * (uint32_t)c->each[BKVI_QUERIES] / 4, 32.0f * BKVI_HUGE);
+           kernels.scan(h.mem + c->at[BKVI_QUERIES], BKV_F32, 4,
+                        c->group * (uint32_t)c->each[BKVI_QUERIES] / 4, 32.0f * BKVI_HUGE);
 }
 BALANCEKV_API bkv_result bkv_validate(const bkv_cache *c) {
     unsigned char header[BKVI_HEADER_BYTES];
@@ -1863,6 +1868,7 @@ static float bkvi_log(float x) {
 BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows) {
     unsigned char *out[3], *scratch;
     size_t bytes, stride[3];
+    bkvi_kernels kernels;
     bkvi_head h;
     uint32_t row, dim[2], i;
     float *x, w;
@@ -1881,6 +1887,7 @@ BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows)
     out[0] = (unsigned char *)rows->k, out[1] = (unsigned char *)rows->v;
     out[2] = (unsigned char *)rows->mask;
     h = bkvi_head_get(c, head, 0);
+    kernels = bkvi_kernels_of(c->cfg.backend);
     scratch = (unsigned char *)h.scratch, x = h.scratch + 2 * BKVI_DIM_MAX;
     rows->first = 0, rows->n = rows->n_rows;
     if (rows->seen && rows->seen <= h.seen && rows->halvings == h.halvings &&
@@ -1894,15 +1901,15 @@ BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows)
             if (!out[i]) continue;
             memset(scratch, 0, dim[i] * bytes);
             if (w > 0.0f) {
-                h.kernels.fetch(x, bkvi_part(&h, BKVI_K + (int)i, row), c->cfg.kv_type,
-                                (i ? 1 : BKVI_LANES) * c->elem_bytes, i ? bkvi_v_dim(c) : dim[0],
-                                bkvi_part(&h, BKVI_K_SCALE + (int)i, row),
-                                bkvi_rest(&h, BKVI_K + (int)i, row));
-                if (!h.kernels.scan((unsigned char *)x, BKV_F32, 4, dim[i],
-                                    rows->type == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE))
+                kernels.fetch(x, bkvi_part(&h, BKVI_K + (int)i, row), c->cfg.kv_type,
+                              (i ? 1 : BKVI_LANES) * c->elem_bytes, i ? bkvi_v_dim(c) : dim[0],
+                              bkvi_part(&h, BKVI_K_SCALE + (int)i, row),
+                              bkvi_rest(&h, BKVI_K + (int)i, row));
+                if (!kernels.scan((unsigned char *)x, BKV_F32, 4, dim[i],
+                                  rows->type == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE))
                     return BKV_E_VALUE;
-                h.kernels.put(scratch, 1, NULL, NULL, rows->type, (unsigned char *)x, BKV_F32, 4,
-                              dim[i], NULL);
+                kernels.put(scratch, 1, NULL, NULL, rows->type, (unsigned char *)x, BKV_F32, 4,
+                            dim[i], NULL);
             }
             memcpy(out[i] + row * stride[i], scratch, dim[i] * bytes);
         }
@@ -1910,8 +1917,8 @@ BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows)
         bkvi_put32(scratch, rows->mask_type == BKV_F32 ? 0xFF800000u : 0xFC00FC00u); /* -Inf */
         if (w > 0.0f) {
             w = bkvi_log(w);
-            h.kernels.put(scratch, 1, NULL, NULL, rows->mask_type, (unsigned char *)&w, BKV_F32, 4,
-                          1, NULL);
+            kernels.put(scratch, 1, NULL, NULL, rows->mask_type, (unsigned char *)&w, BKV_F32, 4,
+                        1, NULL);
         }
         memcpy(out[2] + row * stride[2], scratch, stride[2]);
     }
@@ -3232,6 +3239,18 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
 #if BKVI_PASS == BALANCEKV_SIMD_AVX2 || (BKVI_PASS == BALANCEKV_SIMD_AVX512 && !BALANCEKV_SIMDE)
 BKVI_TARGET_END
 #endif
+#if BKVI_PASS == BKVI_WIDEST /* behind all passes, which were of other backends */
+BKVI_CHOICE bkvi_kernels bkvi_kernels_of(uint32_t backend) {
+#if BKVI_HAVE_SCALAR && BKVI_WIDEST != BALANCEKV_SIMD_SCALAR
+    if (backend == BKV_BACKEND_SCALAR) return bkvi_kernels_scalar();
+#endif
+#if BKVI_HAVE_AVX2 && BKVI_WIDEST != BALANCEKV_SIMD_AVX2
+    if (backend == BKV_BACKEND_AVX2) return bkvi_kernels_avx2();
+#endif
+    (void)backend;
+    return bkvi_k(kernels)();
+}
+#endif
 #undef bkvi_v
 #undef bkvi_k
 #undef bkvi_vec
@@ -3250,24 +3269,7 @@ BKVI_TARGET_END
 #undef BKVI_FOUR
 #undef BKVI_VECS
 
-#if BKVI_PASS == BKVI_WIDEST /* once, behind all passes */
-BKVI_NOINLINE bkvi_kernels bkvi_kernels_of(uint32_t backend) {
-    bkvi_kernels k = {NULL, NULL, NULL, NULL, NULL, NULL};
-#if BKVI_HAVE_SCALAR
-    if (backend == BKV_BACKEND_SCALAR) k = bkvi_kernels_scalar();
-#endif
-#if BKVI_HAVE_AVX2
-    if (backend == BKV_BACKEND_AVX2) k = bkvi_kernels_avx2();
-#endif
-#if BKVI_HAVE_AVX512
-    if (backend == BKV_BACKEND_AVX512) k = bkvi_kernels_avx512();
-#endif
-#if BKVI_HAVE_NEON
-    if (backend == BKV_BACKEND_NEON) k = bkvi_kernels_neon();
-#endif
-    return k;
-}
-
+#if BKVI_PASS == BKVI_WIDEST
 /* No macro BKVI_* survives the #include. */
 #undef BKVI_ARCH_X86
 #undef BKVI_ARCH_ARM64
@@ -3280,6 +3282,7 @@ BKVI_NOINLINE bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_WIDEST
 #undef BKVI_INLINE
 #undef BKVI_NOINLINE
+#undef BKVI_CHOICE
 #undef BKVI_ONCE
 #undef BKVI_UNROLL
 #undef BKVI_PRAGMA
