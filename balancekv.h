@@ -615,11 +615,6 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #endif
 #define BKVI_INLINE static inline __attribute__((always_inline, unused))
 #define BKVI_NOINLINE static __attribute__((noinline))
-#if BALANCEKV_DISPATCH
-#define BKVI_CHOICE BKVI_NOINLINE
-#else /* of one backend: calls of its functions are direct */
-#define BKVI_CHOICE BKVI_INLINE
-#endif
 
 /* One scalar instruction for a correctly rounded a * b + c, where the target always has it. */
 #if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) ||                   \
@@ -663,6 +658,7 @@ enum {
     BKVI_SUM_AT = 240,       /* in the header: checksum of a saved state */
     BKVI_ERROR_AT = 60,      /* the error in the state of a head */
     BKVI_MAGIC = 0x4B564B42, /* "BKVK" */
+    BKVI_MAGIC_SWAPPED = 0x424B564B,
     BKVI_STATE_VERSION = 1
 };
 /* The parts of a head's state, in the order of §8; a value's part follows that of the key, so that
@@ -862,7 +858,8 @@ struct bkvi_head {
     uint64_t seen, halvings;    /* tokens appended; halvings done */
 };
 
-BKVI_CHOICE bkvi_kernels bkvi_kernels_of(uint32_t backend); /* at the end of §12 */
+/* At the end of §12. Of one backend a constant, so that compilers call its functions directly. */
+static bkvi_kernels bkvi_kernels_of(uint32_t backend);
 
 #if (BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512) && !BALANCEKV_SIMDE
 /* The instructions AND the operating system's saving of their registers. */
@@ -1351,14 +1348,12 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         c->rests = bkvi_min(c->sink_slots, BKVI_LANES) + BKVI_PAGE;
     for (i = 0; i < BKVI_END; i++, end = (end + 63) & ~(uint64_t)63) {
         const uint32_t scale = r->kv_type == BKV_I8 ? 2 : 0, es = (uint32_t)c->elem_bytes;
-        const uint32_t dim = r->head_dim, q_dim = bkvi_round_up(dim, BKVI_LANES);
-        const uint32_t each[] = {4,     8,     4,   4,           4,        4 * q_dim,
-                                 scale, scale, dim, bkvi_v_dim(c), dim * es, bkvi_v_dim(c) * es};
+        const uint32_t dim = r->head_dim, v_dim = bkvi_v_dim(c), n = c->slots;
+        const uint32_t each[] = {4,     8,     4,   4,     4,        4 * bkvi_round_up(dim, 16),
+                                 scale, scale, dim, v_dim, dim * es, v_dim * es};
+        const uint32_t count[] = {16, pages, n, n, n, c->group, n, n, c->rests, c->rests, n, n};
         c->at[i] = (size_t)end, c->each[i] = each[i];
-        end += (uint64_t)each[i] * (i == BKVI_COUNTERS  ? 16
-                                    : i == BKVI_TABLE   ? c->n_pages
-                                    : i == BKVI_QUERIES ? c->group
-                                    : i == BKVI_K_REST || i == BKVI_V_REST ? c->rests : c->slots);
+        end += (uint64_t)each[i] * count[i];
     }
     c->at[BKVI_END] = c->head_bytes = (size_t)end;
     c->scratch_bytes = bkvi_halving_bytes(r->head_dim, bkvi_v_dim(c));
@@ -1382,17 +1377,27 @@ static void bkvi_header_put(const bkv_cache *c, unsigned char *to) {
     bkvi_put64(to + 8 + BKVI_CONFIG_BYTES, cfg.seed);
 }
 
-static bkv_result bkvi_header_get(const unsigned char *mem, bkv_config *cfg) {
-    uint32_t magic = bkvi_get32(mem), swapped = magic << 24 | magic >> 24, i;
-    swapped |= (magic & 0xFF00u) << 8 | (magic >> 8 & 0xFF00u);
-    if (magic != BKVI_MAGIC && swapped != BKVI_MAGIC) return BKV_E_STATE;
+/* A cache from the header of a state, which may ask for what this build or CPU has not. */
+static bkv_result bkvi_header_get(const unsigned char *mem, const uint32_t *n_threads,
+                                  uint32_t backend, bkv_cache *made) {
+    const uint32_t magic = bkvi_get32(mem);
+    bkv_config cfg;
+    bkv_result r;
+    size_t i;
+    if (magic != BKVI_MAGIC && magic != BKVI_MAGIC_SWAPPED) return BKV_E_STATE;
     if (magic != BKVI_MAGIC || bkvi_get32(mem + 4) != BKVI_STATE_VERSION) return BKV_E_VERSION;
-    for (i = 8 + BKVI_CONFIG_BYTES + 8; i < BKVI_HEADER_BYTES; i++)
+    for (i = 8 + sizeof cfg; i < BKVI_HEADER_BYTES; i++)
         if (mem[i]) return BKV_E_STATE;
-    memset(cfg, 0, sizeof *cfg);
-    memcpy(cfg, mem + 8, BKVI_CONFIG_BYTES);
-    cfg->seed = bkvi_get64(mem + 8 + BKVI_CONFIG_BYTES);
-    return cfg->backend == BKV_BACKEND_AUTO ? BKV_OK : BKV_E_STATE;
+    memcpy(&cfg, mem + 8, sizeof cfg);
+    cfg.seed = bkvi_get64(mem + 8 + BKVI_CONFIG_BYTES);
+    if (cfg.backend != BKV_BACKEND_AUTO) return BKV_E_STATE;
+    cfg.backend = backend;
+    if (n_threads) cfg.n_threads = *n_threads;
+    r = bkvi_plan(&cfg, made);
+    return r == BKV_OK || r == BKV_E_BACKEND || r == BKV_E_HEAD_DIM || r == BKV_E_KV_TYPE ||
+                   r == BKV_E_THREADS
+               ? r
+               : BKV_E_STATE;
 }
 
 /* What attend and append rely on: counters within bounds and the same in every head, the table a
@@ -1421,15 +1426,6 @@ static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
     return bkvi_same(h.mem, bkvi_head_mem(c, 0), BKVI_COUNTER_BYTES);
 }
 
-/* A config from a state; the state may ask for what this build or CPU has not. */
-static bkv_result bkvi_plan_state(const bkv_config *cfg, bkv_cache *made) {
-    bkv_result r = bkvi_plan(cfg, made);
-    return r == BKV_OK || r == BKV_E_BACKEND || r == BKV_E_HEAD_DIM || r == BKV_E_KV_TYPE ||
-                   r == BKV_E_THREADS
-               ? r
-               : BKV_E_STATE;
-}
-
 BALANCEKV_API bkv_config bkv_config_default(uint32_t n_q_heads, uint32_t n_kv_heads,
                                             uint32_t head_dim, uint32_t budget) {
     bkv_cache c;
@@ -1439,10 +1435,7 @@ BALANCEKV_API bkv_config bkv_config_default(uint32_t n_q_heads, uint32_t n_kv_he
     cfg.n_kv_heads = n_kv_heads;
     cfg.head_dim = head_dim;
     cfg.budget = budget;
-    if (bkvi_plan(&cfg, &c) == BKV_OK) {
-        cfg = c.cfg;
-        cfg.backend = BKV_BACKEND_AUTO;
-    }
+    if (bkvi_plan(&cfg, &c) == BKV_OK) cfg = c.cfg, cfg.backend = BKV_BACKEND_AUTO;
     return cfg;
 }
 
@@ -1470,15 +1463,12 @@ BALANCEKV_API bkv_result bkv_init(bkv_cache *c, const bkv_config *cfg, void *mem
 
 BALANCEKV_API bkv_result bkv_attach(bkv_cache *c, void *mem, size_t mem_bytes, uint32_t backend) {
     bkv_cache made;
-    bkv_config cfg;
     bkv_result r;
     uint32_t head;
     if (!c || !mem) return BKV_E_NULL;
     if (mem_bytes < BKVI_HEADER_BYTES) return BKV_E_MEMORY;
-    r = bkvi_header_get((const unsigned char *)mem, &cfg);
+    r = bkvi_header_get((const unsigned char *)mem, NULL, backend, &made);
     if (r != BKV_OK) return r;
-    cfg.backend = backend;
-    if ((r = bkvi_plan_state(&cfg, &made)) != BKV_OK) return r;
     if (mem_bytes < made.bytes) return BKV_E_MEMORY;
     made.mem = (unsigned char *)mem;
     for (head = 0; head < made.cfg.n_kv_heads; head++)
@@ -1502,11 +1492,10 @@ BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type) {
 /* Fills in the strides of 0, then checks that no two elements overlap and that the extent fits. */
 static bkv_result bkvi_check_tensor(bkv_tensor *t, size_t n_tokens, size_t n_heads, size_t dim) {
     size_t bytes, stride[3], count[3], extent, i, j;
-    if (!t->data) return BKV_E_NULL;
     if (t->type < BKV_F32 || t->type > BKV_BF16) return BKV_E_TYPE;
     bytes = bkvi_type_bytes(t->type);
     if (!t->elem_stride) t->elem_stride = bytes;
-    if ((!t->head_stride && t->elem_stride > SIZE_MAX / dim)) return BKV_E_SIZE;
+    if (!t->head_stride && t->elem_stride > SIZE_MAX / dim) return BKV_E_SIZE;
     if (!t->head_stride) t->head_stride = dim * t->elem_stride;
     if (!t->token_stride && t->head_stride > SIZE_MAX / n_heads) return BKV_E_SIZE;
     if (!t->token_stride) t->token_stride = n_heads * t->head_stride;
@@ -1549,7 +1538,7 @@ static bkv_result bkvi_check_input(const bkv_cache *c, bkv_tensor *t, int i, siz
 
 /* First KV head of share ith of nth. */
 static uint32_t bkvi_share(const bkv_cache *c, uint32_t ith, uint32_t nth) {
-    return (uint32_t)((uint64_t)c->cfg.n_kv_heads * ith / nth);
+    return c->cfg.n_kv_heads * ith / nth; /* <= 4096 * 1024 / nth */
 }
 
 /* append (no q), attend (no k and v) and prefill. Values are checked last; every thread looks at
@@ -1762,7 +1751,6 @@ BALANCEKV_API bkv_result bkv_save(const bkv_cache *c, void *out, size_t out_byte
 static bkv_result bkvi_check_saved(const unsigned char *saved, size_t bytes, uint32_t n_threads,
                                    uint32_t backend, bkv_cache *made) {
     unsigned char header[BKVI_HEADER_BYTES], sum[8];
-    bkv_config cfg;
     uint64_t check;
     bkv_result r;
     if (bytes < sizeof header) return BKV_E_STATE;
@@ -1771,10 +1759,7 @@ static bkv_result bkvi_check_saved(const unsigned char *saved, size_t bytes, uin
     bkvi_put_sum(header, 0);
     check = bkvi_checksum(0, header, sizeof header);
     bkvi_swap(header, sizeof header, 4);
-    if ((r = bkvi_header_get(header, &cfg)) != BKV_OK) return r;
-    cfg.n_threads = n_threads;
-    cfg.backend = backend;
-    if ((r = bkvi_plan_state(&cfg, made)) != BKV_OK) return r;
+    if ((r = bkvi_header_get(header, &n_threads, backend, made)) != BKV_OK) return r;
     if (bytes < made->state_bytes) return BKV_E_STATE;
     bkvi_put_sum(header, bkvi_checksum(check, saved + BKVI_HEADER_BYTES,
                                        made->state_bytes - BKVI_HEADER_BYTES));
@@ -1866,26 +1851,29 @@ static float bkvi_log(float x) {
 }
 
 BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows) {
-    unsigned char *out[3], *scratch;
-    size_t bytes, stride[3];
+    unsigned char *out[3], *scratch; /* of k, v and mask */
+    size_t stride[3], size[3];
     bkvi_kernels kernels;
     bkvi_head h;
-    uint32_t row, dim[2], i;
+    uint32_t row, dim[3], type[3];
     float *x, w;
+    int i;
     if (!c || !c->mem || !rows) return BKV_E_NULL;
     if (head >= c->cfg.n_kv_heads) return BKV_E_INDEX;
     if (rows->type < BKV_F32 || rows->type > BKV_BF16 ||
         (rows->mask && rows->mask_type != BKV_F32 && rows->mask_type != BKV_F16))
         return BKV_E_TYPE;
     if (rows->n_rows < c->slots) return BKV_E_COUNT;
-    bytes = bkvi_type_bytes(rows->type);
-    dim[0] = c->cfg.head_dim, dim[1] = c->cfg.value_dim;
-    stride[0] = rows->k_stride ? rows->k_stride : dim[0] * bytes;
-    stride[1] = rows->v_stride ? rows->v_stride : dim[1] * bytes;
-    stride[2] = bkvi_type_bytes(rows->mask_type);
-    if (stride[0] < dim[0] * bytes || stride[1] < dim[1] * bytes) return BKV_E_STRIDE;
     out[0] = (unsigned char *)rows->k, out[1] = (unsigned char *)rows->v;
     out[2] = (unsigned char *)rows->mask;
+    type[0] = type[1] = rows->type, type[2] = rows->mask_type;
+    dim[0] = c->cfg.head_dim, dim[1] = c->cfg.value_dim, dim[2] = 1;
+    stride[0] = rows->k_stride, stride[1] = rows->v_stride, stride[2] = 0;
+    for (i = 0; i < 3; i++) {
+        size[i] = dim[i] * bkvi_type_bytes(type[i]);
+        if (!stride[i]) stride[i] = size[i];
+        if (stride[i] < size[i]) return BKV_E_STRIDE;
+    }
     h = bkvi_head_get(c, head, 0);
     kernels = bkvi_kernels_of(c->cfg.backend);
     scratch = (unsigned char *)h.scratch, x = h.scratch + 2 * BKVI_DIM_MAX;
@@ -1897,30 +1885,27 @@ BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows)
     }
     for (row = rows->first; row < rows->first + rows->n; row++) {
         w = row < c->slots ? bkvi_weight(&h, row) : 0.0f;
-        for (i = 0; i < 2; i++) {
+        for (i = 0; i < 3; i++) {
             if (!out[i]) continue;
-            memset(scratch, 0, dim[i] * bytes);
+            memset(scratch, 0, size[i]);
+            if (i == 2) /* -Inf */
+                bkvi_put32(scratch, type[2] == BKV_F32 ? 0xFF800000u : 0xFC00FC00u);
             if (w > 0.0f) {
-                kernels.fetch(x, bkvi_part(&h, BKVI_K + (int)i, row), c->cfg.kv_type,
-                              (i ? 1 : BKVI_LANES) * c->elem_bytes, i ? bkvi_v_dim(c) : dim[0],
-                              bkvi_part(&h, BKVI_K_SCALE + (int)i, row),
-                              bkvi_rest(&h, BKVI_K + (int)i, row));
+                if (i == 2)
+                    *x = bkvi_log(w);
+                else
+                    kernels.fetch(x, bkvi_part(&h, BKVI_K + i, row), c->cfg.kv_type,
+                                  (i ? 1 : BKVI_LANES) * c->elem_bytes, i ? bkvi_v_dim(c) : dim[0],
+                                  bkvi_part(&h, BKVI_K_SCALE + i, row),
+                                  bkvi_rest(&h, BKVI_K + i, row));
                 if (!kernels.scan((unsigned char *)x, BKV_F32, 4, dim[i],
-                                  rows->type == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE))
+                                  type[i] == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE))
                     return BKV_E_VALUE;
-                kernels.put(scratch, 1, NULL, NULL, rows->type, (unsigned char *)x, BKV_F32, 4,
-                            dim[i], NULL);
+                kernels.put(scratch, 1, NULL, NULL, type[i], (unsigned char *)x, BKV_F32, 4, dim[i],
+                            NULL);
             }
-            memcpy(out[i] + row * stride[i], scratch, dim[i] * bytes);
+            memcpy(out[i] + row * stride[i], scratch, size[i]);
         }
-        if (!out[2]) continue;
-        bkvi_put32(scratch, rows->mask_type == BKV_F32 ? 0xFF800000u : 0xFC00FC00u); /* -Inf */
-        if (w > 0.0f) {
-            w = bkvi_log(w);
-            kernels.put(scratch, 1, NULL, NULL, rows->mask_type, (unsigned char *)&w, BKV_F32, 4,
-                        1, NULL);
-        }
-        memcpy(out[2] + row * stride[2], scratch, stride[2]);
     }
     rows->seen = h.seen, rows->halvings = h.halvings;
     return BKV_OK;
@@ -3240,7 +3225,7 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
 BKVI_TARGET_END
 #endif
 #if BKVI_PASS == BKVI_WIDEST /* behind all passes, which were of other backends */
-BKVI_CHOICE bkvi_kernels bkvi_kernels_of(uint32_t backend) {
+static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #if BKVI_HAVE_SCALAR && BKVI_WIDEST != BALANCEKV_SIMD_SCALAR
     if (backend == BKV_BACKEND_SCALAR) return bkvi_kernels_scalar();
 #endif
@@ -3282,7 +3267,6 @@ BKVI_CHOICE bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_WIDEST
 #undef BKVI_INLINE
 #undef BKVI_NOINLINE
-#undef BKVI_CHOICE
 #undef BKVI_ONCE
 #undef BKVI_UNROLL
 #undef BKVI_PRAGMA
