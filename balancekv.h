@@ -657,8 +657,7 @@ enum {
     BKVI_COUNTER_BYTES = 32, /* of bkvi_head in the state, but for the sum */
     BKVI_SUM_AT = 240,       /* in the header: checksum of a saved state */
     BKVI_ERROR_AT = 60,      /* the error in the state of a head */
-    BKVI_MAGIC = 0x4B564B42, /* "BKVK" */
-    BKVI_MAGIC_SWAPPED = 0x424B564B,
+    BKVI_MAGIC = 0x4B564B42, BKVI_MAGIC_SWAPPED = 0x424B564B, /* "BKVK" and "KBVK" */
     BKVI_STATE_VERSION = 1
 };
 /* The parts of a head's state, in the order of §8; a value's part follows that of the key, so that
@@ -676,15 +675,13 @@ static const uint64_t BKVI_GOLDEN = 0x9E3779B97F4A7C15u;
    ---------------------------------------------------------------------------------------------- */
 /* The state may stand at any address, so single words go through memcpy. */
 #define BKVI_X(name, type)                                                                         \
-    BKVI_INLINE type bkvi_get##name(const unsigned char *p) {                               \
+    BKVI_INLINE type bkvi_get##name(const unsigned char *p) {                                      \
         type x;                                                                                    \
         memcpy(&x, p, sizeof x);                                                                   \
         return x;                                                                                  \
     }                                                                                              \
     BKVI_INLINE void bkvi_put##name(unsigned char *p, type x) { memcpy(p, &x, sizeof x); }
-BKVI_X(16, uint16_t)
-BKVI_X(32, uint32_t)
-BKVI_X(f, float)
+BKVI_X(16, uint16_t) BKVI_X(32, uint32_t) BKVI_X(f, float)
 #undef BKVI_X
 BKVI_INLINE uint32_t bkvi_bits(float x) { return bkvi_get32((const unsigned char *)&x); }
 BKVI_INLINE float bkvi_float(uint32_t u) { return bkvi_getf((const unsigned char *)&u); }
@@ -909,12 +906,6 @@ static uint32_t bkvi_pick_backend(uint32_t wanted) {
    stated in tests/golden/README.md; what costs time (importance and kernel, exchanges) is bkvi_gram
    and bkvi_exchange in §12.
    ---------------------------------------------------------------------------------------------- */
-/* Bytes of scratch a halving needs: as much of the panels as there are dimensions. */
-static size_t bkvi_halving_bytes(uint32_t dim, uint32_t v_dim_pad) {
-    return offsetof(bkvi_block, panels) +
-           4 * BKVI_BLOCK * ((size_t)bkvi_max(dim, v_dim_pad) + 1);
-}
-
 /* The chance of every token to stay: in proportion to its score, 64 in all. What is pinned or would
    exceed 1, is 1, and the rest shares what is left. */
 static void bkvi_chances(const float *score, const unsigned char *pinned, float *chance) {
@@ -973,8 +964,7 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
     bkvi_kernels_of(cfg->backend).gram(h, slots, block);
     bkvi_chances(block->score, keep, block->chance);
     bkvi_draw_tokens(block->chance, bkvi_draw_key(cfg->seed, h->index, h->halvings), keep);
-    if (cfg->rounds != BKV_NONE)
-        bkvi_kernels_of(cfg->backend).exchange(block, cfg->rounds, keep);
+    if (cfg->rounds != BKV_NONE) bkvi_kernels_of(cfg->backend).exchange(block, cfg->rounds, keep);
     for (i = 0; i < BKVI_BLOCK; i++) { /* those that go: 0, whatever their chance */
         mass[i] = mass[i] * (float)keep[i] / (block->chance[i] + (float)!keep[i]);
         kept += (double)mass[i];
@@ -1007,21 +997,17 @@ static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
 BKVI_INLINE uint32_t bkvi_v_dim(const bkv_cache *c) {
     return bkvi_round_up(BKVI_DIM(c->cfg.value_dim), BKVI_LANES);
 }
-static float *bkvi_scratch(const bkv_cache *c, uint32_t ith) {
-    unsigned char *p = c->mem + c->state_bytes;
-    p += (64 - ((uintptr_t)p & 63)) & 63;
-    return (float *)(void *)(p + (size_t)ith * c->scratch_bytes);
-}
 /* Bits, name and place of a head's counters; its sum, at 32, has the drafts added. */
 #define BKVI_EACH_COUNTER(X)                                                                       \
     X(64, seen, 0)                                                                                 \
     X(64, halvings, 8) X(32, sinks, 16) X(32, used, 20) X(32, fill, 24) X(32, drafts, 28)
 static bkvi_head bkvi_head_get(const bkv_cache *c, uint32_t head, uint32_t ith) {
-    unsigned char *mem = bkvi_head_mem(c, head);
+    unsigned char *mem = bkvi_head_mem(c, head), *scratch = c->mem + c->state_bytes;
     bkvi_head h;
+    scratch += (64 - ((uintptr_t)scratch & 63)) & 63;
     h.c = c;
     h.mem = mem;
-    h.scratch = bkvi_scratch(c, ith);
+    h.scratch = (float *)(void *)(scratch + (size_t)ith * c->scratch_bytes);
     h.index = head;
 #define BKVI_X(bits, name, place) h.name = bkvi_get##bits(mem + (place));
     BKVI_EACH_COUNTER(BKVI_X)
@@ -1118,8 +1104,7 @@ static void bkvi_clear(const bkvi_head *h, uint32_t slot, uint32_t n) {
                                         BKVI_K_SCALE, BKVI_V_SCALE, BKVI_V};
     const size_t es = h->c->elem_bytes;
     uint32_t i;
-    for (i = 0; i < sizeof own; i++)
-        memset(bkvi_part(h, own[i], slot), 0, n * h->c->each[own[i]]);
+    for (i = 0; i < sizeof own; i++) memset(bkvi_part(h, own[i], slot), 0, n * h->c->each[own[i]]);
     if (n == 1)
         bkvi_copy(bkvi_part(h, BKVI_K, slot), BKVI_LANES * es, zero, 0, h->c->cfg.head_dim, es);
     else
@@ -1264,11 +1249,6 @@ typedef struct bkvi_span {
     uint32_t slots, rests, last; /* last: is it the last block? */
 } bkvi_span;
 
-/* Slots of the last block in use. */
-static uint32_t bkvi_last_fill(const bkvi_head *h) {
-    return h->used ? h->fill : (h->sinks - 1) % BKVI_PAGE + 1;
-}
-
 /* Blocks in use; first slot and number of slots of block b. */
 static uint32_t bkvi_n_blocks(const bkvi_head *h) {
     return (h->sinks + BKVI_PAGE - 1) / BKVI_PAGE + h->used;
@@ -1356,7 +1336,8 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         end += (uint64_t)each[i] * count[i];
     }
     c->at[BKVI_END] = c->head_bytes = (size_t)end;
-    c->scratch_bytes = bkvi_halving_bytes(r->head_dim, bkvi_v_dim(c));
+    c->scratch_bytes = 4 * BKVI_BLOCK * ((size_t)bkvi_max(r->head_dim, bkvi_v_dim(c)) + 1) +
+                       offsetof(bkvi_block, panels); /* of these as much as a halving needs */
     end = BKVI_HEADER_BYTES + r->n_kv_heads * end;
     c->state_bytes = (size_t)end;
     end += 64 + (uint64_t)r->n_threads * c->scratch_bytes; /* 64: to align the scratch anywhere */
@@ -1750,12 +1731,11 @@ BALANCEKV_API bkv_result bkv_save(const bkv_cache *c, void *out, size_t out_byte
 /* Checks the bytes of a saved state as such and plans its cache. */
 static bkv_result bkvi_check_saved(const unsigned char *saved, size_t bytes, uint32_t n_threads,
                                    uint32_t backend, bkv_cache *made) {
-    unsigned char header[BKVI_HEADER_BYTES], sum[8];
+    unsigned char header[BKVI_HEADER_BYTES];
     uint64_t check;
     bkv_result r;
     if (bytes < sizeof header) return BKV_E_STATE;
     memcpy(header, saved, sizeof header);
-    memcpy(sum, header + BKVI_SUM_AT, sizeof sum);
     bkvi_put_sum(header, 0);
     check = bkvi_checksum(0, header, sizeof header);
     bkvi_swap(header, sizeof header, 4);
@@ -1763,7 +1743,7 @@ static bkv_result bkvi_check_saved(const unsigned char *saved, size_t bytes, uin
     if (bytes < made->state_bytes) return BKV_E_STATE;
     bkvi_put_sum(header, bkvi_checksum(check, saved + BKVI_HEADER_BYTES,
                                        made->state_bytes - BKVI_HEADER_BYTES));
-    return bkvi_same(header + BKVI_SUM_AT, sum, sizeof sum) ? BKV_OK : BKV_E_STATE;
+    return bkvi_same(header + BKVI_SUM_AT, saved + BKVI_SUM_AT, 8) ? BKV_OK : BKV_E_STATE;
 }
 BALANCEKV_API size_t bkv_load_size(const void *saved, size_t saved_bytes, uint32_t n_threads) {
     bkv_cache made;
@@ -1974,8 +1954,7 @@ BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info) {
             info->room = bkvi_min(info->room, BKVI_PAGE + c->sink_slots - h.sinks - h.fill);
         info->halvings += h.halvings;
         info->error += bkvi_getf(h.mem + BKVI_ERROR_AT) / (float)c->cfg.n_kv_heads;
-        for (i = 0; i < h.used; i++)
-            info->max_level = bkvi_max(info->max_level, bkvi_level(&h, i));
+        for (i = 0; i < h.used; i++) info->max_level = bkvi_max(info->max_level, bkvi_level(&h, i));
         for (i = 0; i < c->slots; i++)
             if (bkvi_weight(&h, i) > info->max_weight) info->max_weight = bkvi_weight(&h, i);
     }
@@ -2316,8 +2295,8 @@ BKVI_INLINE bkvi_vec bkvi_v(get)(const int type, const void *p) {
 }
 
 /* Elements i .. i+15 of a caller's row of n as floats, zeros behind its end, any stride. */
-BKVI_NOINLINE void bkvi_k(row)(float *to, const unsigned char *p, uint32_t type,
-                                      size_t stride, uint32_t i, uint32_t n) {
+BKVI_NOINLINE void bkvi_k(row)(float *to, const unsigned char *p, uint32_t type, size_t stride,
+                               uint32_t i, uint32_t n) {
     unsigned char part[64];
     size_t bytes = bkvi_type_bytes(type), lane;
     uint32_t count = bkvi_min(BKVI_LANES, n - i);
@@ -2534,8 +2513,8 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, const int rows, const int vecs
 /* ---- kernel matrix ---- */
 /* 16 x 16 elements of the cache, rows `stride` elements apart, turned: to[j][i] = from[i][j], rows
    `apart`. A square of whole registers takes log2(width) rounds of zips. */
-BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned char *from,
-                                       size_t stride, uint32_t type) {
+BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned char *from, size_t stride,
+                                uint32_t type) {
     enum { SIDE = BKVI_WIDTH, HALF = SIDE / 2 };
     const size_t es = bkvi_type_bytes(type);
     uint32_t i, j;
@@ -2745,8 +2724,8 @@ BKVI_NOINLINE void bkvi_k(rate)(bkvi_block *block, uint32_t importance) {
 
 /* Products of the 16 rows of panel i with panels first .. end-1 become entries of the kernel. Keys:
    2^(product * a - b), at most 1 but for rounding; values: times (product + b) f_i f_j a. */
-BKVI_NOINLINE void bkvi_k(entries)(bkvi_block *block, int values, uint32_t i,
-                                          uint32_t first, uint32_t end, float a, float b) {
+BKVI_NOINLINE void bkvi_k(entries)(bkvi_block *block, int values, uint32_t i, uint32_t first,
+                                   uint32_t end, float a, float b) {
     const bkvi_vec zero = bkvi_v(set)(0.0f), shift = bkvi_v(set)(values ? b : -b);
     uint32_t row, j;
     int k;
@@ -2774,7 +2753,7 @@ BKVI_NOINLINE void bkvi_k(entries)(bkvi_block *block, int values, uint32_t i,
 /* The 16 rows of panel i, in tiles of 5, 5 and 6: more than the 8 sums in flight that hide the
    latency of an FMA on 16 registers; or, small or in 16 registers of 4 lanes, by twos. */
 BKVI_INLINE void bkvi_k(rows)(bkvi_block *block, const int vecs, uint32_t i, uint32_t first,
-                           uint32_t dim, size_t stride) {
+                              uint32_t dim, size_t stride) {
     const unsigned char *x = (const unsigned char *)(block->panels + first * stride);
     const float *c = block->panels + i * stride;
     uint32_t row;
@@ -2790,8 +2769,8 @@ BKVI_INLINE void bkvi_k(rows)(bkvi_block *block, const int vecs, uint32_t i, uin
 
 /* The upper triangle of the products, and their entries: columns in groups of panels, panels of
    rows down to the diagonal. Those of values, the last, are mirrored: exchanges need that. */
-BKVI_NOINLINE void bkvi_k(products)(bkvi_block *block, int values, uint32_t dim,
-                                           size_t stride, float a, float b) {
+BKVI_NOINLINE void bkvi_k(products)(bkvi_block *block, int values, uint32_t dim, size_t stride,
+                                    float a, float b) {
     uint32_t group, end, i, j;
     for (group = 0; group < 8; group = end) {
         end = group + BKVI_VECS(6);
@@ -2803,10 +2782,9 @@ BKVI_NOINLINE void bkvi_k(products)(bkvi_block *block, int values, uint32_t dim,
             if (BKVI_VECS(6) == 4 && vecs == 4) bkvi_k(rows)(block, 4, i, first, dim, stride);
             bkvi_k(entries)(block, values, i, first, end, a, b);
             for (j = bkvi_max(first, i + 1); j < end && values; j++)
-                bkvi_k(turn)(
-                    block->matrix + (j * BKVI_BLOCK + i) * BKVI_LANES, BKVI_BLOCK,
-                    (const unsigned char *)(block->matrix + (i * BKVI_BLOCK + j) * BKVI_LANES),
-                    BKVI_BLOCK, BKV_F32);
+                bkvi_k(turn)(block->matrix + (j * BKVI_BLOCK + i) * BKVI_LANES, BKVI_BLOCK,
+                             (unsigned char *)(block->matrix + (i * BKVI_BLOCK + j) * BKVI_LANES),
+                             BKVI_BLOCK, BKV_F32);
         }
     }
 }
@@ -2901,7 +2879,7 @@ BKVI_INLINE void bkvi_k(times)(float *x, const unsigned char *scale) {
 /* What a row's error is estimated from (§1): sums over the tokens of c, lane by lane, then of c v
    and c v^2, where c = s^2 (1 - 1 / w), s the weights that softmax has come to. Adds a block's. */
 BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *span,
-                                        const bkv_cache *c) {
+                                 const bkv_cache *c) {
     const uint32_t v_dim_pad = bkvi_v_dim(c);
     const size_t row = v_dim_pad * c->elem_bytes;
     bkvi_vec x, y, one = bkvi_v(set)(1.0f), most = one, first, second;
@@ -2934,8 +2912,8 @@ BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *s
 }
 
 /* The running mean of a KV head's error learns from a row: values and weights summed up, doubts. */
-BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float sum,
-                                         float *doubt, uint32_t v_dim_pad) {
+BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float sum, float *doubt,
+                                  uint32_t v_dim_pad) {
     const bkvi_vec factor = bkvi_v(set)(1.0f / sum), zero = bkvi_v(set)(0.0f);
     const bkvi_vec all = bkvi_v(set)(bkvi_k(over_lanes)(doubt));
     const bkvi_vec old = bkvi_v(set)(bkvi_getf(error));
@@ -3092,8 +3070,8 @@ BKVI_EACH_TILE(BKVI_X)
 /* One scaled query, its elements `width` floats apart; its running mean, if any, learns from it.
    With work it is rotated. */
 BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
-                                             const unsigned char *row, const bkv_tensor *q,
-                                             uint32_t dim, float scale, float *work) {
+                                      const unsigned char *row, const bkv_tensor *q, uint32_t dim,
+                                      float scale, float *work) {
     float part[16];
     size_t stride = q->elem_stride;
     uint32_t i, j, type = q->type;
@@ -3124,6 +3102,7 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
     const float scale = c->cfg.scale * (softcap > 0.0f ? 2.0f * BKVI_LOG2E / softcap : BKVI_LOG2E);
     bkvi_tiles *t = (bkvi_tiles *)(void *)h->scratch;
     float *work = bkvi_is_i8(c->cfg.kv_type) ? t->work : NULL;
+    const uint32_t last_fill = h->used ? h->fill : (h->sinks - 1) % BKVI_PAGE + 1;
     uint32_t begin, b, r, i, doubted = 0xFFFFFFFFu; /* row whose error is estimated */
     if (h->halvings && h->fill == BKVI_PAGE && !h->drafts) /* the last token; heads take turns */
         doubted = (run->n - 1) * group + (uint32_t)(h->halvings % group);
@@ -3141,7 +3120,7 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
         for (r = 0; r < n; r++) {
             uint32_t token = (begin + r) / group, member = (begin + r) % group;
             uint32_t tile = r / size * size, width = bkvi_min(size, n - tile);
-            t->limit[r] = (float)(bkvi_last_fill(h) - run->n + 1 + token);
+            t->limit[r] = (float)(last_fill - run->n + 1 + token);
             t->max[r] = BKVI_LOWEST;
             bkvi_k(load_query)(t->q + (size_t)tile * dim + (r - tile), width,
                                h->drafts ? NULL : bkvi_part(h, BKVI_QUERIES, member),
