@@ -113,9 +113,8 @@
                               allow or BALANCEKV_SIMD names.  Default: 1 on x86, 0 elsewhere.
    BALANCEKV_HEAD_DIM         Affects: code size. The one head_dim = value_dim this copy supports;
                               others give BKV_E_HEAD_DIM.  Values: 1..512.  Default: any.
-   BALANCEKV_KV_TYPE          Affects: code size. The one kv_type this copy supports; others give
-                              BKV_E_KV_TYPE.  Values: BALANCEKV_F32, _F16, _BF16, _I8.
-                              Default: any.
+   BALANCEKV_KV_TYPE          Affects: code size. The one kv_type supported; others: BKV_E_KV_TYPE.
+                              Values: BALANCEKV_F32, _F16, _BF16, _I8.  Default: any.
    BALANCEKV_HEADER_NAME      Affects: the file's name if you rename it.  Default: "balancekv.h".
    BALANCEKV_SIMDE            Affects: 1 makes the block of BALANCEKV_SIMD (NEON, which is then the
                               default, or AVX512) from SIMDe's functions, for any CPU; simde/ must
@@ -584,8 +583,10 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 
 #if defined(__OPTIMIZE_SIZE__) /* one shape of register tile, not a dozen; no bit depends on it */
 #define BKVI_SMALL 1
+#define BKVI_ONCE static __attribute__((unused)) /* inline but where size counts */
 #else
 #define BKVI_SMALL 0
+#define BKVI_ONCE BKVI_INLINE
 #endif
 /* BKVI_UNROLL: gcc -O2 keeps register tiles, small arrays, in registers only if every loop over
    them is unrolled (3x on a halving). BKVI_TARGET, BKVI_TARGET_END: code for these instructions,
@@ -607,11 +608,6 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #if BKVI_SMALL && BKVI_WIDEST == BALANCEKV_SIMD_SCALAR
 #undef BKVI_UNROLL
 #define BKVI_UNROLL
-#endif
-#if BKVI_SMALL
-#define BKVI_ONCE static __attribute__((unused)) /* inline but where size counts */
-#else
-#define BKVI_ONCE BKVI_INLINE
 #endif
 #define BKVI_INLINE static inline __attribute__((always_inline, unused))
 #define BKVI_NOINLINE static __attribute__((noinline))
@@ -666,6 +662,8 @@ enum { BKVI_COUNTERS, BKVI_TABLE, BKVI_WEIGHT, BKVI_USE, BKVI_POSITION, BKVI_QUE
        BKVI_V_SCALE, BKVI_K_REST, BKVI_V_REST, BKVI_K, BKVI_V, BKVI_END };
 static const float BKVI_LOG2E = 1.44269504088896341f, BKVI_LN2 = 0.693147180559945309f;
 static const float BKVI_HUGE = 3.6028797018963968e16f; /* 2^55: keys, values, queries are below */
+static const float BKVI_MASKED = -3e38f; /* the score of a slot that a row does not see */
+static const float BKVI_LOWEST = -1e38f; /* below every score, above BKVI_MASKED */
 static const float BKVI_LEARN = 0.01f; /* share of a query in its running mean */
 static const float BKVI_PINNED = 1e38f; /* a use that marks a pin: no share changes it */
 static const uint64_t BKVI_GOLDEN = 0x9E3779B97F4A7C15u;
@@ -1472,15 +1470,13 @@ BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type) {
 
 /* Fills in the strides of 0, then checks that no two elements overlap and that the extent fits. */
 static bkv_result bkvi_check_tensor(bkv_tensor *t, size_t n_tokens, size_t n_heads, size_t dim) {
-    size_t bytes, stride[3], count[3], extent, i, j;
+    size_t stride[3], count[3], extent = bkvi_type_bytes(t->type), i, j;
     if (t->type < BKV_F32 || t->type > BKV_BF16) return BKV_E_TYPE;
-    bytes = bkvi_type_bytes(t->type);
-    if (!t->elem_stride) t->elem_stride = bytes;
+    if (!t->elem_stride) t->elem_stride = extent;
     if (!t->head_stride && t->elem_stride > SIZE_MAX / dim) return BKV_E_SIZE;
     if (!t->head_stride) t->head_stride = dim * t->elem_stride;
     if (!t->token_stride && t->head_stride > SIZE_MAX / n_heads) return BKV_E_SIZE;
     if (!t->token_stride) t->token_stride = n_heads * t->head_stride;
-
     stride[0] = t->elem_stride, count[0] = dim;
     stride[1] = t->head_stride, count[1] = n_heads;
     stride[2] = t->token_stride, count[2] = n_tokens;
@@ -1491,8 +1487,7 @@ static bkv_result bkvi_check_tensor(bkv_tensor *t, size_t n_tokens, size_t n_hea
                 stride[i] = stride[j], count[i] = count[j];
                 stride[j] = s, count[j] = n;
             }
-    extent = bytes; /* of everything inside the present axis */
-    for (i = 0; i < 3 && count[i] > 1; i++) {
+    for (i = 0; i < 3 && count[i] > 1; i++) { /* extent: of everything inside the present axis */
         if (stride[i] < extent) return BKV_E_STRIDE;
         if (count[i] - 1 > ((size_t)PTRDIFF_MAX - extent) / stride[i]) return BKV_E_SIZE;
         extent += (count[i] - 1) * stride[i];
@@ -1920,12 +1915,10 @@ BALANCEKV_API bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i
     if (i >= bkvi_held(&h)) return BKV_E_INDEX;
     memset(info, 0, sizeof *info);
     slot = bkvi_slot_of(&h, i);
-    info->kind = BKV_KIND_SINK;
-    if (i >= h.sinks) {
-        info->level = bkvi_level(&h, (i - h.sinks) / BKVI_PAGE);
-        info->kind =
-            bkvi_held(&h) - i <= c->window_pages * BKVI_PAGE ? BKV_KIND_WINDOW : BKV_KIND_PAGE;
-    }
+    info->kind = i < h.sinks                                        ? BKV_KIND_SINK
+                 : bkvi_held(&h) - i <= c->window_pages * BKVI_PAGE ? BKV_KIND_WINDOW
+                                                                    : BKV_KIND_PAGE;
+    if (i >= h.sinks) info->level = bkvi_level(&h, (i - h.sinks) / BKVI_PAGE);
     info->position = bkvi_get32(bkvi_part(&h, BKVI_POSITION, slot));
     info->weight = bkvi_weight(&h, slot);
     info->use = bkvi_getf(bkvi_part(&h, BKVI_USE, slot));
@@ -2369,8 +2362,7 @@ static void bkvi_k(rotated_row)(float *x, const unsigned char *row, uint32_t typ
    it, the same of 128 times the rest. scale = max |x| / 127, rounded up to bf16, so that nothing is
    clipped; the floor keeps its inverse finite. */
 BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n) {
-    const bkvi_vec magic = bkvi_v(set)(12582912.0f);
-    const bkvi_vec zero = bkvi_v(set)(0.0f);
+    const bkvi_vec magic = bkvi_v(set)(12582912.0f), zero = bkvi_v(set)(0.0f);
     bkvi_vec most = zero, inverse;
     float part[16], largest = 1.0e-28f;
     uint32_t i, bits;
@@ -2866,9 +2858,6 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
 }
 
 /* ---- attend ---- */
-#define BKVI_MASKED (-3e38f) /* the score of a slot that a row does not see */
-#define BKVI_LOWEST (-1e38f) /* below every score, above BKVI_MASKED */
-
 /* 64 numbers times those of a page of bf16. */
 BKVI_INLINE void bkvi_k(times)(float *x, const unsigned char *scale) {
     uint32_t i;
@@ -3185,9 +3174,6 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
         }
     }
 }
-
-#undef BKVI_MASKED
-#undef BKVI_LOWEST
 
 static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be data */
     bkvi_kernels k;
