@@ -215,8 +215,7 @@ enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 
 
 /* Flags of bkv_append() and bkv_prefill(). PIN the call's tokens, see §1. DRAFT: tokens on trial
    (speculative decoding). While the newest tokens are drafts, attention teaches the cache nothing,
-   so that bkv_truncate() leaves no trace of them; the next token without the flag accepts all that
-   are left. */
+   so that bkv_truncate() leaves no trace of them; the next token without the flag accepts them. */
 enum { BKV_PIN = 1, BKV_DRAFT = 2 };
 
 /* Backends. All give the same bits. BKV_BACKEND_AUTO takes the fastest that this CPU has. */
@@ -327,8 +326,7 @@ BALANCEKV_API bkv_config bkv_config_default(uint32_t n_q_heads, uint32_t n_kv_he
 /* BKV_OK, or what is wrong with the config. cfg: NULL gives BKV_E_NULL. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_check(const bkv_config *cfg);
 
-/* Exact bytes of the block that bkv_init() wants, scratch for n_threads included; 0 if bkv_check()
-   fails. */
+/* Bytes of the block that bkv_init() wants, n_threads scratches included; 0: bkv_check() fails. */
 BALANCEKV_API size_t bkv_size(const bkv_config *cfg);
 
 /* Makes an empty cache in mem[mem_bytes] (the caller's, any alignment, must outlive the cache).
@@ -656,8 +654,7 @@ enum {
     BKVI_MAGIC = 0x4B564B42, BKVI_MAGIC_SWAPPED = 0x424B564B, /* "BKVK" and "KBVK" */
     BKVI_STATE_VERSION = 1
 };
-/* The parts of a head's state, in the order of §8; a value's part follows that of the key, so that
-   BKVI_K + 1 is BKVI_V. */
+/* Parts of a head's state, ordered as in §8; a value's follows the key's: BKVI_V = BKVI_K + 1. */
 enum { BKVI_COUNTERS, BKVI_TABLE, BKVI_WEIGHT, BKVI_USE, BKVI_POSITION, BKVI_QUERIES, BKVI_K_SCALE,
        BKVI_V_SCALE, BKVI_K_REST, BKVI_V_REST, BKVI_K, BKVI_V, BKVI_END };
 static const float BKVI_LOG2E = 1.44269504088896341f, BKVI_LN2 = 0.693147180559945309f;
@@ -712,8 +709,7 @@ static int bkvi_same(const unsigned char *a, const unsigned char *b, size_t n) {
     return n == 0;
 }
 
-/* n elements between rows of any stride (bytes). A loop each: a copy of no constant size would call
-   memcpy for every element. */
+/* n elements between rows of any stride (bytes). A loop each, or each element would call memcpy. */
 static void bkvi_copy(unsigned char *dst, size_t dst_stride, const unsigned char *src,
                       size_t src_stride, uint32_t n, size_t elem_bytes) {
     if (elem_bytes == 4)
@@ -1379,8 +1375,7 @@ static bkv_result bkvi_header_get(const unsigned char *mem, const uint32_t *n_th
                : BKV_E_STATE;
 }
 
-/* What attend and append rely on: counters within bounds and the same in every head, the table a
-   permutation of the pages. */
+/* What attend and append rely on: counters in bounds, equal in all heads; a place for each page. */
 static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
     bkvi_head h = bkvi_head_get(c, head, 0);
     unsigned char taken[512]; /* a bit each for 4096 places at a time */
@@ -1395,7 +1390,7 @@ static int bkvi_head_sound(const bkv_cache *c, uint32_t head) {
         for (i = 0; i < h.used; i++) {
             uint32_t place = bkvi_place(&h, i), bit = place - base;
             if (place >= h.used) return 0;
-            if (place < base || bit >= n_bits) continue;
+            if (bit >= n_bits) continue; /* or below base */
             if (taken[bit / 8] >> bit % 8 & 1) return 0;
             taken[bit / 8] = (unsigned char)(taken[bit / 8] | 1u << bit % 8);
         }
@@ -1977,8 +1972,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
     return backend <= BKV_BACKEND_NEON ? names[backend] : "?";
 }
 
-/* The passes: the file reads its own end once for each backend but the widest, which is compiled in
-   place below. */
+/* The passes: the file reads its end once per backend but the widest, compiled in place below. */
 #if BKVI_HAVE_SCALAR && BKVI_WIDEST != BALANCEKV_SIMD_SCALAR
 #define BKVI_PASS BALANCEKV_SIMD_SCALAR
 #include BALANCEKV_HEADER_NAME
@@ -2322,9 +2316,8 @@ static int bkvi_k(scan)(const unsigned char *p, uint32_t type, size_t stride, ui
 
 /* ---- BKV_I8 ---- */
 /* Rotates x[n] in place: cut into powers of two, the largest first, each multiplied by the
-   orthonormal Hadamard matrix of its size, which is its own inverse. Every round adds and subtracts
-   the halves and writes the results in turns, so that all rounds are alike. x has room for
-   2 * BKVI_DIM_MAX. */
+   orthonormal Hadamard matrix of its size, its own inverse. Every round adds and subtracts halves
+   and writes the results in turns, so that all are alike. x has room for 2 * BKVI_DIM_MAX. */
 BKVI_NOINLINE void bkvi_k(rotate)(float *x, uint32_t n) {
     uint32_t size, half, round, i;
     for (; n; x += size, n -= size) {
@@ -2426,8 +2419,7 @@ static void bkvi_k(fetch)(float *x, const unsigned char *src, uint32_t type, siz
 }
 
 /* 2^t of four registers side by side, as one alone would wait for its own results: within 1 ulp;
-   exactly 0 below 2^-125, so that no denormal arises. t <= 127. The polynomial is a minimax fit of
-   degree 6 of ours. */
+   exactly 0 below 2^-125, so that no denormal arises. t <= 127. Our minimax fit, of degree 6. */
 BKVI_ONCE void bkvi_k(exp2)(bkvi_vec *t) {
     static const float c[6] = {1.339993090e-3f, 9.618489072e-3f, 5.550328642e-2f,
                                2.402264625e-1f, 6.931471825e-1f, 1.0f};
@@ -2616,8 +2608,7 @@ BKVI_NOINLINE float bkvi_k(pack)(const bkvi_head *h, const uint32_t *slots, bkvi
 }
 
 /* ---- importance (§1) ---- */
-/* to[j] = sum over i of c[i] * x(i, j) for 128 j, of which 16 stand together at i * step + j / 16 *
-   apart. */
+/* to[j] = sum over i of c[i] * x(i, j) for 128 j, sixteens of them at i * step + j / 16 * apart. */
 BKVI_NOINLINE void bkvi_k(sums)(float *to, const float *x, size_t step, size_t apart, uint32_t n,
                                 const float *c) {
     uint32_t i;
@@ -3056,8 +3047,7 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
 
-/* One scaled query, its elements `width` floats apart; its running mean, if any, learns from it.
-   With work it is rotated. */
+/* One scaled query, elements `width` apart, rotated if there is work; its mean, if any, learns. */
 BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
                                       const unsigned char *row, const bkv_tensor *q, uint32_t dim,
                                       float scale, float *work) {
