@@ -1274,7 +1274,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     *r = *cfg;
     if (!r->n_q_heads) r->n_q_heads = r->n_kv_heads;
     if (r->n_kv_heads < 1 || r->n_kv_heads > 4096 || r->n_q_heads % r->n_kv_heads ||
-        r->n_q_heads / r->n_kv_heads < 1 || r->n_q_heads / r->n_kv_heads > 16)
+        r->n_q_heads / r->n_kv_heads > 16)
         return BKV_E_HEADS;
     c->group = r->n_q_heads / r->n_kv_heads;
     if (!r->value_dim) r->value_dim = r->head_dim;
@@ -1288,10 +1288,9 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (r->budget > 1u << 24) return BKV_E_BUDGET;
     c->slots = r->budget / BKVI_LANES * BKVI_LANES;
     sinks = r->sinks == BKV_NONE ? 0 : r->sinks ? r->sinks : 4;
-    if (sinks > c->slots || bkvi_round_up(sinks, BKVI_LANES) > c->slots) return BKV_E_BUDGET;
-    pages = (c->slots - bkvi_round_up(sinks, BKVI_LANES)) / BKVI_PAGE;
     window = r->window == BKV_NONE ? 0 : r->window;
-    if (window > c->slots) return BKV_E_BUDGET;
+    if (sinks > c->slots || window > c->slots) return BKV_E_BUDGET;
+    pages = (c->slots - bkvi_round_up(sinks, BKVI_LANES)) / BKVI_PAGE;
     window = bkvi_round_up(window, BKVI_PAGE) / BKVI_PAGE;
     if (!r->window && pages > 2) /* of few slots halved pages need every one */
         window = c->slots < BKVI_FEW ? 1 : bkvi_min(r->budget / 3 / BKVI_PAGE, pages - 2);
@@ -1595,8 +1594,8 @@ BALANCEKV_API bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens) {
     if (!c || !c->mem) return BKV_E_NULL;
     h = bkvi_head_get(c, 0, 0);
     if (n_tokens > h.seen) return BKV_E_ROLLBACK;
-    if (h.halvings || (c->rests && n_tokens > c->sink_slots)) /* the newest page */
-        if (n_tokens < h.seen && h.seen - n_tokens >= h.fill) return BKV_E_ROLLBACK;
+    if ((h.halvings || (c->rests && n_tokens > c->sink_slots)) && h.seen - n_tokens >= h.fill)
+        return BKV_E_ROLLBACK; /* not within the newest page, which is never empty */
     for (head = 0; head < c->cfg.n_kv_heads; head++) {
         h = bkvi_head_get(c, head, 0);
         bkvi_take_back(&h, (uint32_t)(h.seen - n_tokens));
