@@ -18,9 +18,16 @@ type=${TYPE:-i8} what=${WHAT-ppl passkey} threads=${THREADS:-1}
 log=${LOG:-$root/build/llm-measure.jsonl}
 
 [ $# -gt 0 ] || { sed -n '2,9s/^# //p' "$0"; exit 2; }
-for file in "$program" "$model" "$@"; do
-    [ -f "$file" ] || [ "$file" = filler ] ||
-        { echo "measure.sh: no $file; run examples/llm/setup.sh" >&2; exit 2; }
+fail() {
+    echo "measure.sh: $*" >&2
+    exit 2
+}
+for text; do
+    [ "$text" = filler ] || [ -f "$text" ] || [ -z "$what" ] ||
+        fail "no $text; examples/llm/texts.sh makes those of README.md"
+done
+for file in "$program" "$model"; do
+    [ -f "$file" ] || [ -z "$what" ] || fail "no $file; run examples/llm/setup.sh"
 done
 touch "$log"
 
