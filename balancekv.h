@@ -591,11 +591,13 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
    whatever the compiler flags are; gcc warns of its own _mm512_undefined_ps(), in C++. */
 #define BKVI_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
+#define BKVI_CLANG 1
 #define BKVI_UNROLL _Pragma("clang loop unroll(full)")
 #define BKVI_TARGET(isa)                                                                           \
     BKVI_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define BKVI_TARGET_END _Pragma("clang attribute pop")
 #else
+#define BKVI_CLANG 0
 #define BKVI_UNROLL _Pragma("GCC unroll 32")
 #define BKVI_TARGET(isa)                                                                           \
     _Pragma("GCC push_options") BKVI_PRAGMA(GCC target(isa)) _Pragma("GCC diagnostic push")        \
@@ -2458,7 +2460,7 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, const int rows, const int vecs
                                const unsigned char *x, size_t step, size_t apart, uint32_t n,
                                const float *c, const size_t c_row, size_t c_step, const int fresh,
                                float *acc_mem, size_t acc_row, const unsigned char *ahead) {
-    enum { REGS = BKVI_LANES / BKVI_WIDTH };
+    enum { REGS = BKVI_LANES / BKVI_WIDTH, TIED = BKVI_CLANG && BKVI_PASS == BALANCEKV_SIMD_AVX2 };
     const size_t es = bkvi_type_bytes((uint32_t)type);
     const int regs = vecs * REGS, steps = c_row ? 4 : 1;
     const int by_row = regs <= rows || BKVI_WIDTH == 16; /* the side that is held in registers */
@@ -2478,14 +2480,16 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, const int rows, const int vecs
             BKVI_TILES for (t = 0; t < rows * regs; t++) {
                 const int r = by_row ? t / regs : t % rows, v = by_row ? t % regs : t / rows;
                 if (r == 0) {
-                    a[v] = bkvi_v(get)(
-                        type,
-                        x + ((size_t)(v / REGS) * apart + (size_t)(v % REGS) * BKVI_WIDTH) * es);
-                    if (BKVI_ARCH_X86 && !BALANCEKV_SIMDE && type == BKV_F32 && rows > 1)
+                    a[v] = bkvi_v(get)(type, x + ((size_t)(v / REGS) * apart +
+                                                  (size_t)(v % REGS) * BKVI_WIDTH) * es);
+                    if (BKVI_ARCH_X86 && !BALANCEKV_SIMDE && type == BKV_F32 && rows > 1 && !TIED)
                         BKVI_ROUND(a[v]); /* or gcc loads it anew for every FMA: 20-25 % */
                 }
                 acc[r * regs + v] = bkvi_v(fma_at)(c + (size_t)r * c_row, c_row ? s : r, r == 0,
                                                    a[v], acc[r * regs + v]);
+#if BKVI_CLANG && BKVI_PASS == BALANCEKV_SIMD_AVX2 /* or it loads early and spills a sum: 2x */
+                __asm__("" : "+r"(x) : "v"(acc[r * regs + v])); /* x waits for the sum */
+#endif
             }
         }
     }
@@ -2989,7 +2993,6 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
     float *q = t->q + (size_t)first * dim, *out = t->out + (size_t)first * v_dim_pad;
     const unsigned char *x;
     uint32_t i, slots, panels;
-    int r;
 #define BKVI_SCORES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= panels; i += n)                                        \
     bkvi_k(tile_fma)(type, rows, n, x + i * panel * es, BKVI_LANES, panel, dim, q, 0,        \
@@ -3008,19 +3011,15 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
         slots = x == span->k ? span->slots : span->rests;
         panels = (slots + BKVI_LANES - 1) / BKVI_LANES;
         i = 0;
-        BKVI_SCORES(4);
-        BKVI_SCORES(2);
-        BKVI_SCORES(1);
+        BKVI_SCORES(4); BKVI_SCORES(2); BKVI_SCORES(1);
     }
-    for (r = 0; r < rows; r++) bkvi_k(soften)(t, span, first, first + (uint32_t)r, c);
+    for (i = 0; i < (uint32_t)rows; i++) bkvi_k(soften)(t, span, first, first + i, c);
     for (x = span->v; x; x = x == span->v ? span->v_rest : NULL) {
         if (type == BKV_I8 && x != span->v)
             bkvi_k(scaled)(t->scores, t->scores, n_scores, 1.0f / 128.0f);
         slots = x == span->v ? span->slots : span->rests;
         i = 0;
-        BKVI_VALUES(4);
-        BKVI_VALUES(2);
-        BKVI_VALUES(1);
+        BKVI_VALUES(4); BKVI_VALUES(2); BKVI_VALUES(1);
     }
 #undef BKVI_SCORES
 #undef BKVI_VALUES
@@ -3223,6 +3222,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_NOINLINE
 #undef BKVI_ONCE
 #undef BKVI_UNROLL
+#undef BKVI_CLANG
 #undef BKVI_PRAGMA
 #undef BKVI_TARGET
 #undef BKVI_TARGET_END
