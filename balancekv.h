@@ -2182,8 +2182,7 @@ BKVI_INLINE bkvi_vec bkvi_v(load_i8)(const void *p) {
     return __builtin_convertvector(x, bkvi_vec);
 }
 #if BKVI_HAVE_NEON && defined(SIMDE_X86_F16C_NATIVE)
-BKVI_OP(load_f16, (const void *p),
-        simde_mm_cvtph_ps(simde_mm_loadl_epi64((const simde__m128i *)p)))
+BKVI_OP(load_f16, (const void *p), simde_mm_cvtph_ps(simde_mm_loadl_epi64((const simde__m128i *)p)))
 #else
 BKVI_INLINE bkvi_vec bkvi_v(load_f16)(const void *p) { /* times 2^112; Inf and NaN keep theirs */
     bkvi_words all = bkvi_v(widen)(p) << 13, low = all & 0x0FFFE000u;
@@ -2457,9 +2456,10 @@ BKVI_NOINLINE void bkvi_k(raise)(float *x, uint32_t n, float shift) {
    a multiple of 4); acc: rows `acc_row` floats apart, set to 0 if `fresh`. ahead: memory to
    prefetch at the pace of x, or NULL (small builds do not). */
 BKVI_INLINE void bkvi_k(tile_fma)(const int type, const int rows, const int vecs,
-                               const unsigned char *x, size_t step, size_t apart, uint32_t n,
-                               const float *c, const size_t c_row, size_t c_step, const int fresh,
-                               float *acc_mem, size_t acc_row, const unsigned char *ahead) {
+                                  const unsigned char *x, size_t step, size_t apart, uint32_t n,
+                                  const float *c, const size_t c_row, size_t c_step,
+                                  const int fresh, float *acc_mem, size_t acc_row,
+                                  const unsigned char *ahead) {
     enum { REGS = BKVI_LANES / BKVI_WIDTH, TIED = BKVI_CLANG && BKVI_PASS == BALANCEKV_SIMD_AVX2 };
     const size_t es = bkvi_type_bytes((uint32_t)type);
     const int regs = vecs * REGS, steps = c_row ? 4 : 1;
@@ -2642,8 +2642,7 @@ static void bkvi_k(weigh)(const bkvi_block *block, float *x, float shift) {
 }
 
 /* to += share of x in its sum; x is used up. */
-BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_norm,
-                                            float share) {
+BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_norm, float share) {
     float sum;
     uint32_t i;
     for (i = 0; i < BKVI_BLOCK && value_norm; i += BKVI_WIDTH)
@@ -2662,8 +2661,7 @@ BKVI_NOINLINE void bkvi_k(expect)(const bkvi_head *h, bkvi_block *block, uint32_
     uint32_t head;
     memset(block->expected, 0, sizeof block->expected);
     for (head = 0; head < h->c->group; head++) {
-        bkvi_k(against)(block, dim, stride,
-                        (const float *)(void *)bkvi_part(h, BKVI_QUERIES, head),
+        bkvi_k(against)(block, dim, stride, (const float *)(void *)bkvi_part(h, BKVI_QUERIES, head),
                         h->c->cfg.scale * BKVI_LOG2E, logit);
         bkvi_k(weigh)(block, logit, bkvi_k(largest)(logit));
         bkvi_k(add_share)(block->expected, logit, NULL, 1.0f);
@@ -2986,7 +2984,7 @@ BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t
 /* A tile of rows over one block: scores, softmax, sum of values. Meanwhile keys and values of the
    next one come to the second level of the cache, line by line: a run of prefetches would stall. */
 BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
-                                  bkvi_tiles *t, const bkvi_span *span, uint32_t first) {
+                                     bkvi_tiles *t, const bkvi_span *span, uint32_t first) {
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = bkvi_v_dim(c);
     const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)dim * BKVI_LANES;
     const uint32_t vecs = v_dim_pad / BKVI_LANES, n_scores = (uint32_t)rows * BKVI_PAGE;
@@ -2995,14 +2993,13 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
     uint32_t i, slots, panels;
 #define BKVI_SCORES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= panels; i += n)                                        \
-    bkvi_k(tile_fma)(type, rows, n, x + i * panel * es, BKVI_LANES, panel, dim, q, 0,        \
-                     (size_t)rows, type != BKV_I8, t->scores + (size_t)i * BKVI_LANES,          \
-                     BKVI_PAGE, span->next_k ? span->next_k + i * panel * es : NULL)
+    bkvi_k(tile_fma)(type, rows, n, x + i * panel * es, BKVI_LANES, panel, dim, q, 0,              \
+                     (size_t)rows, type != BKV_I8, t->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,  \
+                     span->next_k ? span->next_k + i * panel * es : NULL)
 #define BKVI_VALUES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= vecs; i += n)                                          \
-    bkvi_k(tile_fma)(type, rows, n, x + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES,        \
-                     slots, t->scores, BKVI_PAGE, 0, 0,                                         \
-                     out + (size_t)i * BKVI_LANES, v_dim_pad,                                \
+    bkvi_k(tile_fma)(type, rows, n, x + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES, slots, \
+                     t->scores, BKVI_PAGE, 0, 0, out + (size_t)i * BKVI_LANES, v_dim_pad,          \
                      span->next_v ? span->next_v + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
     if (type == BKV_I8) memset(t->scores, 0, n_scores * sizeof(float));
     for (x = span->k_rest ? span->k_rest : span->k; x; x = x == span->k ? NULL : span->k) {
@@ -3038,7 +3035,7 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
     BKVI_EACH_ROWS(X, 1) BKVI_EACH_ROWS(X, 2) BKVI_EACH_ROWS(X, 3) BKVI_EACH_ROWS(X, 4)
 #endif
 #define BKVI_X(type, rows)                                                                         \
-    BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                \
+    BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                       \
         const bkv_cache *c, bkvi_tiles *t, const bkvi_span *span, uint32_t first) {                \
         bkvi_k(attend_tile)(type, rows, c, t, span, first);                                        \
     }
@@ -3063,7 +3060,7 @@ BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *
             if (mean) {
                 bkvi_vec m = bkvi_v(load_f32)(mean + 4 * (i + j));
                 bkvi_v(store_f32)(mean + 4 * (i + j),
-                              bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m));
+                                  bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m));
             }
             bkvi_v(store)(part + j, x * bkvi_v(set)(scale));
         }
