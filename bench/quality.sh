@@ -1,9 +1,13 @@
 #!/bin/sh
-# Regenerates every table and picture of bench/QUALITY.md:  sh bench/quality.sh [-w] [FOLDER...]
+# Regenerates the tables and pictures of bench/QUALITY.md:
+#     sh bench/quality.sh [-w] [FOLDER...] [-- OTHER...]
 # A FOLDER is a trace (k.npy, q.npy, v.npy) or holds traces; default: examples/trace. Results go to
 # build/quality and the tables to standard output; with -w they replace those of QUALITY.md. First
-# layers, for the published figure, are the traces whose name ends in layer00.
-# Environment: CC; SEEDS (default 1,2,3,4,5); THREADS (default 2).
+# layers, for the published figure, are the traces whose name ends in layer00. OTHER recordings have
+# the table wide and, one behind the other by layer, growth.
+# Environment: CC; SEEDS (default 1,2,3,4,5; of the smaller tables the first two); THREADS (default
+# 2); ONLY (default all), names of tables as in 'stream storage'; LENGTHS (default none), tokens
+# of the table growth, as in '8192 16384'.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 out=$root/build/quality
@@ -14,17 +18,22 @@ if [ "${1:-}" = -w ]; then
 fi
 [ $# -gt 0 ] || set -- "$root/examples/trace"
 
-traces='' first=''
+traces='' first='' others='' layers='' to=traces
 for folder; do
+    [ "$folder" != -- ] || to=others
     for trace in "$folder" "$folder"/*; do
         [ -f "$trace/k.npy" ] || continue
-        case $trace in
+        case $to,$trace in
         *layer00) first=$first,$trace ;;
-        *) traces=$traces,$trace ;;
+        traces,*) traces=$traces,$trace ;;
+        *)
+            others=$others,$trace
+            layers="$layers ${trace##*layer}"
+            ;;
         esac
     done
 done
-if [ -z "$traces$first" ]; then
+if [ -z "$traces$first$others" ]; then
     echo "quality.sh: no trace (a folder with q.npy, k.npy and v.npy) in: $*" >&2
     exit 2
 fi
@@ -35,24 +44,55 @@ ${CC:-cc} -std=c99 -O3 -march=native -ffp-contract=fast -I"$root" -I"$root/examp
     "$root/bench/oneshot.c" "$root/bench/pool.c" "$root/bench/theory.c" "$root/bench/pages.c" \
     -DPLOT_PY="\"$root/bench/plot.py\"" -o "$out/quality" -lm -lpthread
 
-run() { # name, traces separated by commas, options
+run() { # name, traces separated by commas, options; the name's table is of all runs of that name
     name=$1 list=${2#,}
     shift 2
+    case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     [ -n "$list" ] || return 0
-    "$out/quality" --trace "$list" --threads "${THREADS:-2}" --json "$@" >"$out/$name.new"
-    mv "$out/$name.new" "$out/$name.json"
+    "$out/quality" --trace "$list" --threads "${THREADS:-2}" --json "$@" >>"$out/$name.new"
 }
+rm -f "$out"/*.new
 seeds=${SEEDS:-1,2,3,4,5}
+two=$(echo "$seeds" | cut -d, -f1,2)
 run stream "$traces" --seed "$seeds" --method balancekv,balancekv:rounds=none,walk,\
 pair,uniform,stride,window,streamingllm,knorm,keydiff,h2o,tova,expected
-run theory "$traces" --seed 1 --every 4 --method \
+run theory "$traces" --seed "${seeds%%,*}" --every 4 --method \
 balancekv,walk,algorithm1,algorithm1:sinks=4:window=170,hybrid
 run oneshot "$traces" --protocol oneshot --seed "$seeds" --method balancekv,\
 balancekv:importance=1,balancekv:importance=none,walk,uniform,window,\
 streamingllm,knorm,keydiff,expected,h2o,tova,snapkv,pyramidkv,kvcrush-random,kvcrush-mean,\
 kvcrush-alternate,uniform-once,published,published-both,snapkv-ahead
+run shrunk "$traces" --protocol oneshot --seed "${seeds%%,*}" --method \
+shrunk,shrunk:importance=3,shrunk:importance=1,snapkv
 run first "$first" --protocol oneshot --budget 1/2 --seed "$seeds" --method uniform-once,\
 published:block=256:temp=0.1,published:block=128:temp=1,published-both:block=128:temp=1
+run wide "$others" --seed "$two" --every 4 --method \
+balancekv,walk,pair,window,knorm,keydiff,h2o,tova,expected
+# The slots of i8 are what bkv_budget_for_bytes() gives for the bytes of the others (head_dim 64).
+run storage "$traces" --seed "$two" --every 8 --budget 256,512,1024,2048 \
+    --method balancekv:kv_type=f16
+run storage "$traces" --seed "$two" --every 8 --budget 464,880,1824,3728 \
+    --method balancekv:kv_type=i8
+settings=balancekv
+for x in temp=0.03 temp=0.3 temp=1 importance=1 importance=2 importance=4 importance=7 \
+    importance=none rounds=1 rounds=4 sinks=32 sinks=64 window=64 window=128 window=320; do
+    settings=$settings,balancekv:$x
+done
+run settings "$traces" --seed "${seeds%%,*}" --every 16 --method "$settings"
+for layer in $(echo "$layers" | tr ' ' '\n' | sort -u); do
+    one='' back=''
+    for trace in $(echo "$others" | tr , ' '); do
+        [ "${trace##*layer}" = "$layer" ] || continue
+        one=${one:+$one+}$trace back=$trace${back:++$back}
+    done
+    for n in ${LENGTHS:-}; do
+        run growth "$one,$back" --seed "$two" --tokens "$n" --every $((n / 1024)) --budget 1024 \
+            --method balancekv,uniform,window,knorm,expected
+    done
+done
+for new in "$out"/*.new; do
+    [ ! -f "$new" ] || mv "$new" "${new%.new}.json"
+done
 
 for name in stream oneshot; do
     [ ! -f "$out/$name.json" ] ||
@@ -62,8 +102,9 @@ if $write; then
     cp "$out"/quality-*.svg "$root/bench/"
     python3 "$root/bench/tables.py" update "$root/bench/QUALITY.md" "$out"
 else
-    for table in "means stream" "traces stream" "means theory" "means oneshot" "traces oneshot" \
-        "ratio first"; do
+    for table in "means stream" "traces stream" "means wide" "storage storage" \
+        "settings settings" "growth growth" "means theory" "means oneshot" "traces oneshot" \
+        "means shrunk" "ratio first"; do
         [ ! -f "$out/${table#* }.json" ] || {
             printf '\n%s\n\n' "$table"
             python3 "$root/bench/tables.py" "${table% *}" "$out/${table#* }.json"

@@ -4,9 +4,13 @@
     tables.py means FILE        method x budget: mean error over the traces, interval over the seeds
     tables.py traces FILE       trace x budget: balancekv, walk and the best other method
     tables.py ratio FILE        a first layer at rate 1/2: balanced against uniform
+    tables.py storage FILE      two methods at equal bytes, by budget
+    tables.py settings FILE     each method's ratio to the first one: geometric mean over the traces
+    tables.py growth FILE       method x tokens
     tables.py update TEXT DIR   writes the tables of DIR/*.json between the marks of a text
 """
 import collections
+import math
 import os
 import sys
 from statistics import mean, stdev
@@ -108,7 +112,60 @@ def ratio(path):
                   "to uniform", "error", "to uniform"], lines)
 
 
-COMMANDS = {"means": means, "traces": traces, "ratio": ratio}
+def storage(path):
+    """The budgets of a pair of methods in their order: those of the same place have equal bytes."""
+    rows, lines, errors = read(path), [], []
+    for m in dict.fromkeys(r["method"] for r in rows):
+        here = [r for r in rows if r["method"] == m]
+        budgets = sorted({r["budget"] for r in here})
+        kib, error = ([mean(r[f] for r in here if r["budget"] == b) for b in budgets]
+                      for f in ("bytes", "rel_err"))
+        errors.append(error)
+        for what, form, values in (("state, KiB", "%.0f", [x / 1024 for x in kib]),
+                                   ("slots", "%d", budgets), ("error", "%s", map(short, error))):
+            lines.append(["`%s`: %s" % (m, what)] + [form % x for x in values])
+    lines.append(["second error / first"] +
+                 ["%.2f" % (b / a) if a else "" for a, b in zip(*errors)])
+    seeds = len({r["seed"] for r in rows})
+    return table(["mean of %d traces, %d seeds" % (len({r["trace"] for r in rows}), seeds)] +
+                 [""] * len(errors[0]), lines)
+
+
+def settings(path):
+    rows = read(path)
+    columns = list(dict.fromkeys(r["budget"] for r in rows))
+    error = collections.defaultdict(list)
+    for r in rows:
+        error[r["method"], r["trace"], r["budget"]].append(r["rel_err"])
+    methods, names = (list(dict.fromkeys(r[k] for r in rows)) for k in ("method", "trace"))
+    lines = []
+    for m in methods:
+        line = ["`%s`" % m]
+        for c in columns:
+            pairs = [(mean(error[m, t, c]), mean(error[methods[0], t, c])) for t in names]
+            ratios = [a / b for a, b in pairs if a and b]
+            if ratios and m != methods[0]:
+                line.append("%.2f (%.2f to %.2f)" % (
+                    math.exp(mean(map(math.log, ratios))), min(ratios), max(ratios)))
+            else:
+                line.append(short(mean(a for a, _ in pairs)))
+        lines.append(line)
+    return table(["ratio to `%s`, %d traces (least to largest)" % (methods[0], len(names))] +
+                 [str(c) for c in columns], lines)
+
+
+def growth(path):
+    rows = read(path)
+    for r in rows:
+        r["column"] = r["tokens"]
+    columns = sorted({r["column"] for r in rows})
+    cells = {c: by_method(rows, c) for c in columns}
+    return table(["tokens"] + ["%d" % c if c % 1024 else "%dk" % (c // 1024) for c in columns],
+                 [["`%s`" % m] + [short(mean(cells[c][m])) for c in columns]
+                  for m in dict.fromkeys(r["method"] for r in rows)])
+
+
+COMMANDS = {f.__name__: f for f in (means, traces, ratio, storage, settings, growth)}
 
 
 if __name__ == "__main__":

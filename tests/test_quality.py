@@ -705,6 +705,29 @@ def check_reports(tally, program, folder, work):
          r["budget"] == 320]))
     line = next(x for x in table.splitlines() if x.startswith("| %s |" % name))
     tally.check(line.rstrip(" |").endswith(" " + best), "the best other method", table + best)
+    error = {(m, t, b): np.mean([r["rel_err"] for r in rows if r["method"] == m and r["budget"] == b
+                                 and r["trace"] == t])
+             for m in ("balancekv", "walk") for t in (name, name + "+" + name) for b in (256, 320)}
+    ratios = [error["walk", t, 256] / error["balancekv", t, 256] for t in (name, name + "+" + name)]
+    settings = script("tables.py", "settings", path)
+    tally.check("| `walk` | %.2f (%.2f to %.2f) |" % (
+        np.exp(np.mean(np.log(ratios))), min(ratios), max(ratios)) in settings,
+                "ratios to the first method", settings + str(ratios))
+    growth = script("tables.py", "growth", path)
+    line = next(x for x in growth.splitlines() if x.startswith("| `knorm`")).split()
+    want = [np.mean([r["rel_err"] for r in rows if r["method"] == "knorm" and r["tokens"] == n])
+            for n in (700, 1400)]
+    tally.check(growth.startswith("| tokens | 700 | 1400 |") and
+                np.allclose([float(line[3]), float(line[5])], want, atol=1e-3),
+                "errors by tokens", growth + str(want))
+    pair = os.path.join(work, "pair.json")
+    with open(pair, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(r) + "\n" for r in rows if r["method"] in ("balancekv", "walk"))
+    storage = script("tables.py", "storage", pair).splitlines()
+    want = [sum(error["walk", t, b] for t in (name, name + "+" + name)) /
+            sum(error["balancekv", t, b] for t in (name, name + "+" + name)) for b in (256, 320)]
+    tally.check(storage[-1] == "| second error / first | %.2f | %.2f |" % tuple(want),
+                "two methods at equal bytes", "\n".join(storage) + str(want))
     with open(text, "w", encoding="utf-8") as f:
         f.write("a\n<!-- means stream -->\nold\n<!-- end -->\nb\n"
                 "<!-- means none -->x<!-- end -->\n")
