@@ -215,7 +215,7 @@ enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 
 
 /* Flags of bkv_append() and bkv_prefill(). PIN the call's tokens, see §1. DRAFT: tokens on trial
    (speculative decoding). While the newest tokens are drafts, attention teaches the cache nothing,
-   so that bkv_truncate() leaves no trace of them; the next token without the flag accepts them. */
+   so that bkv_truncate() leaves no trace of them; the next token without it accepts those left. */
 enum { BKV_PIN = 1, BKV_DRAFT = 2 };
 
 /* Backends. All give the same bits. BKV_BACKEND_AUTO takes the fastest that this CPU has. */
@@ -326,7 +326,7 @@ BALANCEKV_API bkv_config bkv_config_default(uint32_t n_q_heads, uint32_t n_kv_he
 /* BKV_OK, or what is wrong with the config. cfg: NULL gives BKV_E_NULL. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_check(const bkv_config *cfg);
 
-/* Bytes of the block that bkv_init() wants, n_threads scratches included; 0: bkv_check() fails. */
+/* Exact bytes for bkv_init(), scratch of n_threads included; 0 if bkv_check() fails. */
 BALANCEKV_API size_t bkv_size(const bkv_config *cfg);
 
 /* Makes an empty cache in mem[mem_bytes] (the caller's, any alignment, must outlive the cache).
@@ -653,7 +653,7 @@ enum {
     BKVI_COUNTER_BYTES = 32, /* of bkvi_head in the state, but for the sum */
     BKVI_SUM_AT = 240,       /* in the header: checksum of a saved state */
     BKVI_ERROR_AT = 60,      /* the error in the state of a head */
-    BKVI_MAGIC = 0x4B564B42, BKVI_MAGIC_SWAPPED = 0x424B564B, /* "BKVK" and "KBVK" */
+    BKVI_MAGIC = 0x4B564B42, BKVI_MAGIC_SWAPPED = 0x424B564B, /* "BKVK" and "KVKB" */
     BKVI_STATE_VERSION = 1
 };
 /* Parts of a head's state, ordered as in §8; a value's follows the key's: BKVI_V = BKVI_K + 1. */

@@ -28,7 +28,7 @@ for folder; do
         traces,*) traces=$traces,$trace ;;
         *)
             others=$others,$trace
-            layers="$layers ${trace##*layer}"
+            layers="$layers $(echo "${trace##*layer}" | tr -cd 0-9)"
             ;;
         esac
     done
@@ -79,27 +79,36 @@ for x in temp=0.03 temp=0.3 temp=1 importance=1 importance=2 importance=4 import
     settings=$settings,balancekv:$x
 done
 run settings "$traces" --seed "${seeds%%,*}" --every 16 --method "$settings"
+keep() { # what is finished
+    for new in "$out"/*.new; do
+        [ ! -f "$new" ] || mv "$new" "${new%.new}.json"
+    done
+}
+keep
+set -f
 for layer in $(echo "$layers" | tr ' ' '\n' | sort -u); do
-    one='' back=''
-    for trace in $(echo "$others" | tr , ' '); do
+    one='' back='' ifs=$IFS IFS=,
+    for trace in ${others#,}; do
         [ "${trace##*layer}" = "$layer" ] || continue
         one=${one:+$one+}$trace back=$trace${back:++$back}
     done
+    IFS=$ifs
     for n in ${LENGTHS:-}; do
-        run growth "$one,$back" --seed "$two" --tokens "$n" --every $((n / 1024)) --budget 1024 \
-            --method balancekv,uniform,window,knorm,expected
+        run growth "$one,$back" --seed "$two" --tokens "$n" --every $(((n + 1023) / 1024)) \
+            --budget 1024 --method balancekv,uniform,window,knorm,expected
     done
 done
-for new in "$out"/*.new; do
-    [ ! -f "$new" ] || mv "$new" "${new%.new}.json"
-done
+set +f
+keep
 
 for name in stream oneshot; do
     [ ! -f "$out/$name.json" ] ||
         python3 "$root/bench/plot.py" quality "$out/$name.json" >"$out/quality-$name.svg"
 done
 if $write; then
-    cp "$out"/quality-*.svg "$root/bench/"
+    for picture in "$out"/quality-*.svg; do
+        [ ! -f "$picture" ] || cp "$picture" "$root/bench/"
+    done
     python3 "$root/bench/tables.py" update "$root/bench/QUALITY.md" "$out"
 else
     for table in "means stream" "traces stream" "means wide" "storage storage" \

@@ -357,15 +357,16 @@ def check_bad_input(tally, program, folder):
                 run(program, *options[:1], *(["--model", good] if options else []), *options[1:]),
                 text)
     refused("no model", run(program, "ppl"), "--model M.gguf is missing")
-    for script, option, text in (
-            ("texts.sh", "", "sh examples/llm/texts.sh FOLDER"),
-            ("texts.sh", ROOT, "is inside the source tree; give a folder outside"),
-            ("measure.sh", "", "sh examples/llm/measure.sh TEXT.."),
-            ("measure.sh", "/no/such.txt", "no /no/such.txt; examples/llm/texts.sh makes")):
-        ran = subprocess.run(["sh", os.path.join(ROOT, "examples", "llm", script)] + option.split(),
+    for script, options, text in (
+            ("texts.sh", [], "sh examples/llm/texts.sh FOLDER"),
+            ("texts.sh", [os.path.join(ROOT, "new", "folder")],
+             "is inside the source tree; give a folder outside"),
+            ("measure.sh", [], "sh examples/llm/measure.sh TEXT.."),
+            ("measure.sh", ["/no/such.txt"], "no /no/such.txt; examples/llm/texts.sh makes")):
+        ran = subprocess.run(["sh", os.path.join(ROOT, "examples", "llm", script)] + options,
                              check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         tally.check(ran.returncode == 2 and text in ran.stdout.decode(),
-                    "bad input, %s %s: exit 2 and '%s'" % (script, option, text),
+                    "bad input, %s %s: exit 2 and '%s'" % (script, " ".join(options), text),
                     "exit code %d\n%s" % (ran.returncode, ran.stdout.decode()))
 
 

@@ -1,9 +1,9 @@
 #!/bin/sh
 # Makes the texts that examples/llm/README.md measures:  sh examples/llm/texts.sh FOLDER
 # FOLDER, outside of this tree, gets prose, perldoc, dialogue, jargon, code and tables .txt, some
-# 200 KB each, from packages of Debian 12 (about 15 MB to download); what is there is not made
-# again. Needs Debian's apt-get and dpkg-deb, and Python 3. Prints a checksum of each: other
-# versions of the packages give other texts, and other figures.
+# 200 KB each, anew, from packages of Debian 12 (about 15 MB; those that are there are not
+# downloaded again). Needs Debian's apt-get and dpkg-deb, and Python 3. Prints a checksum of each:
+# other versions of the packages give other texts, and other figures.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 fail() {
@@ -11,18 +11,23 @@ fail() {
     exit 2
 }
 [ $# -eq 1 ] || { sed -n '2,6s/^# //p' "$0"; exit 2; }
+# Looked at before anything is made: where the folder is, or where its nearest parent is.
+near=$1
+while [ ! -d "$near" ]; do near=$(dirname -- "$near"); done
+near=$(CDPATH='' cd -- "$near" && pwd)
+case $near/ in "$root"/*) fail "$1 is inside the source tree; give a folder outside" ;; esac
 for tool in apt-get dpkg-deb python3; do
     command -v $tool >/dev/null 2>&1 || fail "needs $tool; on another system give texts of your own"
 done
 mkdir -p "$1" || fail "cannot make $1; give another folder"
 folder=$(CDPATH='' cd -- "$1" && pwd)
-case $folder/ in "$root"/*) fail "$folder is inside the source tree; give a folder outside" ;; esac
 
 for package in anarchism perl-doc fortunes jargon-text miscfiles libpython3.11-stdlib; do
     [ ! -d "$folder/packages/$package" ] || continue
     echo "== $package"
     mkdir -p "$folder/packages"
-    (cd "$folder/packages" && apt-get -q -o APT::Sandbox::User="$(id -un)" download "$package" >/dev/null) ||
+    (cd "$folder/packages" &&
+        apt-get -q -o APT::Sandbox::User="$(id -un)" download "$package" >/dev/null) ||
         fail "apt-get cannot download $package; try apt-get update first"
     rm -rf "$folder/packages/unpacked"
     dpkg-deb -x "$folder/packages/$package"_*.deb "$folder/packages/unpacked"
