@@ -591,13 +591,11 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
    whatever the compiler flags are; gcc warns of its own _mm512_undefined_ps(), in C++. */
 #define BKVI_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
-#define BKVI_CLANG 1
 #define BKVI_UNROLL _Pragma("clang loop unroll(full)")
 #define BKVI_TARGET(isa)                                                                           \
     BKVI_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define BKVI_TARGET_END _Pragma("clang attribute pop")
 #else
-#define BKVI_CLANG 0
 #define BKVI_UNROLL _Pragma("GCC unroll 32")
 #define BKVI_TARGET(isa)                                                                           \
     _Pragma("GCC push_options") BKVI_PRAGMA(GCC target(isa)) _Pragma("GCC diagnostic push")        \
@@ -636,6 +634,14 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_ROUND(x) __asm__("" : "+m"(x))
 #else
 #define BKVI_ROUND(x) ((void)0)
+#endif
+/* BKVI_WAIT: no load through p comes before x is there. Only clang needs it, see bkvi_tile_fma. */
+#if BKVI_ARCH_X86 && !BALANCEKV_SIMDE && defined(__clang__)
+#define BKVI_CLANG_X86 1
+#define BKVI_WAIT(p, x) __asm__("" : "+r"(p) : "v"(x))
+#else
+#define BKVI_CLANG_X86 0
+#define BKVI_WAIT(p, x) ((void)0)
 #endif
 
 enum {
@@ -1508,18 +1514,13 @@ static bkv_result bkvi_check_input(const bkv_cache *c, bkv_tensor *t, int i, siz
     return BKV_OK;
 }
 
-/* First KV head of share ith of nth. */
-static uint32_t bkvi_share(const bkv_cache *c, uint32_t ith, uint32_t nth) {
-    return c->cfg.n_kv_heads * ith / nth; /* <= 4096 * 1024 / nth */
-}
-
 /* append (no q), attend (no k and v) and prefill. Values are checked last; every thread looks at
    those of every head, so that all threads come to the same verdict. */
 static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor *k, bkv_tensor *v, bkv_tensor *q, float *out,
                             float *max, float *sum, size_t n_tokens, uint32_t flags, uint32_t ith,
                             uint32_t nth) {
     bkv_tensor *const in[3] = {k, v, q};
-    uint32_t head, slot;
+    uint32_t head, end, slot;
     bkv_result r;
     int i;
     if (!c || !c->mem || (q && !out)) return BKV_E_NULL;
@@ -1532,7 +1533,8 @@ static bkv_result bkvi_feed(bkv_cache *c, bkv_tensor *k, bkv_tensor *v, bkv_tens
         if (in[i % 3] && (r = bkvi_check_input(c, in[i % 3], i % 3, n_tokens, i > 2)) != BKV_OK)
             return r;
     if (!k && bkvi_get64(bkvi_head_mem(c, 0)) == 0) return BKV_E_EMPTY;
-    for (head = bkvi_share(c, ith, nth); head < bkvi_share(c, ith + 1, nth); head++) {
+    end = c->cfg.n_kv_heads * (ith + 1) / nth; /* of share ith; at most 2^22 / nth */
+    for (head = c->cfg.n_kv_heads * ith / nth; head < end; head++) {
         bkvi_head h = bkvi_head_get(c, head, ith);
         bkvi_queries run = {q, out, max, sum, 0, 1};
         for (; run.first < n_tokens; run.first += run.n) {
@@ -2460,7 +2462,7 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, const int rows, const int vecs
                                   const float *c, const size_t c_row, size_t c_step,
                                   const int fresh, float *acc_mem, size_t acc_row,
                                   const unsigned char *ahead) {
-    enum { REGS = BKVI_LANES / BKVI_WIDTH, TIED = BKVI_CLANG && BKVI_PASS == BALANCEKV_SIMD_AVX2 };
+    enum { REGS = BKVI_LANES / BKVI_WIDTH, WAITS = BKVI_CLANG_X86 && BKVI_WIDTH == 8 };
     const size_t es = bkvi_type_bytes((uint32_t)type);
     const int regs = vecs * REGS, steps = c_row ? 4 : 1;
     const int by_row = regs <= rows || BKVI_WIDTH == 16; /* the side that is held in registers */
@@ -2482,14 +2484,12 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, const int rows, const int vecs
                 if (r == 0) {
                     a[v] = bkvi_v(get)(type, x + ((size_t)(v / REGS) * apart +
                                                   (size_t)(v % REGS) * BKVI_WIDTH) * es);
-                    if (BKVI_ARCH_X86 && !BALANCEKV_SIMDE && type == BKV_F32 && rows > 1 && !TIED)
+                    if (BKVI_ARCH_X86 && !BALANCEKV_SIMDE && type == BKV_F32 && rows > 1 && !WAITS)
                         BKVI_ROUND(a[v]); /* or gcc loads it anew for every FMA: 20-25 % */
                 }
                 acc[r * regs + v] = bkvi_v(fma_at)(c + (size_t)r * c_row, c_row ? s : r, r == 0,
                                                    a[v], acc[r * regs + v]);
-#if BKVI_CLANG && BKVI_PASS == BALANCEKV_SIMD_AVX2 /* or it loads early and spills a sum: 2x */
-                __asm__("" : "+r"(x) : "v"(acc[r * regs + v])); /* x waits for the sum */
-#endif
+                if (WAITS) BKVI_WAIT(x, acc[r * regs + v]); /* or it spills a sum: half the speed */
             }
         }
     }
@@ -2620,14 +2620,15 @@ BKVI_NOINLINE void bkvi_k(sums)(float *to, const float *x, size_t step, size_t a
                          apart, n, c, 0, 1, 1, to + i * BKVI_LANES, BKVI_BLOCK, NULL);
 }
 
-BKVI_INLINE void bkvi_k(scaled)(float *to, const float *x, uint32_t n, float factor) {
+BKVI_INLINE void bkvi_k(scaled)(float *to, const void *x, uint32_t n, float factor) {
+    const unsigned char *from = (const unsigned char *)x;
     uint32_t i;
-    for (i = 0; i < n; i += BKVI_WIDTH)
-        bkvi_v(store)(to + i, bkvi_v(load_f32)(x + i) * bkvi_v(set)(factor));
+    for (i = 0; i < n; i += BKVI_WIDTH, from += 4 * BKVI_WIDTH)
+        bkvi_v(store)(to + i, bkvi_v(load_f32)(from) * bkvi_v(set)(factor));
 }
 
 /* <key, vector> * scale of every token: to[128]. */
-static void bkvi_k(against)(bkvi_block *block, uint32_t dim, size_t stride, const float *vector,
+static void bkvi_k(against)(bkvi_block *block, uint32_t dim, size_t stride, const void *vector,
                             float scale, float *to) {
     bkvi_k(scaled)(block->matrix, vector, dim, scale);
     bkvi_k(sums)(to, block->panels, BKVI_LANES, stride, dim, block->matrix);
@@ -2661,7 +2662,7 @@ BKVI_NOINLINE void bkvi_k(expect)(const bkvi_head *h, bkvi_block *block, uint32_
     uint32_t head;
     memset(block->expected, 0, sizeof block->expected);
     for (head = 0; head < h->c->group; head++) {
-        bkvi_k(against)(block, dim, stride, (const float *)(void *)bkvi_part(h, BKVI_QUERIES, head),
+        bkvi_k(against)(block, dim, stride, bkvi_part(h, BKVI_QUERIES, head),
                         h->c->cfg.scale * BKVI_LOG2E, logit);
         bkvi_k(weigh)(block, logit, bkvi_k(largest)(logit));
         bkvi_k(add_share)(block->expected, logit, NULL, 1.0f);
@@ -3185,6 +3186,36 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
     (void)backend;
     return bkvi_k(kernels)();
 }
+
+/* No macro BKVI_* survives the #include. */
+#undef BKVI_ARCH_X86
+#undef BKVI_ARCH_ARM64
+#undef BKVI_DIM
+#undef BKVI_TYPE
+#undef BKVI_HAVE_SCALAR
+#undef BKVI_HAVE_AVX2
+#undef BKVI_HAVE_AVX512
+#undef BKVI_HAVE_NEON
+#undef BKVI_WIDEST
+#undef BKVI_INLINE
+#undef BKVI_NOINLINE
+#undef BKVI_ONCE
+#undef BKVI_UNROLL
+#undef BKVI_CLANG_X86
+#undef BKVI_WAIT
+#undef BKVI_PRAGMA
+#undef BKVI_TARGET
+#undef BKVI_TARGET_END
+#undef BKVI_ROUND
+#undef BKVI_SMALL
+#undef BKVI_SIMDE_FMA
+#undef BKVI_HARDWARE_FMA
+#ifdef BKVI_BARE
+#undef memcpy
+#undef memset
+#undef memmove
+#undef BKVI_BARE
+#endif
 #endif
 #undef bkvi_v
 #undef bkvi_k
@@ -3203,37 +3234,6 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_TILES
 #undef BKVI_FOUR
 #undef BKVI_VECS
-
-#if BKVI_PASS == BKVI_WIDEST
-/* No macro BKVI_* survives the #include. */
-#undef BKVI_ARCH_X86
-#undef BKVI_ARCH_ARM64
-#undef BKVI_DIM
-#undef BKVI_TYPE
-#undef BKVI_HAVE_SCALAR
-#undef BKVI_HAVE_AVX2
-#undef BKVI_HAVE_AVX512
-#undef BKVI_HAVE_NEON
-#undef BKVI_WIDEST
-#undef BKVI_INLINE
-#undef BKVI_NOINLINE
-#undef BKVI_ONCE
-#undef BKVI_UNROLL
-#undef BKVI_CLANG
-#undef BKVI_PRAGMA
-#undef BKVI_TARGET
-#undef BKVI_TARGET_END
-#undef BKVI_ROUND
-#undef BKVI_SMALL
-#undef BKVI_SIMDE_FMA
-#undef BKVI_HARDWARE_FMA
-#ifdef BKVI_BARE
-#undef memcpy
-#undef memset
-#undef memmove
-#undef BKVI_BARE
-#endif
-#endif
 #undef BKVI_PASS
 #endif /* BKVI_PASS */
 
