@@ -2,15 +2,15 @@
 # Regenerates the tables and pictures of bench/QUALITY.md:
 #     sh bench/quality.sh [-w] [FOLDER...] [-- OTHER...]
 # A FOLDER is a trace (k.npy, q.npy, v.npy) or holds traces; default: examples/trace. Results go to
-# build/quality and the tables to standard output; with -w they replace those of QUALITY.md. First
+# OUT and this run's tables to standard output; with -w they replace those of QUALITY.md. First
 # layers, for the published figure, are the traces whose name ends in layer00. OTHER recordings have
 # the table wide and, one behind the other by layer, growth.
-# Environment: CC; SEEDS (default 1,2,3,4,5; of the smaller tables the first two); THREADS (default
+# Environment: OUT (default build/quality); CC; SEEDS (default 1,2,3,4,5; of the smaller tables the first two); THREADS (default
 # 2); ONLY (default all), names of tables as in 'stream storage'; LENGTHS (default none), tokens
 # of the table growth, as in '8192 16384'.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
-out=$root/build/quality
+out=${OUT:-$root/build/quality}
 write=false
 if [ "${1:-}" = -w ]; then
     write=true
@@ -39,6 +39,9 @@ if [ -z "$traces$first$others" ]; then
 fi
 
 mkdir -p "$out"
+new=$(mktemp -d) # of this run; what is finished is kept, also if the rest fails
+trap 'for json in "$new"/*.json; do [ ! -f "$json" ] || mv "$json" "$out"; done; rm -rf "$new"' EXIT
+trap 'exit 130' INT TERM
 ${CC:-cc} -std=c99 -O3 -march=native -ffp-contract=fast -I"$root" -I"$root/examples" \
     "$root/bench/quality.c" "$root/bench/exact.c" "$root/bench/slots.c" "$root/bench/baselines.c" \
     "$root/bench/oneshot.c" "$root/bench/pool.c" "$root/bench/theory.c" "$root/bench/pages.c" \
@@ -49,9 +52,13 @@ run() { # name, traces separated by commas, options; the name's table is of all 
     shift 2
     case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     [ -n "$list" ] || return 0
-    "$out/quality" --trace "$list" --threads "${THREADS:-2}" --json "$@" >>"$out/$name.new"
+    "$out/quality" --trace "$list" --threads "${THREADS:-2}" --json "$@" >>"$new/$name"
 }
-rm -f "$out"/*.new
+keep() {
+    for file in "$new"/*; do
+        case $file in *.json) ;; *) [ ! -f "$file" ] || mv "$file" "$file.json" ;; esac
+    done
+}
 seeds=${SEEDS:-1,2,3,4,5}
 two=$(echo "$seeds" | cut -d, -f1,2)
 run stream "$traces" --seed "$seeds" --method balancekv,balancekv:rounds=none,walk,\
@@ -79,11 +86,6 @@ for x in temp=0.03 temp=0.3 temp=1 importance=1 importance=2 importance=4 import
     settings=$settings,balancekv:$x
 done
 run settings "$traces" --seed "${seeds%%,*}" --every 16 --method "$settings"
-keep() { # what is finished
-    for new in "$out"/*.new; do
-        [ ! -f "$new" ] || mv "$new" "${new%.new}.json"
-    done
-}
 keep
 set -f
 for layer in $(echo "$layers" | tr ' ' '\n' | sort -u); do
@@ -102,21 +104,20 @@ set +f
 keep
 
 for name in stream oneshot; do
-    [ ! -f "$out/$name.json" ] ||
-        python3 "$root/bench/plot.py" quality "$out/$name.json" >"$out/quality-$name.svg"
+    [ ! -f "$new/$name.json" ] || {
+        python3 "$root/bench/plot.py" quality "$new/$name.json" >"$out/quality-$name.svg"
+        ! $write || cp "$out/quality-$name.svg" "$root/bench/"
+    }
 done
 if $write; then
-    for picture in "$out"/quality-*.svg; do
-        [ ! -f "$picture" ] || cp "$picture" "$root/bench/"
-    done
-    python3 "$root/bench/tables.py" update "$root/bench/QUALITY.md" "$out"
+    python3 "$root/bench/tables.py" update "$root/bench/QUALITY.md" "$new"
 else
     for table in "means stream" "traces stream" "means wide" "storage storage" \
         "settings settings" "growth growth" "means theory" "means oneshot" "traces oneshot" \
         "means shrunk" "ratio first"; do
-        [ ! -f "$out/${table#* }.json" ] || {
+        [ ! -f "$new/${table#* }.json" ] || {
             printf '\n%s\n\n' "$table"
-            python3 "$root/bench/tables.py" "${table% *}" "$out/${table#* }.json"
+            python3 "$root/bench/tables.py" "${table% *}" "$new/${table#* }.json"
         }
     done
 fi

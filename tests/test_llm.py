@@ -368,6 +368,7 @@ def check_bad_input(tally, program, folder):
         tally.check(ran.returncode == 2 and text in ran.stdout.decode(),
                     "bad input, %s %s: exit 2 and '%s'" % (script, " ".join(options), text),
                     "exit code %d\n%s" % (ran.returncode, ran.stdout.decode()))
+    tally.check(not os.path.exists(os.path.join(ROOT, "new")), "texts.sh makes nothing in the tree")
 
 
 # ---- the real model ----------------------------------------------------------------------------

@@ -735,6 +735,18 @@ def check_reports(tally, program, folder, work):
     with open(text, encoding="utf-8") as f:
         tally.check(f.read() == "a\n<!-- means stream -->\n%s<!-- end -->\nb\n"
                     "<!-- means none -->x<!-- end -->\n" % means, "update replaces one table")
+    out = os.path.join(work, "quality out")
+    os.mkdir(out)
+    with open(os.path.join(out, "stream.json"), "w", encoding="utf-8") as f:
+        f.write("of an earlier run\n")
+    ran = subprocess.run(["sh", os.path.join(ROOT, "bench", "quality.sh"), folder], check=False,
+                         env={**os.environ, "OUT": out, "ONLY": "storage", "SEEDS": "1"},
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    with open(os.path.join(out, "stream.json"), encoding="utf-8") as f:
+        tally.check(ran.returncode == 0 and f.read() == "of an earlier run\n" and
+                    ran.stdout.count("| mean of ") == 1 and "kv_type=i8`: error |" in ran.stdout and
+                    os.path.getsize(os.path.join(out, "storage.json")) > 0,
+                    "quality.sh: one table, and what was there stays", ran.stdout + ran.stderr)
     picture = xml.etree.ElementTree.fromstring(script("plot.py", "quality", path))
     words = [e.text for e in picture.iter("{http://www.w3.org/2000/svg}text")]
     tally.check(all(m in words for m in ("balancekv", "walk", "knorm", "keydiff")) and
