@@ -5,9 +5,9 @@
 # OUT and this run's tables to standard output; with -w they replace those of QUALITY.md. First
 # layers, for the published figure, are the traces whose name ends in layer00. OTHER recordings have
 # the table wide and, one behind the other by layer, growth.
-# Environment: OUT (default build/quality); CC; SEEDS (default 1,2,3,4,5; of the smaller tables the first two); THREADS (default
-# 2); ONLY (default all), names of tables as in 'stream storage'; LENGTHS (default none), tokens
-# of the table growth, as in '8192 16384'.
+# Environment: OUT (default build/quality); CC; SEEDS (default 1,2,3,4,5; of the smaller tables the
+# first two); THREADS (default 2); ONLY (default all), names of tables as in 'stream storage';
+# LENGTHS (default none), tokens of the table growth, as in '8192 16384'.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 out=${OUT:-$root/build/quality}
@@ -40,7 +40,11 @@ fi
 
 mkdir -p "$out"
 new=$(mktemp -d) # of this run; what is finished is kept, also if the rest fails
-trap 'for json in "$new"/*.json; do [ ! -f "$json" ] || mv "$json" "$out"; done; rm -rf "$new"' EXIT
+leave() {
+    for json in "$new"/*.json; do [ ! -f "$json" ] || mv "$json" "$out"; done
+    rm -rf "$new"
+}
+trap leave EXIT
 trap 'exit 130' INT TERM
 ${CC:-cc} -std=c99 -O3 -march=native -ffp-contract=fast -I"$root" -I"$root/examples" \
     "$root/bench/quality.c" "$root/bench/exact.c" "$root/bench/slots.c" "$root/bench/baselines.c" \
