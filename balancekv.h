@@ -62,10 +62,13 @@
      the oldest. So an append costs at most one halving per KV head, and at least the newest
      `window` tokens are exact at any time.
      BKV_RULE_SAMPLE: 64 of the 128 tokens stay, with chances p in proportion to importance (shares
-     of weight, of use and of what the queries' means expect), and weigh w / p from then on. The
-     draw is then balanced: tokens change places while that shortens its error under
+     of weight, of use, of what the queries' means expect, and of keys unlike the others), and weigh
+     w / p from then on. The draw is then balanced: tokens change places while that shortens its
+     error under
          K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
-     the kernel of the paper. BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
+     the kernel of the paper. What is left of the error moves the values of those that stay, as far
+     as they can express it (ours; bench/QUALITY.md); keys never change, nor do values of tokens
+     that stay for certain. BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
      Learning: attention moves a running mean of each query head, += 0.01 (q - mean), and the use of
      the tokens of the two newest pages, += p^2, p their share. Without: BKV_IMPORTANCE_KEY.
      Pins: tokens of a call with BKV_PIN stay as they are in every halving, 32 of a block at most
@@ -209,8 +212,9 @@ enum { BKV_I8 = BALANCEKV_I8 };
 /* Halving rules, see §1. BKV_RULE_DEFAULT is BKV_RULE_SAMPLE. */
 enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
 
-/* What BKV_RULE_SAMPLE takes for important, see §1; the sum of any. 0 in bkv_config means
-   QUERY + USE, BKV_NONE that all tokens of a weight are alike. KEY alone needs no queries. */
+/* What BKV_RULE_SAMPLE takes for important, see §1; the sum of any. 0 in bkv_config means all of
+   them, BKV_NONE that all tokens of a weight are alike. KEY alone needs no queries; values move
+   only under QUERY. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
 
 /* Flags of bkv_append() and bkv_prefill(). PIN the call's tokens, see §1. DRAFT: tokens on trial
@@ -238,8 +242,8 @@ typedef struct bkv_config {
     uint32_t window;     /* newest tokens kept exactly, rounded up to 64; 0: budget / 3 rounded
                             down to 64, below 512 slots 64, if two pages remain; or BKV_NONE */
     uint32_t rule;       /* BKV_RULE_*; 0: BKV_RULE_SAMPLE */
-    uint32_t importance; /* BKV_IMPORTANCE_*, added up, or BKV_NONE; 0: QUERY + USE */
-    uint32_t rounds;     /* rounds of balancing by BKV_RULE_SAMPLE, up to 64, or BKV_NONE; 0: 2 */
+    uint32_t importance; /* BKV_IMPORTANCE_*, added up, or BKV_NONE; 0: all of them */
+    uint32_t rounds;     /* of exchanges, and of values moved, up to 64; 0: 2; BKV_NONE: neither */
     uint32_t backend;    /* BKV_BACKEND_*; 0: the fastest this CPU has */
     uint32_t n_threads;  /* most threads that share one call, 1..1024; 0: 1 */
     float temp;          /* factor on the logits of the kernel of §1, 1e-6..1e6; 0: 0.1 */
@@ -251,7 +255,7 @@ typedef struct bkv_config {
 /* bkv_size() as a constant expression, for static arrays: of what bkv_config_default() gives, with
    this kv_type, n_q_heads not 0. Checks nothing, bkv_init() does. See examples/freestanding.c. */
 #define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
-    (256 + 64 + 74752 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                   \
+    (256 + 64 + 140288 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                  \
      BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
                    BKV_SIZE_ELEM(kv_type)) *                                                       \
          (n_kv_heads))
@@ -818,10 +822,12 @@ typedef struct bkvi_head bkvi_head;
 typedef struct bkvi_block {
     float mass[BKVI_BLOCK], weight[BKVI_BLOCK];  /* weights as in the state; over the largest */
     float use[BKVI_BLOCK], chance[BKVI_BLOCK];   /* chance: to stay */
-    float score[BKVI_BLOCK], factor[BKVI_BLOCK]; /* importance; factor in the kernel */
+    float score[BKVI_BLOCK]; /* importance, then what a token lacks of its weight, over weight */
+    float factor[BKVI_BLOCK];                    /* in the kernel */
     float norm[BKVI_BLOCK];                      /* squared norms of keys, then of values */
     float expected[BKVI_BLOCK], unlike[BKVI_BLOCK]; /* shares of importance */
-    float matrix[BKVI_BLOCK * BKVI_BLOCK];          /* the kernel */
+    float kernel[BKVI_BLOCK * BKVI_BLOCK]; /* of the keys alone */
+    float matrix[BKVI_BLOCK * BKVI_BLOCK]; /* times that of the values; values while they move */
     float tile[BKVI_LANES * BKVI_PAGE]; /* products before they are used, and other work */
     float panels[8 * (BKVI_DIM_MAX + 1) * BKVI_LANES]; /* operands: [8][dim + 1][16] of it */
 } bkvi_block;
@@ -843,6 +849,7 @@ typedef struct bkvi_kernels {
                   const unsigned char *scale, const unsigned char *rest);
     void (*gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block);
     void (*exchange)(bkvi_block *block, uint32_t rounds, unsigned char *keep);
+    void (*refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block);
     void (*attend)(const bkvi_head *h, const bkvi_queries *queries);
 } bkvi_kernels;
 
@@ -905,9 +912,13 @@ static uint32_t bkvi_pick_backend(uint32_t wanted) {
 /* ------------------------------------------------------------------------------------------------
    §7 HALVING                                                                             >>halving
    Choosing 64 of the 128 tokens of two neighbouring pages, and their new weights. The rules are
-   stated in tests/golden/README.md; what costs time (importance and kernel, exchanges) is bkvi_gram
-   and bkvi_exchange in §12.
+   stated in tests/golden/README.md; what costs time (importance and kernel, exchanges, refit) is
+   bkvi_gram, bkvi_exchange and bkvi_refit in §12.
    ---------------------------------------------------------------------------------------------- */
+static uint32_t bkvi_importance(const bkv_config *cfg) {
+    return cfg->importance == BKV_NONE ? 0 : cfg->importance;
+}
+
 /* The chance of every token to stay: in proportion to its score, 64 in all. What is pinned or would
    exceed 1, is 1, and the rest shares what is left. */
 static void bkvi_chances(const float *score, const unsigned char *pinned, float *chance) {
@@ -967,12 +978,16 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
     bkvi_chances(block->score, keep, block->chance);
     bkvi_draw_tokens(block->chance, bkvi_draw_key(cfg->seed, h->index, h->halvings), keep);
     if (cfg->rounds != BKV_NONE) bkvi_kernels_of(cfg->backend).exchange(block, cfg->rounds, keep);
-    for (i = 0; i < BKVI_BLOCK; i++) { /* those that go: 0, whatever their chance */
-        mass[i] = mass[i] * (float)keep[i] / (block->chance[i] + (float)!keep[i]);
+    for (i = 0; i < BKVI_BLOCK; i++) { /* of those that go 0, whatever their chance */
+        const float grown = (float)keep[i] / (block->chance[i] + (float)!keep[i]);
+        mass[i] *= grown;
+        block->score[i] = 1.0f - grown;
         kept += (double)mass[i];
     }
     for (i = 0; i < BKVI_BLOCK && kept > (double)h->seen; i++) /* or it grows without end */
         mass[i] = (float)((double)mass[i] * ((double)h->seen / kept));
+    if (cfg->rounds != BKV_NONE && bkvi_importance(cfg) & BKV_IMPORTANCE_QUERY)
+        bkvi_kernels_of(cfg->backend).refit(h, slots, block);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -1309,7 +1324,8 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     r->sinks = c->sink_slots ? c->sink_slots : BKV_NONE;
     r->window = window ? window * BKVI_PAGE : BKV_NONE;
     if (!r->rule) r->rule = BKV_RULE_SAMPLE;
-    if (!r->importance) r->importance = BKV_IMPORTANCE_QUERY | BKV_IMPORTANCE_USE;
+    if (!r->importance)
+        r->importance = BKV_IMPORTANCE_KEY | BKV_IMPORTANCE_QUERY | BKV_IMPORTANCE_USE;
     if (!r->rounds) r->rounds = 2;
     if (r->rule > BKV_RULE_WINDOW || (r->importance > 7 && r->importance != BKV_NONE) ||
         (r->rounds > 64 && r->rounds != BKV_NONE))
@@ -2379,14 +2395,16 @@ BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n) 
 }
 
 /* Stores a caller's row, elements `step` apart: 1 for a value (then padded with zeros to whole
-   sixteens), 16 for a column of a key panel. BKV_I8: `rest` in the same way, and the scale. */
+   sixteens), 16 for a column of a key panel. BKV_I8: `rest` in the same way, and the scale; where
+   the row is `work` itself, it is rotated already. */
 static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, unsigned char *scale,
                         uint32_t kv_type, const unsigned char *src, uint32_t type, size_t stride,
                         uint32_t n, float *work) {
     size_t bytes = bkvi_type_bytes(kv_type);
     uint32_t i, lane, padded = step == 1 ? bkvi_round_up(n, BKVI_LANES) : n;
     if (bkvi_is_i8(kv_type)) {
-        bkvi_k(rotated_row)(work, src, type, stride, n, padded);
+        if (src != (unsigned char *)work)
+            bkvi_k(rotated_row)(work, src, type, stride, n, padded);
         bkvi_k(quantise)(work, scale, padded);
         for (i = 0; i < padded; i++) {
             dst[i * step] = (unsigned char)bkvi_bits(work[i]);
@@ -2560,31 +2578,29 @@ BKVI_INLINE bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32
    panels, then lanes i + i+8, i+4, i+2, i+1. */
 BKVI_NOINLINE float bkvi_k(pack)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block,
                                  int values, uint32_t dim, size_t stride) {
-    const int type = (int)BKVI_TYPE(h->c->cfg.kv_type), packed = values ? BKV_F32 : type;
-    const size_t es = bkvi_type_bytes((uint32_t)type), size = values ? 4 : es;
+    const int type = (int)BKVI_TYPE(h->c->cfg.kv_type);
+    const size_t es = bkvi_type_bytes((uint32_t)type);
     float *sums = block->tile, *turned = sums + 256, *mean = sums + 512;
-    const unsigned char *rows[8], *scale[8], *from[8];
     uint32_t i, j, p, n, lane;
-    for (p = 0; p < 8; p++) {
-        rows[p] = bkvi_part(h, BKVI_K + values, slots[p / 4] + p % 4 * BKVI_LANES);
-        scale[p] = bkvi_part(h, BKVI_K_SCALE + values, slots[p / 4] + p % 4 * BKVI_LANES);
-    }
     memset(block->norm, 0, sizeof block->norm);
     for (i = 0; i < dim; i += BKVI_LANES, mean += BKVI_LANES) {
-        float *to = block->panels + (size_t)i * BKVI_LANES;
+        float *first = block->panels + (size_t)i * BKVI_LANES, *to = first;
         n = bkvi_min(BKVI_LANES, dim - i) * BKVI_LANES;
         memset(sums, 0, 256 * sizeof *sums);
-        for (p = 0; p < 8; p++) {
-            from[p] = values ? (const unsigned char *)(to + p * stride)
-                             : rows[p] + (size_t)i * BKVI_LANES * es;
-            if (values)
-                bkvi_k(turn)(to + p * stride, BKVI_LANES, rows[p] + i * es, dim, (uint32_t)type);
+        for (p = 0; p < 8; p++, to += stride) {
+            const uint32_t slot = slots[p / 4] + p % 4 * BKVI_LANES;
+            const unsigned char *from = bkvi_part(h, BKVI_K + values, slot);
+            const unsigned char *scale = bkvi_part(h, BKVI_K_SCALE + values, slot);
+            if (values) bkvi_k(turn)(to, BKVI_LANES, from + i * es, dim, (uint32_t)type);
+            for (j = 0; j < n && (!values || type == BKV_I8); j += BKVI_WIDTH) {
+                const bkvi_vec x = values ? bkvi_v(load)(to + j)
+                                          : bkvi_v(get)(type, from + (i * BKVI_LANES + j) * es);
+                bkvi_v(store)(to + j, x * bkvi_k(scales)(type, scale, j % BKVI_LANES));
+            }
         }
         for (j = 0; j < n; j += BKVI_WIDTH) {
             bkvi_vec sum = bkvi_v(set)(0.0f);
-            BKVI_UNROLL for (p = 0; p < 8; p++)
-                sum = bkvi_v(fma)(bkvi_v(get)(packed, from[p] + j * size),
-                                  bkvi_k(scales)(type, scale[p], j % BKVI_LANES), sum);
+            BKVI_UNROLL for (p = 0; p < 8; p++) sum = sum + bkvi_v(load)(first + p * stride + j);
             bkvi_v(store)(sums + j, sum);
         }
         bkvi_k(turn)(turned, BKVI_LANES, (const unsigned char *)sums, BKVI_LANES, BKV_F32);
@@ -2593,31 +2609,28 @@ BKVI_NOINLINE float bkvi_k(pack)(const bkvi_head *h, const uint32_t *slots, bkvi
                 bkvi_v(store)(turned + lane,
                               bkvi_v(load)(turned + lane) + bkvi_v(load)(turned + j + lane));
         for (j = 0; j < BKVI_LANES; j++) mean[j] = turned[j] * (1.0f / (float)BKVI_BLOCK);
-        for (p = 0; p < 8; p++, to += stride)
-            for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
-                float *norm = block->norm + p * BKVI_LANES + lane;
-                const bkvi_vec factor = bkvi_k(scales)(type, scale[p], lane);
-                bkvi_vec x, sum = bkvi_v(load)(norm);
-                for (j = lane; j < n; j += BKVI_LANES) {
-                    x = bkvi_v(get)(packed, from[p] + j * size);
-                    x = bkvi_v(fma)(x, factor, bkvi_v(set)(-mean[j / BKVI_LANES]));
-                    bkvi_v(store)(to + j, x);
-                    sum = bkvi_v(fma)(x, x, sum);
-                }
-                bkvi_v(store)(norm, sum);
+        for (lane = 0; lane < BKVI_BLOCK; lane += BKVI_WIDTH) {
+            bkvi_vec x, sum = bkvi_v(load)(block->norm + lane);
+            to = first + lane / BKVI_LANES * stride + lane % BKVI_LANES;
+            for (j = 0; j < n; j += BKVI_LANES) {
+                x = bkvi_v(load)(to + j) - bkvi_v(set)(mean[j / BKVI_LANES]);
+                bkvi_v(store)(to + j, x);
+                sum = bkvi_v(fma)(x, x, sum);
             }
+            bkvi_v(store)(block->norm + lane, sum);
+        }
     }
     return bkvi_k(largest)(block->norm);
 }
 
 /* ---- importance (§1) ---- */
-/* to[j] = sum over i of c[i] * x(i, j) for 128 j, sixteens of them at i * step + j / 16 * apart. */
-BKVI_NOINLINE void bkvi_k(sums)(float *to, const float *x, size_t step, size_t apart, uint32_t n,
-                                const float *c) {
+/* to[j] += sum over i of c[i] * x(i, j) for 64 or 128 j, sixteens at i * step + j / 16 * apart. */
+BKVI_NOINLINE void bkvi_k(sums)(float *to, uint32_t width, const float *x, size_t step,
+                                size_t apart, uint32_t n, const float *c) {
     uint32_t i;
-    for (i = 0; i < BKVI_BLOCK / BKVI_LANES; i += BKVI_VECS(1))
+    for (i = 0; i < width / BKVI_LANES; i += BKVI_VECS(1))
         bkvi_k(tile_fma)(BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(x + i * apart), step,
-                         apart, n, c, 0, 1, 1, to + i * BKVI_LANES, BKVI_BLOCK, NULL);
+                         apart, n, c, 0, 1, 0, to + i * BKVI_LANES, BKVI_BLOCK, NULL);
 }
 
 BKVI_INLINE void bkvi_k(scaled)(float *to, const void *x, uint32_t n, float factor) {
@@ -2631,7 +2644,8 @@ BKVI_INLINE void bkvi_k(scaled)(float *to, const void *x, uint32_t n, float fact
 static void bkvi_k(against)(bkvi_block *block, uint32_t dim, size_t stride, const void *vector,
                             float scale, float *to) {
     bkvi_k(scaled)(block->matrix, vector, dim, scale);
-    bkvi_k(sums)(to, block->panels, BKVI_LANES, stride, dim, block->matrix);
+    memset(to, 0, BKVI_BLOCK * sizeof *to);
+    bkvi_k(sums)(to, BKVI_BLOCK, block->panels, BKVI_LANES, stride, dim, block->matrix);
 }
 
 /* x becomes 2^(x - shift) times the weights. */
@@ -2717,14 +2731,15 @@ BKVI_NOINLINE void bkvi_k(entries)(bkvi_block *block, int values, uint32_t i, ui
     for (row = 0; row < BKVI_LANES; row += 4)
         for (j = first * BKVI_LANES; j < end * BKVI_LANES; j += BKVI_WIDTH) {
             const float *product = block->tile + row * BKVI_PAGE + (j - first * BKVI_LANES);
-            float *to = block->matrix + (i * BKVI_LANES + row) * BKVI_BLOCK + j;
+            const uint32_t at = (i * BKVI_LANES + row) * BKVI_BLOCK + j;
+            float *to = (values ? block->matrix : block->kernel) + at;
             const float *factor = block->factor + i * BKVI_LANES + row;
             bkvi_vec x[4], col = bkvi_v(load)(block->factor + j);
             BKVI_FOUR for (k = 0; k < 4; k++) {
                 x[k] = bkvi_v(load)(product + k * BKVI_PAGE);
                 if (values) {
                     x[k] = (x[k] + shift) * bkvi_v(set)(factor[k] * a) * col;
-                    x[k] = x[k] * bkvi_v(load)(to + k * BKVI_BLOCK);
+                    x[k] = x[k] * bkvi_v(load)(block->kernel + at + k * BKVI_BLOCK);
                 } else {
                     x[k] = bkvi_v(fma)(x[k], bkvi_v(set)(a), shift);
                     x[k] = bkvi_v(pick_gt)(x[k], zero, zero, x[k]);
@@ -2752,10 +2767,11 @@ BKVI_INLINE void bkvi_k(rows)(bkvi_block *block, const int vecs, uint32_t i, uin
 #undef BKVI_PRODUCTS
 }
 
-/* The upper triangle of the products, and their entries: columns in groups of panels, panels of
-   rows down to the diagonal. Those of values, the last, are mirrored: exchanges need that. */
+/* The upper triangle of the products, and their entries, then mirrored: columns in groups of
+   panels, panels of rows down to the diagonal. */
 BKVI_NOINLINE void bkvi_k(products)(bkvi_block *block, int values, uint32_t dim, size_t stride,
                                     float a, float b) {
+    float *matrix = values ? block->matrix : block->kernel;
     uint32_t group, end, i, j;
     for (group = 0; group < 8; group = end) {
         end = group + BKVI_VECS(6);
@@ -2766,9 +2782,9 @@ BKVI_NOINLINE void bkvi_k(products)(bkvi_block *block, int values, uint32_t dim,
             if (BKVI_VECS(6) == 4 && vecs == 3) bkvi_k(rows)(block, 3, i, first, dim, stride);
             if (BKVI_VECS(6) == 4 && vecs == 4) bkvi_k(rows)(block, 4, i, first, dim, stride);
             bkvi_k(entries)(block, values, i, first, end, a, b);
-            for (j = bkvi_max(first, i + 1); j < end && values; j++)
-                bkvi_k(turn)(block->matrix + (j * BKVI_BLOCK + i) * BKVI_LANES, BKVI_BLOCK,
-                             (unsigned char *)(block->matrix + (i * BKVI_BLOCK + j) * BKVI_LANES),
+            for (j = bkvi_max(first, i + 1); j < end; j++)
+                bkvi_k(turn)(matrix + (j * BKVI_BLOCK + i) * BKVI_LANES, BKVI_BLOCK,
+                             (unsigned char *)(matrix + (i * BKVI_BLOCK + j) * BKVI_LANES),
                              BKVI_BLOCK, BKV_F32);
         }
     }
@@ -2777,8 +2793,8 @@ BKVI_NOINLINE void bkvi_k(products)(bkvi_block *block, int values, uint32_t dim,
 static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
     const bkv_config *cfg = &h->c->cfg;
     const uint32_t dim = BKVI_DIM(cfg->head_dim), v_dim = bkvi_v_dim(h->c);
+    const uint32_t importance = bkvi_importance(cfg);
     const float scale = cfg->scale * cfg->temp * BKVI_LOG2E;
-    const uint32_t importance = cfg->importance == BKV_NONE ? 0 : cfg->importance;
     /* One row more than needed: panels a multiple of 4 KiB apart would share cache sets. */
     const size_t stride = ((size_t)dim + 1) * BKVI_LANES;
     const size_t v_stride = ((size_t)v_dim + 1) * BKVI_LANES;
@@ -2803,25 +2819,19 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
        adds by itself, negative (from those that stay: too much). */
     float *f = block->tile, *step = f + BKVI_BLOCK, *own = step + BKVI_BLOCK;
     float *error = own + BKVI_BLOCK;
-    const bkvi_vec zero = bkvi_v(set)(0.0f), one = bkvi_v(set)(1.0f), never = bkvi_v(set)(-3e38f);
+    const bkvi_vec zero = bkvi_v(set)(0.0f), never = bkvi_v(set)(-3e38f);
     bkvi_vec x, y;
-    uint32_t i, j, moved = 1;
-    for (i = 0; i < BKVI_BLOCK; i++) {
-        step[i] = (float)keep[i];
-        own[i] = block->matrix[i * (BKVI_BLOCK + 1)];
+    uint32_t i, j;
+    for (i = 0; i < BKVI_BLOCK; i++) { /* step: 0 if there is no choice */
+        const float p = block->chance[i], w = p > 0.0f && p < 1.0f ? 1.0f / p : 0.0f;
+        step[i] = keep[i] ? -w : w;
+        error[i] = !keep[i] ? 1.0f : w > 0.0f ? 1.0f - w : 0.0f;
+        own[i] = step[i] > 0.0f ? -(w * w * block->matrix[i * (BKVI_BLOCK + 1)]) : -3e38f;
     }
-    for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH) { /* x: 1 / chance, or 0 if there is no choice */
-        const bkvi_vec p = bkvi_v(load)(block->chance + i), stays = bkvi_v(load)(step + i);
-        x = bkvi_v(pick_gt)(one, p, one / bkvi_v(pick_gt)(p, zero, p, one), zero);
-        y = bkvi_v(pick_gt)(x, zero, one - x, zero);
-        bkvi_v(store)(error + i, bkvi_v(pick_gt)(stays, zero, y, one));
-        y = bkvi_v(pick_gt)(x, zero, zero - x * x * bkvi_v(load)(own + i), never);
-        bkvi_v(store)(own + i, bkvi_v(pick_gt)(stays, zero, never, y));
-        bkvi_v(store)(step + i, bkvi_v(pick_gt)(stays, zero, zero - x, x));
-    }
-    bkvi_k(sums)(f, block->matrix, BKVI_BLOCK, BKVI_LANES, BKVI_BLOCK, error);
-    for (; rounds && moved; rounds--)
-        for (i = 0, moved = 0; i < BKVI_BLOCK; i++) {
+    memset(f, 0, BKVI_BLOCK * sizeof *f);
+    bkvi_k(sums)(f, BKVI_BLOCK, block->matrix, BKVI_BLOCK, BKVI_LANES, BKVI_BLOCK, error);
+    for (; rounds; rounds--)
+        for (i = 0; i < BKVI_BLOCK; i++) {
             const float *row = block->matrix + (size_t)i * BKVI_BLOCK, *other;
             const float own_i = step[i] * step[i] * row[i];
             const bkvi_vec away = bkvi_v(set)(-step[i]);
@@ -2840,7 +2850,7 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
             j = (uint32_t)-bkvi_v(top)(bkvi_v(pick_gt)(x, most, never, at));
             other = block->matrix + (size_t)j * BKVI_BLOCK;
             y = bkvi_v(set)(-step[j]);
-            moved = 1, keep[i] = 0, keep[j] = 1;
+            keep[i] = 0, keep[j] = 1;
             step[i] = -step[i], step[j] = -step[j];
             own[i] = -own_i, own[j] = -3e38f;
             for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
@@ -2848,6 +2858,71 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
                 bkvi_v(store)(f + j, bkvi_v(fma)(y, bkvi_v(load)(other + j), x));
             }
         }
+}
+
+/* ---- refit ---- */
+/* Rounds of regression: what is not answered for, z, goes over to the values of those that stay,
+   unless for certain, one token after the other: z_i -= 1/2 sum_j H_ij z_j in place, H the squared
+   kernel of the keys, 1 on its diagonal, times factors. Few half steps are its ridge. */
+static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
+    enum { SIDE = BKVI_PAGE }; /* dimensions at a time */
+    const uint32_t v_dim = bkvi_v_dim(h->c), type = BKVI_TYPE(h->c->cfg.kv_type);
+    const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE / 32.0f;
+    const size_t es = bkvi_type_bytes(type), stride = ((size_t)v_dim + 1) * BKVI_LANES;
+    float *z = block->matrix, *before = z + BKVI_BLOCK * SIDE; /* [128][SIDE] */
+    uint32_t i, j, k, first, round;
+    for (i = 0; i < BKVI_BLOCK; i++) {
+        float *row = block->kernel + i * BKVI_BLOCK;
+        const float own = row[i] > 1e-12f ? row[i] : 1e-12f;
+        const float factor = block->factor[i] > 1e-12f ? block->factor[i] : 1e-12f;
+        const bkvi_vec a = bkvi_v(set)(1.0f / own), b = bkvi_v(set)(-0.5f / factor);
+        for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
+            const bkvi_vec x = bkvi_v(load)(row + j) * a;
+            bkvi_v(store)(row + j, x * x * (bkvi_v(load)(block->factor + j) * b));
+        }
+    }
+    for (first = 0; first < v_dim; first += SIDE) {
+        float *panel = block->panels + (size_t)first * BKVI_LANES;
+        const uint32_t width = bkvi_min(SIDE, v_dim - first);
+        if (width < SIDE) memset(z, 0, BKVI_BLOCK * SIDE * sizeof *z);
+        for (i = 0; i < BKVI_BLOCK; i++) {
+            for (j = 0; j < width && i % BKVI_LANES == 0; j += BKVI_LANES)
+                bkvi_k(turn)(z + i * SIDE + j, SIDE,
+                             (unsigned char *)(panel + i / BKVI_LANES * stride + j * BKVI_LANES),
+                             BKVI_LANES, BKV_F32);
+            bkvi_k(scaled)(z + i * SIDE, z + i * SIDE, SIDE, block->score[i]);
+        }
+        memcpy(before, z, BKVI_BLOCK * SIDE * sizeof *z);
+        for (round = 0; round < h->c->cfg.rounds; round++)
+            for (i = 0; i < BKVI_BLOCK; i++)
+                if (block->score[i] < 0.0f)
+                    bkvi_k(sums)(z + i * SIDE, SIDE, z, SIDE, BKVI_LANES, BKVI_BLOCK,
+                                 block->kernel + i * BKVI_BLOCK);
+        for (i = 0; i < BKVI_BLOCK; i++)
+            for (j = 0; j < width; j += BKVI_WIDTH) { /* to where sixteen dimensions of it stood */
+                float *to = panel + i / BKVI_LANES * stride + i % BKVI_LANES * BKVI_LANES;
+                const bkvi_vec x = bkvi_v(load)(before + i * SIDE + j);
+                to += j / BKVI_LANES * BKVI_LANES * BKVI_LANES + j % BKVI_LANES;
+                bkvi_v(store)(to, (x - bkvi_v(load)(z + i * SIDE + j)) *
+                                      bkvi_v(set)(block->chance[i]));
+            }
+    }
+    for (i = 0; i < BKVI_BLOCK; i++) {
+        const uint32_t slot = slots[i / BKVI_PAGE] + i % BKVI_PAGE;
+        unsigned char *to = bkvi_part(h, BKVI_V, slot), *scale = bkvi_part(h, BKVI_V_SCALE, slot);
+        const float unit = type == BKV_I8 ? bkvi_float((uint32_t)bkvi_get16(scale) << 16) : 1.0f;
+        const float *more = block->panels + i / BKVI_LANES * stride + i % BKVI_LANES * BKVI_LANES;
+        if (!(block->score[i] < 0.0f)) continue;
+        for (j = 0; j < v_dim; j += BKVI_LANES, more += BKVI_LANES * BKVI_LANES) {
+            bkvi_k(row)(z, to, type, es, j, v_dim);
+            for (k = 0; k < BKVI_LANES; k += BKVI_WIDTH)
+                bkvi_v(store)(before + j + k, bkvi_v(fma)(bkvi_v(load)(z + k), bkvi_v(set)(unit),
+                                                          bkvi_v(load)(more + k)));
+        }
+        if (bkvi_k(scan)((unsigned char *)before, BKV_F32, 4, v_dim, limit))
+            bkvi_k(put)(to, 1, NULL, scale, type, (unsigned char *)before, BKV_F32, 4, v_dim,
+                        before);
+    }
 }
 
 /* ---- attend ---- */
@@ -3091,7 +3166,7 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
         const size_t beyond = onward ? c->head_bytes : 0;
         /* Tiles of equal size, at most BKVI_TILE_ROWS rows; the queries of a tile side by side. */
         size = (n + BKVI_TILE_ROWS - 1) / BKVI_TILE_ROWS;
-        size = (n + size - 1) / size;
+        size = BKVI_SMALL ? 1 : (n + size - 1) / size;
         for (r = 0; r < n; r++) {
             uint32_t token = (begin + r) / group, member = (begin + r) % group;
             uint32_t tile = r / size * size, width = bkvi_min(size, n - tile);
@@ -3121,11 +3196,11 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
             span.rests = bkvi_min(span.slots, slot < c->sink_slots ? BKVI_LANES : BKVI_PAGE);
             span.last = b + 1 == n_blocks;
             slot = span.last ? 0 : bkvi_block_slot(h, b + 1, &slots);
-            span.next_k = bkvi_part(h, BKVI_K, slot) + (span.last ? beyond : 0);
-            span.next_v = bkvi_part(h, BKVI_V, slot) + (span.last ? beyond : 0);
+            span.next_k = BKVI_SMALL ? NULL : bkvi_part(h, BKVI_K, slot) + (span.last ? beyond : 0);
+            span.next_v = BKVI_SMALL ? NULL : bkvi_part(h, BKVI_V, slot) + (span.last ? beyond : 0);
             for (r = 0; r < n; r += tile_rows) {
                 tile_rows = bkvi_min(size, n - r);
-                if (BKVI_SMALL || r || (span.last && !beyond)) span.next_k = span.next_v = NULL;
+                if (r || (span.last && !beyond)) span.next_k = span.next_v = NULL;
                 switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
     case (type)*8 + (rows): BKVI_FN(bkvi_attend_##type##_##rows)(c, t, &span, r); break;
@@ -3168,6 +3243,7 @@ static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be
     k.fetch = bkvi_k(fetch);
     k.gram = bkvi_k(gram);
     k.exchange = bkvi_k(exchange);
+    k.refit = bkvi_k(refit);
     k.attend = bkvi_k(attend);
     return k;
 }
