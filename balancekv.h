@@ -243,7 +243,7 @@ typedef struct bkv_config {
                             down to 64, below 512 slots 64, if two pages remain; or BKV_NONE */
     uint32_t rule;       /* BKV_RULE_*; 0: BKV_RULE_SAMPLE */
     uint32_t importance; /* BKV_IMPORTANCE_*, added up, or BKV_NONE; 0: all of them */
-    uint32_t rounds;     /* of exchanges, and of values moved, up to 64; 0: 2; BKV_NONE: neither */
+    uint32_t rounds;     /* of exchanges, and of values moved, up to 64; 0: 1; BKV_NONE: neither */
     uint32_t backend;    /* BKV_BACKEND_*; 0: the fastest this CPU has */
     uint32_t n_threads;  /* most threads that share one call, 1..1024; 0: 1 */
     float temp;          /* factor on the logits of the kernel of §1, 1e-6..1e6; 0: 0.1 */
@@ -255,7 +255,7 @@ typedef struct bkv_config {
 /* bkv_size() as a constant expression, for static arrays: of what bkv_config_default() gives, with
    this kv_type, n_q_heads not 0. Checks nothing, bkv_init() does. See examples/freestanding.c. */
 #define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
-    (256 + 64 + 140288 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                  \
+    (256 + 64 + 142336 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                  \
      BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
                    BKV_SIZE_ELEM(kv_type)) *                                                       \
          (n_kv_heads))
@@ -824,7 +824,7 @@ typedef struct bkvi_block {
     float use[BKVI_BLOCK], chance[BKVI_BLOCK];   /* chance: to stay */
     float score[BKVI_BLOCK]; /* importance, then what a token lacks of its weight, over weight */
     float factor[BKVI_BLOCK];                    /* in the kernel */
-    float norm[BKVI_BLOCK];                      /* squared norms of keys, then of values */
+    float norm[BKVI_BLOCK], mean[BKVI_DIM_MAX];  /* squared norms; of keys, then of values */
     float expected[BKVI_BLOCK], unlike[BKVI_BLOCK]; /* shares of importance */
     float kernel[BKVI_BLOCK * BKVI_BLOCK]; /* of the keys alone */
     float matrix[BKVI_BLOCK * BKVI_BLOCK]; /* times that of the values; values while they move */
@@ -1326,7 +1326,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (!r->rule) r->rule = BKV_RULE_SAMPLE;
     if (!r->importance)
         r->importance = BKV_IMPORTANCE_KEY | BKV_IMPORTANCE_QUERY | BKV_IMPORTANCE_USE;
-    if (!r->rounds) r->rounds = 2;
+    if (!r->rounds) r->rounds = 1;
     if (r->rule > BKV_RULE_WINDOW || (r->importance > 7 && r->importance != BKV_NONE) ||
         (r->rounds > 64 && r->rounds != BKV_NONE))
         return BKV_E_RULE;
@@ -2580,7 +2580,7 @@ BKVI_NOINLINE float bkvi_k(pack)(const bkvi_head *h, const uint32_t *slots, bkvi
                                  int values, uint32_t dim, size_t stride) {
     const int type = (int)BKVI_TYPE(h->c->cfg.kv_type);
     const size_t es = bkvi_type_bytes((uint32_t)type);
-    float *sums = block->tile, *turned = sums + 256, *mean = sums + 512;
+    float *sums = block->tile, *turned = sums + 256, *mean = block->mean;
     uint32_t i, j, p, n, lane;
     memset(block->norm, 0, sizeof block->norm);
     for (i = 0; i < dim; i += BKVI_LANES, mean += BKVI_LANES) {
@@ -2626,11 +2626,11 @@ BKVI_NOINLINE float bkvi_k(pack)(const bkvi_head *h, const uint32_t *slots, bkvi
 /* ---- importance (§1) ---- */
 /* to[j] += sum over i of c[i] * x(i, j) for 64 or 128 j, sixteens at i * step + j / 16 * apart. */
 BKVI_NOINLINE void bkvi_k(sums)(float *to, uint32_t width, const float *x, size_t step,
-                                size_t apart, uint32_t n, const float *c) {
+                                size_t apart, uint32_t n, const float *c, size_t c_step) {
     uint32_t i;
     for (i = 0; i < width / BKVI_LANES; i += BKVI_VECS(1))
         bkvi_k(tile_fma)(BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(x + i * apart), step,
-                         apart, n, c, 0, 1, 0, to + i * BKVI_LANES, BKVI_BLOCK, NULL);
+                         apart, n, c, 0, c_step, 0, to + i * BKVI_LANES, BKVI_BLOCK, NULL);
 }
 
 BKVI_INLINE void bkvi_k(scaled)(float *to, const void *x, uint32_t n, float factor) {
@@ -2645,7 +2645,7 @@ static void bkvi_k(against)(bkvi_block *block, uint32_t dim, size_t stride, cons
                             float scale, float *to) {
     bkvi_k(scaled)(block->matrix, vector, dim, scale);
     memset(to, 0, BKVI_BLOCK * sizeof *to);
-    bkvi_k(sums)(to, BKVI_BLOCK, block->panels, BKVI_LANES, stride, dim, block->matrix);
+    bkvi_k(sums)(to, BKVI_BLOCK, block->panels, BKVI_LANES, stride, dim, block->matrix, 1);
 }
 
 /* x becomes 2^(x - shift) times the weights. */
@@ -2685,7 +2685,7 @@ BKVI_NOINLINE void bkvi_k(expect)(const bkvi_head *h, bkvi_block *block, uint32_
 
 /* w e^(-4 cos(key, mean key)): keys unlike the others. */
 BKVI_NOINLINE void bkvi_k(unlike)(bkvi_block *block, uint32_t dim, size_t stride) {
-    float *mean = block->tile + 512, *work = block->matrix, *unlike = block->unlike;
+    float *mean = block->mean, *work = block->matrix, *unlike = block->unlike;
     bkvi_vec m, zero = bkvi_v(set)(0.0f);
     uint32_t i, padded = bkvi_round_up(dim, BKVI_LANES);
     bkvi_k(against)(block, dim, stride, mean, 1.0f, unlike);
@@ -2760,7 +2760,11 @@ BKVI_INLINE void bkvi_k(rows)(bkvi_block *block, const int vecs, uint32_t i, uin
 #define BKVI_PRODUCTS(rows)                                                                        \
     bkvi_k(tile_fma)(BKV_F32, rows, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,   \
                      block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL)
-    for (row = 0; row < BKVI_LANES && (BKVI_SMALL || BALANCEKV_SIMDE); row += 2) BKVI_PRODUCTS(2);
+    if (BKVI_SMALL) memset(block->tile, 0, 4 * BKVI_LANES * BKVI_PAGE);
+    for (row = 0; row < BKVI_LANES && BKVI_SMALL; row++)
+        bkvi_k(sums)(block->tile + row * BKVI_PAGE, BKVI_LANES, (const float *)(const void *)x,
+                     BKVI_LANES, stride, dim, c + row, BKVI_LANES);
+    for (; row < BKVI_LANES && BALANCEKV_SIMDE; row += 2) BKVI_PRODUCTS(2);
     if (row) return;
     for (; row < 10; row += 5) BKVI_PRODUCTS(5);
     BKVI_PRODUCTS(6);
@@ -2829,7 +2833,8 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
         own[i] = step[i] > 0.0f ? -(w * w * block->matrix[i * (BKVI_BLOCK + 1)]) : -3e38f;
     }
     memset(f, 0, BKVI_BLOCK * sizeof *f);
-    bkvi_k(sums)(f, BKVI_BLOCK, block->matrix, BKVI_BLOCK, BKVI_LANES, BKVI_BLOCK, error);
+    bkvi_k(sums)(f, BKVI_BLOCK, block->matrix, BKVI_BLOCK, BKVI_LANES, BKVI_BLOCK, error,
+                 1);
     for (; rounds; rounds--)
         for (i = 0; i < BKVI_BLOCK; i++) {
             const float *row = block->matrix + (size_t)i * BKVI_BLOCK, *other;
@@ -2862,66 +2867,68 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
 
 /* ---- refit ---- */
 /* Rounds of regression: what is not answered for, z, goes over to the values of those that stay,
-   unless for certain, one token after the other: z_i -= 1/2 sum_j H_ij z_j in place, H the squared
-   kernel of the keys, 1 on its diagonal, times factors. Few half steps are its ridge. */
+   unless for certain, one token after the other: z_i -= 1/2 sum_j H_ij (z_j - r_i v_j), H the
+   fourth power of the keys' kernel, 1 on its diagonal, times factors; r_i, by how much weights are
+   short near token i, is no error of the quotient that attention is. Half steps are its ridge. */
 static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
     enum { SIDE = BKVI_PAGE }; /* dimensions at a time */
     const uint32_t v_dim = bkvi_v_dim(h->c), type = BKVI_TYPE(h->c->cfg.kv_type);
     const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE / 32.0f;
-    const size_t es = bkvi_type_bytes(type), stride = ((size_t)v_dim + 1) * BKVI_LANES;
-    float *z = block->matrix, *before = z + BKVI_BLOCK * SIDE; /* [128][SIDE] */
-    uint32_t i, j, k, first, round;
+    const size_t stride = ((size_t)v_dim + 1) * BKVI_LANES;
+    float *v = block->matrix, *z = v + BKVI_BLOCK * SIDE; /* [128][SIDE] */
+    float *work = block->tile, *near = block->unlike;
+    uint32_t i, j, first, round;
     for (i = 0; i < BKVI_BLOCK; i++) {
         float *row = block->kernel + i * BKVI_BLOCK;
-        const float own = row[i] > 1e-12f ? row[i] : 1e-12f;
-        const float factor = block->factor[i] > 1e-12f ? block->factor[i] : 1e-12f;
-        const bkvi_vec a = bkvi_v(set)(1.0f / own), b = bkvi_v(set)(-0.5f / factor);
+        const bkvi_vec a = bkvi_v(set)(1.0f / (row[i] + 1e-6f)); /* so that nothing is too large */
+        const bkvi_vec b = bkvi_v(set)(-0.5f / (block->factor[i] + 1e-12f));
         for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
-            const bkvi_vec x = bkvi_v(load)(row + j) * a;
-            bkvi_v(store)(row + j, x * x * (bkvi_v(load)(block->factor + j) * b));
+            bkvi_vec x = bkvi_v(load)(row + j) * a;
+            x = x * x;
+            x = x * x * (bkvi_v(load)(block->factor + j) * b);
+            bkvi_v(store)(row + j, x);
+            bkvi_v(store)(work + j, x * bkvi_v(load)(block->score + j));
         }
+        near[i] = bkvi_k(total)(work, BKVI_BLOCK) / (1e-30f - bkvi_k(total)(row, BKVI_BLOCK));
     }
     for (first = 0; first < v_dim; first += SIDE) {
         float *panel = block->panels + (size_t)first * BKVI_LANES;
         const uint32_t width = bkvi_min(SIDE, v_dim - first);
-        if (width < SIDE) memset(z, 0, BKVI_BLOCK * SIDE * sizeof *z);
-        for (i = 0; i < BKVI_BLOCK; i++) {
-            for (j = 0; j < width && i % BKVI_LANES == 0; j += BKVI_LANES)
-                bkvi_k(turn)(z + i * SIDE + j, SIDE,
+        if (width < SIDE) memset(v, 0, BKVI_BLOCK * SIDE * sizeof *v);
+        for (i = 0; i < BKVI_BLOCK; i += BKVI_LANES)
+            for (j = 0; j < width; j += BKVI_LANES)
+                bkvi_k(turn)(v + i * SIDE + j, SIDE,
                              (unsigned char *)(panel + i / BKVI_LANES * stride + j * BKVI_LANES),
                              BKVI_LANES, BKV_F32);
-            bkvi_k(scaled)(z + i * SIDE, z + i * SIDE, SIDE, block->score[i]);
-        }
-        memcpy(before, z, BKVI_BLOCK * SIDE * sizeof *z);
+        for (i = 0; i < BKVI_BLOCK; i++)
+            bkvi_k(scaled)(z + i * SIDE, v + i * SIDE, SIDE, block->score[i]);
         for (round = 0; round < h->c->cfg.rounds; round++)
-            for (i = 0; i < BKVI_BLOCK; i++)
-                if (block->score[i] < 0.0f)
-                    bkvi_k(sums)(z + i * SIDE, SIDE, z, SIDE, BKVI_LANES, BKVI_BLOCK,
-                                 block->kernel + i * BKVI_BLOCK);
+            for (i = 0; i < BKVI_BLOCK; i++) {
+                const float *row = block->kernel + i * BKVI_BLOCK;
+                if (block->score[i] >= 0.0f) continue;
+                bkvi_k(scaled)(work, row, BKVI_BLOCK, near[i]);
+                bkvi_k(sums)(z + i * SIDE, SIDE, v, SIDE, BKVI_LANES, BKVI_BLOCK, work, 1);
+                bkvi_k(sums)(z + i * SIDE, SIDE, z, SIDE, BKVI_LANES, BKVI_BLOCK, row, 1);
+            }
         for (i = 0; i < BKVI_BLOCK; i++)
             for (j = 0; j < width; j += BKVI_WIDTH) { /* to where sixteen dimensions of it stood */
                 float *to = panel + i / BKVI_LANES * stride + i % BKVI_LANES * BKVI_LANES;
-                const bkvi_vec x = bkvi_v(load)(before + i * SIDE + j);
                 to += j / BKVI_LANES * BKVI_LANES * BKVI_LANES + j % BKVI_LANES;
-                bkvi_v(store)(to, (x - bkvi_v(load)(z + i * SIDE + j)) *
-                                      bkvi_v(set)(block->chance[i]));
+                bkvi_v(store)(to, bkvi_v(load)(v + i * SIDE + j) - bkvi_v(load)(z + i * SIDE + j));
             }
     }
     for (i = 0; i < BKVI_BLOCK; i++) {
         const uint32_t slot = slots[i / BKVI_PAGE] + i % BKVI_PAGE;
-        unsigned char *to = bkvi_part(h, BKVI_V, slot), *scale = bkvi_part(h, BKVI_V_SCALE, slot);
-        const float unit = type == BKV_I8 ? bkvi_float((uint32_t)bkvi_get16(scale) << 16) : 1.0f;
-        const float *more = block->panels + i / BKVI_LANES * stride + i % BKVI_LANES * BKVI_LANES;
-        if (!(block->score[i] < 0.0f)) continue;
-        for (j = 0; j < v_dim; j += BKVI_LANES, more += BKVI_LANES * BKVI_LANES) {
-            bkvi_k(row)(z, to, type, es, j, v_dim);
-            for (k = 0; k < BKVI_LANES; k += BKVI_WIDTH)
-                bkvi_v(store)(before + j + k, bkvi_v(fma)(bkvi_v(load)(z + k), bkvi_v(set)(unit),
-                                                          bkvi_v(load)(more + k)));
-        }
-        if (bkvi_k(scan)((unsigned char *)before, BKV_F32, 4, v_dim, limit))
-            bkvi_k(put)(to, 1, NULL, scale, type, (unsigned char *)before, BKV_F32, 4, v_dim,
-                        before);
+        const float *x = block->panels + i / BKVI_LANES * stride + i % BKVI_LANES * BKVI_LANES;
+        if (block->score[i] >= 0.0f) continue;
+        for (j = 0; j < v_dim; j += BKVI_WIDTH)
+            bkvi_v(store)(v + j,
+                          bkvi_v(fma)(bkvi_v(load)(x + j / BKVI_LANES * 256 + j % BKVI_LANES),
+                                      bkvi_v(set)(block->chance[i]),
+                                      bkvi_v(load)(block->mean + j)));
+        if (bkvi_k(scan)((unsigned char *)v, BKV_F32, 4, v_dim, limit))
+            bkvi_k(put)(bkvi_part(h, BKVI_V, slot), 1, NULL, bkvi_part(h, BKVI_V_SCALE, slot), type,
+                        (unsigned char *)v, BKV_F32, 4, v_dim, v);
     }
 }
 
