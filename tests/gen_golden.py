@@ -41,21 +41,21 @@ FIELDS = ("rule importance rounds n_q_heads n_kv_heads head_dim value_dim budget
           "temp scale softcap seed data every pin i8 at").split()
 CASES = [dict(zip(FIELDS, row)) for row in [
     (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 14, 1, 1, 0, 0, (340, 700)),
-    (SAMPLE,  0,     0,    3, 1, 16, 8, 330, 0, 0, 0, 1, 20, 15, 1, 1, 0, 0, (384, 900)),
+    (SAMPLE,  0,     0,    3, 1, 16, 8, 350, 0, 0, 0, 1, 20, 15, 1, 1, 0, 0, (400, 900)),
     (SAMPLE,  3,     0,    3, 1, 16, 24, 480, 20, 128, 0, 0, 0, 12, 2, 2, 0, 0, (500, 1100)),
     (SAMPLE,  QUERY, 0,    2, 1, 24, 24, 272, NONE, 100, 0.5, 0.25, 0, G, 1, 3, 0, 0, (321, 700)),
     (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4, NONE, 0, 1, 5, 21, 1, 1, 0, 0, (209, 500)),
-    (SAMPLE,  KEY,   0,    1, 1, 16, 16, 256, 0, 64, 0, 0, 0, 22, 1, 0, 0, 0, (273, 800)),
-    (SAMPLE,  NONE,  0,    2, 2, 8, 8, 256, 0, NONE, 1, 0, 0, 23, 1, 0, 0, 0, (257, 320)),
-    (SAMPLE,  7,     1,    3, 1, 16, 24, 272, 4, 64, 0, 1, 0, 24, 1, 1, 0, 0, (300, 700)),
+    (SAMPLE,  KEY,   3,    1, 1, 16, 16, 208, 4, 64, 0, 0, 0, 22, 1, 0, 0, 0, (273, 800)),
+    (SAMPLE,  NONE,  0,    2, 2, 8, 8, 208, 4, NONE, 1, 0, 0, 23, 1, 0, 0, 0, (209, 270)),
+    (SAMPLE,  6,     2,    3, 1, 16, 24, 272, 4, 64, 0, 1, 0, 24, 1, 1, 0, 0, (300, 700)),
     (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4, 64, 0, 1, 0, 25, 1, 1, 0, 0, (300, 900)),
-    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 320, 0, 0, 0, 2, 0, 26, 1, 1, 0, 0, (400, 1500)),
+    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 2, 0, 26, 2, 1, 0, 0, (400, 1500)),
     (SAMPLE,  0,     0,    1, 1, 8, 8, 144, 4, NONE, 0, 2, 0, 27, 1, 1, 0, 0, (200, 1300)),
     (SAMPLE,  0,     0,    2, 1, 16, 16, 400, 4, 64, 0, 1, 0, 28, 1, 1, 2, 0, (450, 1200)),
     (SAMPLE,  KEY,   0,    1, 1, 16, 8, 400, 4, 64, 0, 1, 0, 29, 1, 0, 5, 0, (450, 1200)),
-    (WINDOW,  0,     0,    3, 1, 24, 8, 330, 0, 64, 0, 0, 5, 19, 1, 0, 0, 0, (321, 640)),
-    (SAMPLE,  0,     0,    4, 2, 8, 16, 560, 4, 0, 0, 0, 0, 30, 7, 1, 0, 1, (600, 700)),
-    (SAMPLE,  7,     0,    3, 1, 16, 24, 350, 40, 64, 0, 1, 20, 31, 2, 1, 3, 1, (400, 590)),
+    (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 5, 19, 1, 0, 0, 0, (337, 640)),
+    (SAMPLE,  0,     0,    4, 2, 8, 16, 560, 4, 0, 0, 0, 0, 30, 2, 1, 0, 1, (600, 700)),
+    (SAMPLE,  7,     0,    3, 1, 16, 24, 350, 40, 64, 0, 1, 20, 31, 1, 1, 3, 1, (400, 590)),
     (WINDOW,  0,     0,    2, 1, 24, 8, 208, NONE, NONE, 0, 1, 0, 32, 1, 1, 0, 1, (193, 640)),
 ]]
 
@@ -169,7 +169,7 @@ def expected(case, block):
 
 
 def bits_of(case):
-    return {0: QUERY | USE, NONE: 0}.get(case["importance"], case["importance"])
+    return {0: KEY | QUERY | USE, NONE: 0}.get(case["importance"], case["importance"])
 
 
 def importance_of(case, block, e):
@@ -267,8 +267,8 @@ def sample(case, block, u, margins):
         v = block.v - block.v.mean(axis=0)
         a, E = np.sqrt(w * e) if by_query else w, exponentials(case, block.k)
         K, size = kernel(E, v, a, (v * v).sum(axis=1).mean() / 32)
-        stay = exchange(stay, p, K, size, case["rounds"] or 2, margins)
-        moved = zip(*refit(E, block.v, a, p, stay))
+        stay = exchange(stay, p, K, size, case["rounds"] or 1, margins)
+        moved = zip(*refit(E, block.v, a, p, stay)) if by_query else ()
     stay = np.flatnonzero(stay)
     kept = w[stay] / p[stay]
     return stay, np.maximum(kept * min(1, block.seen / kept.sum()), 1), moved
@@ -297,8 +297,7 @@ class Head:
     def __init__(self, case, head, margins):
         self.case, self.head, self.margins = case, head, margins
         slots = case["budget"] // 16 * 16
-        learns = case["rule"] == SAMPLE and bits_of(case) & (QUERY | USE)
-        sinks = {0: 0 if learns else 4, NONE: 0}.get(case["sinks"], case["sinks"])
+        sinks = {0: 4, NONE: 0}.get(case["sinks"], case["sinks"])
         self.n_pages = (slots - (sinks + 15) // 16 * 16) // PAGE
         self.n_sinks = slots - self.n_pages * PAGE
         self.few = slots < FEW

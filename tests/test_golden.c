@@ -97,9 +97,12 @@ static void skip(const bkv_cache *c, const golden_case *g, golden_answers *a) {
 }
 
 /* What 16 bits make of a value below 2, as all are that one refit has moved; 0: nothing, as they
-   hold the inputs, f32 holds all, and the model of I8 rounds as well. */
+   hold the inputs and no refit is due, f32 holds all, and the model of I8 rounds as well. */
 static double rounding_of(const golden_case *g, uint32_t kv_type) {
-    if (g->i8 || g->rule != BKV_RULE_SAMPLE || g->rounds == BKV_NONE) return 0;
+    const uint32_t parts = g->importance == BKV_NONE ? 0 : g->importance ? g->importance : 7;
+    if (g->i8 || g->rule != BKV_RULE_SAMPLE || g->rounds == BKV_NONE ||
+        !(parts & BKV_IMPORTANCE_QUERY))
+        return 0;
     return kv_type == BKV_F16 ? 1.0 / 2048 : kv_type == BKV_BF16 ? 1.0 / 256 : 0;
 }
 
