@@ -27,6 +27,7 @@ typedef struct golden_answers {
 } golden_answers;
 
 enum { KEY, VALUE, QUERY, KEY_OFFSET, QUERY_OFFSET };
+enum { MOST = 100 }; /* elements of the heads of a token */
 
 /* An integer -64..63, gen_golden.py's noise(): the finaliser of splitmix64 over a counter. */
 static int noise(uint64_t data, uint64_t what, uint64_t token, uint64_t head, uint64_t i) {
@@ -75,7 +76,7 @@ static void compare_tokens(const bkv_cache *c, const golden_case *g, golden_answ
    and `rounding` of values that a refit has moved. */
 static void compare_outputs(bkv_cache *c, const golden_case *g, uint32_t seen, double rounding,
                             golden_answers *a) {
-    float q[4 * 24], out[4 * 24];
+    float q[MOST], out[MOST];
     uint32_t n = g->n_q_heads * g->value_dim;
     for (uint32_t t = 0; t < GOLDEN_QUERIES; t++, a->output += n) {
         make_token(g, QUERY, seen - 1 + t, g->n_q_heads, g->head_dim, q);
@@ -124,7 +125,7 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
     cfg.softcap = g->softcap;
     cfg.seed = g->seed;
     bkv_cache c = cache_new(&cfg);
-    float k[2 * 24], v[2 * 24], q[4 * 24], out[4 * 24];
+    float k[MOST], v[MOST], q[MOST], out[MOST];
     uint32_t seen = 0, level;
     const double rounding = rounding_of(g, kv_type);
     for (unsigned i = 0; i < GOLDEN_CHECKPOINTS; i++) {
