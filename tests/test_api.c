@@ -249,7 +249,8 @@ static void defaults(void) {
         memset(&zero, 0, sizeof zero);
         zero.n_q_heads = 6, zero.n_kv_heads = 3, zero.head_dim = 64, zero.budget = budgets[i];
         CHECK(full.value_dim == 64 && full.kv_type == BKV_F16 && full.rule == BKV_RULE_SAMPLE);
-        CHECK(full.importance == (BKV_IMPORTANCE_QUERY | BKV_IMPORTANCE_USE) && full.rounds == 2);
+        CHECK(full.importance == (BKV_IMPORTANCE_KEY | BKV_IMPORTANCE_QUERY | BKV_IMPORTANCE_USE));
+        CHECK(full.rounds == 1);
         CHECK(full.sinks > 0 && full.window > 0 && full.n_threads == 1);
         if (budgets[i] > 208)
             CHECK(full.window == (budgets[i] < 512 ? 64 : budgets[i] / 3 / 64 * 64));

@@ -33,9 +33,16 @@ typedef struct errors {
     double doubt[2 * 16]; /* of each query head: the estimate of its error */
 } errors;
 
+/* 1: values of tokens that went through a halving are not those of the stream any more. */
+static int refits(const bkv_config *cfg) {
+    return cfg->rule == BKV_RULE_SAMPLE && cfg->rounds != BKV_NONE && cfg->importance != BKV_NONE &&
+           cfg->importance & BKV_IMPORTANCE_QUERY;
+}
+
 /* Compares out with sum_i w_i e^(s_i) v_i / sum_i w_i e^(s_i) over the kept tokens of c, whose rows
-   are those of the stream at their positions; `stored`: rounded to the type of the cache. */
-static errors compare(const bkv_cache *c, const stream *s, const float *out, int stored) {
+   are those of the stream at their positions, but for values that were refitted: these are
+   exported. `stored`: rounded to the type of the cache. */
+static errors compare(bkv_cache *c, const stream *s, const float *out, int stored) {
     const bkv_config *cfg = &c->cfg;
     bkv_stats_info st = cache_stats(c);
     uint32_t n = st.tokens_held, group = cfg->n_q_heads / cfg->n_kv_heads;
@@ -46,8 +53,14 @@ static errors compare(const bkv_cache *c, const stream *s, const float *out, int
     double *v = (double *)checked(malloc(n * dv * sizeof *v));
     double *p = (double *)checked(malloc(n * sizeof *p)),
            *w = (double *)checked(malloc(n * sizeof *w));
+    float *exported = new_floats(c->slots * dv);
     for (uint32_t head = 0; head < cfg->n_kv_heads; head++) {
         double largest = 0;
+        bkvi_head state = bkvi_head_get(c, head, 0);
+        bkv_rows rows;
+        memset(&rows, 0, sizeof rows);
+        rows.v = exported, rows.type = BKV_F32, rows.n_rows = c->slots;
+        if (refits(cfg)) OK(bkv_export(c, head, &rows));
         for (uint32_t i = 0; i < n; i++) {
             bkv_token_info t = cache_token(c, head, i);
             w[i] = (double)t.weight;
@@ -57,6 +70,8 @@ static errors compare(const bkv_cache *c, const stream *s, const float *out, int
             int with_rest = cfg->budget >= 512 && ((t.kind == BKV_KIND_SINK && i < 16) || i >= newest);
             if (stored) round_row(k + i * d, d, cfg->kv_type, 0, with_rest);
             if (stored) round_row(v + i * dv, dv, cfg->kv_type, 1, with_rest);
+            for (size_t j = 0; j < dv && t.level && refits(cfg); j++)
+                v[i * dv + j] = (double)exported[bkvi_slot_of(&state, i) * dv + j];
             for (size_t j = 0; j < dv; j++) largest = fmax(largest, fabs(v[i * dv + j]));
         }
         for (uint32_t h = head * group; h < (head + 1) * group; h++) {
@@ -87,7 +102,7 @@ static errors compare(const bkv_cache *c, const stream *s, const float *out, int
             e.doubt[h] = sqrt(variance / square);
         }
     }
-    free(k), free(v), free(p), free(w);
+    free(k), free(v), free(p), free(w), free(exported);
     return e;
 }
 

@@ -3,7 +3,8 @@
    tests/golden/cases.h holds what the float64 NumPy model of gen_golden.py keeps of a stream, with
    which weights and uses, and what attention over it gives. Each case is replayed on every backend
    and with every storage type but I8: the inputs are exact in all of them, so the results must
-   agree. I8 has cases of its own, whose model rounds as tests/golden/README.md says. */
+   agree until a refit's values are rounded to f16 or bf16, and a halving decides by those. I8 has
+   cases of its own, whose model rounds as tests/golden/README.md says. */
 #include "test.h"
 
 typedef struct golden_case {
@@ -26,6 +27,7 @@ typedef struct golden_answers {
 } golden_answers;
 
 enum { KEY, VALUE, QUERY, KEY_OFFSET, QUERY_OFFSET };
+enum { MOST = 100 }; /* elements of the heads of a token */
 
 /* An integer -64..63, gen_golden.py's noise(): the finaliser of splitmix64 over a counter. */
 static int noise(uint64_t data, uint64_t what, uint64_t token, uint64_t head, uint64_t i) {
@@ -70,18 +72,39 @@ static void compare_tokens(const bkv_cache *c, const golden_case *g, golden_answ
     }
 }
 
-/* Attends with the checkpoint's queries. max |v| is 1, so the bound is 2e-5 * max |v|. */
-static void compare_outputs(bkv_cache *c, const golden_case *g, uint32_t seen, golden_answers *a) {
-    float q[4 * 24], out[4 * 24];
+/* Attends with the checkpoint's queries. The inputs have max |v| = 1, so the bound is 2e-5 of it,
+   and `rounding` of values that a refit has moved. */
+static void compare_outputs(bkv_cache *c, const golden_case *g, uint32_t seen, double rounding,
+                            golden_answers *a) {
+    float q[MOST], out[MOST];
     uint32_t n = g->n_q_heads * g->value_dim;
     for (uint32_t t = 0; t < GOLDEN_QUERIES; t++, a->output += n) {
         make_token(g, QUERY, seen - 1 + t, g->n_q_heads, g->head_dim, q);
         OK(bkv_attend(c, bkv_dense(q, BKV_F32), out, 0, 1));
         for (uint32_t i = 0; i < n; i++)
-            CHECKF(fabs((double)out[i] - a->output[i]) <= 2e-5,
+            CHECKF(fabs((double)out[i] - a->output[i]) <= 2e-5 + rounding,
                    "query %u, output %u: %.9g, not %.9g", (unsigned)t, (unsigned)i, (double)out[i],
                    a->output[i]);
     }
+}
+
+/* Steps over the answers of a checkpoint. */
+static void skip(const bkv_cache *c, const golden_case *g, golden_answers *a) {
+    uint32_t held = g->n_kv_heads * cache_stats(c).tokens_held;
+    a->position += held;
+    a->weight += held;
+    a->use += g->n_kv_heads;
+    a->output += GOLDEN_QUERIES * g->n_q_heads * g->value_dim;
+}
+
+/* What 16 bits make of a value below 2, as all are that one refit has moved; 0: nothing, as they
+   hold the inputs and no refit is due, f32 holds all, and the model of I8 rounds as well. */
+static double rounding_of(const golden_case *g, uint32_t kv_type) {
+    const uint32_t parts = g->importance == BKV_NONE ? 0 : g->importance ? g->importance : 7;
+    if (g->i8 || g->rule != BKV_RULE_SAMPLE || g->rounds == BKV_NONE ||
+        !(parts & BKV_IMPORTANCE_QUERY))
+        return 0;
+    return kv_type == BKV_F16 ? 1.0 / 2048 : kv_type == BKV_BF16 ? 1.0 / 256 : 0;
 }
 
 /* Streams one case through a cache; returns the place of the next case's answers. */
@@ -102,8 +125,9 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
     cfg.softcap = g->softcap;
     cfg.seed = g->seed;
     bkv_cache c = cache_new(&cfg);
-    float k[2 * 24], v[2 * 24], q[4 * 24], out[4 * 24];
-    uint32_t seen = 0;
+    float k[MOST], v[MOST], q[MOST], out[MOST];
+    uint32_t seen = 0, level;
+    const double rounding = rounding_of(g, kv_type);
     for (unsigned i = 0; i < GOLDEN_CHECKPOINTS; i++) {
         for (; seen < g->at[i]; seen++) {
             make_token(g, KEY, seen, g->n_kv_heads, g->head_dim, k);
@@ -114,8 +138,14 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
             make_token(g, QUERY, seen, g->n_q_heads, g->head_dim, q);
             OK(bkv_attend(&c, bkv_dense(q, BKV_F32), out, 0, 1));
         }
-        compare_tokens(&c, g, &a);
-        compare_outputs(&c, g, seen, &a);
+        level = cache_stats(&c).max_level;
+        CHECK(i > 0 || level == 1 || rounding <= 0); /* every type has a refit to agree in */
+        if (level > 1 && rounding > 0) {
+            skip(&c, g, &a);
+        } else {
+            compare_tokens(&c, g, &a);
+            compare_outputs(&c, g, seen, rounding, &a);
+        }
     }
     if (test_errors != errors_before)
         printf("    ... in case %u, %s, %s\n", (unsigned)(g - golden_cases),

@@ -690,6 +690,163 @@ static void rounds_of_balancing_help(void) {
     stream_free(&s);
 }
 
+/* ---- the refit: values of tokens that stay by chance, and nothing else, move ------------------ */
+
+enum { REFIT_SINKS = 256, REFIT_BUDGET = REFIT_SINKS + 128, REFIT_TOKENS = REFIT_BUDGET + 5 * 64 };
+
+/* Head 0 as rows of f32, in which every storage type is exact. Below 512 slots no row has a rest. */
+typedef struct head_rows {
+    float k[REFIT_BUDGET][DIM], v[REFIT_BUDGET][VALUE_DIM], mask[REFIT_BUDGET];
+} head_rows;
+
+static void export_head(bkv_cache *c, head_rows *to) {
+    bkv_rows rows;
+    memset(&rows, 0, sizeof rows);
+    rows.k = to->k, rows.v = to->v, rows.mask = to->mask;
+    rows.type = rows.mask_type = BKV_F32;
+    rows.n_rows = REFIT_BUDGET;
+    OK(bkv_export(c, 0, &rows));
+}
+
+/* A stream of one head, some of whose values are so large that their tokens stay for certain. Every
+   29th token is pinned. */
+static stream refit_stream(double size) {
+    stream s = stream_new(REFIT_TOKENS, BKV_F32);
+    for (size_t t = 0; t < s.n; t++)
+        for (size_t i = 0; i < VALUE_DIM; i++)
+            tensor_set(&s.v, t, 0, i, size * (t % 31 == 0 ? 1 : 0.03) * tensor_get(&s.v, t, 0, i));
+    return s;
+}
+
+typedef struct refit_counts {
+    unsigned certain, pinned, by_chance, moved;
+    float largest; /* element of a value that has moved */
+} refit_counts;
+
+static int is_pin(size_t t) { return t % 29 == 0; }
+
+/* Feeds a stream, and looks at every token after every halving. */
+static refit_counts count_refits(const bkv_config *cfg, const stream *s) {
+    static head_rows rows;
+    static float k[REFIT_TOKENS][DIM], v[REFIT_TOKENS][VALUE_DIM]; /* as appended, or moved last */
+    bkv_cache c = cache_new(cfg), one = cache_new(cfg);
+    float out[VALUE_DIM], weight[REFIT_TOKENS], mass;
+    refit_counts n = {0, 0, 0, 0, 0};
+    for (size_t t = 0; t < s->n; t++) {
+        OK(bkv_reset(&one));
+        append_one_head(&one, s, t, 1);
+        export_head(&one, &rows);
+        memcpy(k[t], rows.k[0], sizeof k[t]), memcpy(v[t], rows.v[0], sizeof v[t]);
+        weight[t] = 1;
+    }
+    for (size_t t = 0; t < s->n; t++) {
+        uint64_t halvings = cache_stats(&c).halvings;
+        bkv_tensor key = tensor_from(&s->k, t), value = tensor_from(&s->v, t);
+        OK(bkv_append(&c, key, value, 1, is_pin(t) ? BKV_PIN : 0, 0, 1));
+        OK(bkv_validate(&c));
+        if (t % 4 == 0) OK(bkv_attend(&c, tensor_from(&s->q, t), out, 0, 1));
+        for (size_t i = 0; i < VALUE_DIM; i++) CHECK(isfinite(out[i]));
+        if (cache_stats(&c).halvings == halvings) continue;
+        float now[REFIT_TOKENS] = {0};
+        unsigned held = 0;
+        mass = 0;
+        for (uint32_t i = 0; i < cache_stats(&c).tokens_held; i++) {
+            bkv_token_info info = cache_token(&c, 0, i);
+            now[info.position] = info.weight;
+            if (info.kind == BKV_KIND_PAGE && info.level) mass += info.weight;
+        }
+        CHECK(mass < 0.99f * (float)t); /* else weights would be scaled down */
+        export_head(&c, &rows);
+        for (size_t row = 0; row < REFIT_BUDGET; row++) {
+            if (!isfinite(rows.mask[row])) continue;
+            size_t i = 0;
+            while (i <= t && memcmp(k[i], rows.k[row], sizeof k[i])) i++;
+            CHECKF(i <= t && now[i] > 0, "row %zu has a key that no token has", row);
+            if (i > t) continue;
+            int moved = memcmp(v[i], rows.v[row], sizeof v[i]) != 0;
+            int certain = now[i] <= weight[i];
+            held++;
+            CHECKF(!moved || !certain, "after %zu tokens: %zu stays for certain and moves", t, i);
+            CHECK(certain || !is_pin(i));
+            n.certain += certain && i >= REFIT_SINKS && i < t;
+            n.pinned += is_pin(i) && i >= REFIT_SINKS && i < t;
+            n.by_chance += !certain, n.moved += (unsigned)moved;
+            for (size_t x = 0; x < VALUE_DIM; x++) {
+                CHECK(isfinite(rows.v[row][x]));
+                if (moved) n.largest = fmaxf(n.largest, fabsf(rows.v[row][x]));
+            }
+            memcpy(v[i], rows.v[row], sizeof v[i]);
+        }
+        memcpy(weight, now, sizeof weight);
+        for (size_t i = t + 1; i < s->n; i++) weight[i] = 1;
+        CHECK(held == cache_stats(&c).tokens_held);
+    }
+    cache_free(&c), cache_free(&one);
+    return n;
+}
+
+static bkv_config refit_config(uint32_t kv_type) {
+    bkv_config cfg = one_head(0, 0, 3);
+    cfg.kv_type = kv_type;
+    cfg.sinks = REFIT_SINKS, cfg.budget = REFIT_BUDGET;
+    return cfg;
+}
+
+/* Values move only where it is known what queries expect, and there of nearly all tokens that are
+   not certain; count_refits() looks at keys and at those that are. */
+static void values_move_by_chance(void) {
+    static const uint32_t kinds[] = {0, BKV_NONE, 1, 2, 4, 5, 6, 7};
+    stream s = refit_stream(4);
+    uint32_t turn = 0;
+    for (size_t t = 0; t < COUNT(storage_types); t++)
+        for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++)
+            for (size_t i = 0; i < (rule == BKV_RULE_SAMPLE ? COUNT(kinds) : 1); i++)
+                for (size_t r = 0; r < COUNT(rounds); r++) {
+                    if (test_quick() && turn++ % 5) continue;
+                    bkv_config cfg = refit_config(storage_types[t]);
+                    cfg.rule = rule, cfg.importance = kinds[i], cfg.rounds = rounds[r];
+                    int known = kinds[i] == 0 || (kinds[i] != BKV_NONE && kinds[i] & 2);
+                    int refits = known && rule == BKV_RULE_SAMPLE && rounds[r] != BKV_NONE;
+                    refit_counts n = count_refits(&cfg, &s);
+                    CHECKF(refits ? n.moved > 0.9 * n.by_chance : !n.moved,
+                           "%s, rule %u, importance %u, rounds %u: %u of %u moved",
+                           type_name(cfg.kv_type), rule, cfg.importance, cfg.rounds, n.moved,
+                           n.by_chance);
+                    if (rule == BKV_RULE_WINDOW) continue;
+                    CHECK(n.by_chance > 100 && n.pinned > 30);
+                    CHECKF(kinds[i] == BKV_NONE || n.certain > n.pinned + 4, "%u certain, %u pins",
+                           n.certain, n.pinned);
+                }
+    stream_free(&s);
+}
+
+/* A value that a refit would make too large to be stored stays as it is. The same values, far from
+   the limit, move. */
+static void too_large_is_not_refitted(void) {
+    for (size_t t = 0; t < COUNT(storage_types); t++) {
+        uint32_t type = storage_types[t];
+        double limit = type == BKV_F16 ? 65520 : ldexp(1, 50);
+        refit_counts n[2];
+        for (int large = 0; large < 2; large++) {
+            stream s = stream_new(REFIT_TOKENS, BKV_F32);
+            bkv_config cfg = refit_config(type);
+            for (size_t i = 0; i < s.n; i++)
+                for (size_t x = 0; x < VALUE_DIM; x++) {
+                    double size = limit * (i % 2 ? 0.99 : 0.5) * (large ? 1 : ldexp(1, -12));
+                    tensor_set(&s.v, i, 0, x, random_below(2) ? size : -size);
+                }
+            n[large] = count_refits(&cfg, &s);
+            stream_free(&s);
+        }
+        printf("%s: of %u moved %u, near the limit of %u %u, to %g\n", type_name(type),
+               n[0].by_chance, n[0].moved, n[1].by_chance, n[1].moved, (double)n[1].largest);
+        CHECK(n[0].moved > 0.9 * n[0].by_chance);
+        CHECK(n[1].moved > 20 && n[1].moved + 20 < n[1].by_chance);
+        if (type == BKV_I8) limit *= sqrt(32); /* it is one of turned rows */
+        CHECK((double)n[1].largest < 1.01 * limit);
+    }
+}
+
 /* ---- other promises -------------------------------------------------------------------------- */
 
 static void reset_is_init(void) {
@@ -830,7 +987,7 @@ static void two_caches(void) {
 int main(int argc, char **argv) {
     TEST_MAIN(T(ways_to_feed), T(many_sinks), T(state_at_any_time), T(long_streams),
               T(any_importance_of_any_input), T(weights_on_average), T(certain_tokens_stay),
-              T(denormals_on_every_backend),
-              T(pinned_tokens_stay), T(odd_keys_stay), T(rounds_of_balancing_help),
+              T(denormals_on_every_backend), T(pinned_tokens_stay), T(odd_keys_stay),
+              T(rounds_of_balancing_help), T(values_move_by_chance), T(too_large_is_not_refitted),
               T(reset_is_init), T(branches), T(seeds), T(positions_do_not_matter), T(two_caches));
 }
