@@ -2907,8 +2907,8 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
                 const float *row = block->kernel + i * BKVI_BLOCK;
                 if (block->score[i] >= 0.0f) continue;
                 bkvi_k(scaled)(work, row, BKVI_BLOCK, near[i]);
-                bkvi_k(sums)(z + i * SIDE, SIDE, v, SIDE, BKVI_LANES, BKVI_BLOCK, work, 1);
                 bkvi_k(sums)(z + i * SIDE, SIDE, z, SIDE, BKVI_LANES, BKVI_BLOCK, row, 1);
+                bkvi_k(sums)(z + i * SIDE, SIDE, v, SIDE, BKVI_LANES, BKVI_BLOCK, work, 1);
             }
         for (i = 0; i < BKVI_BLOCK; i++)
             for (j = 0; j < width; j += BKVI_WIDTH) { /* to where sixteen dimensions of it stood */
