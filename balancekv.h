@@ -2902,7 +2902,7 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
                              BKVI_LANES, BKV_F32);
         for (i = 0; i < BKVI_BLOCK; i++)
             bkvi_k(scaled)(z + i * SIDE, v + i * SIDE, SIDE, block->score[i]);
-        for (round = 0; round < h->c->cfg.rounds; round++)
+        for (round = h->c->cfg.rounds; round; round--)
             for (i = 0; i < BKVI_BLOCK; i++) {
                 const float *row = block->kernel + i * BKVI_BLOCK;
                 if (block->score[i] >= 0.0f) continue;

@@ -70,11 +70,11 @@ pair,uniform,stride,window,streamingllm,knorm,keydiff,h2o,tova,expected
 run theory "$traces" --seed "${seeds%%,*}" --every 4 --method \
 balancekv,walk,algorithm1,algorithm1:sinks=4:window=170,hybrid
 run oneshot "$traces" --protocol oneshot --seed "$seeds" --method balancekv,\
-balancekv:importance=1,balancekv:importance=none,walk,uniform,window,\
+balancekv:importance=1:rounds=2,balancekv:importance=none:rounds=2,walk,uniform,window,\
 streamingllm,knorm,keydiff,expected,h2o,tova,snapkv,pyramidkv,kvcrush-random,kvcrush-mean,\
 kvcrush-alternate,uniform-once,published,published-both,snapkv-ahead
 run shrunk "$traces" --protocol oneshot --seed "${seeds%%,*}" --method \
-shrunk,shrunk:importance=3,shrunk:importance=1,snapkv
+shrunk,shrunk:importance=3,shrunk:importance=1:rounds=2,snapkv
 run first "$first" --protocol oneshot --budget 1/2 --seed "$seeds" --method uniform-once,\
 published:block=256:temp=0.1,published:block=128:temp=1,published-both:block=128:temp=1
 run wide "$others" --seed "$two" --every 4 --method \
