@@ -2871,11 +2871,10 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
    fourth power of the keys' kernel, 1 on its diagonal, times factors; r_i, by how much weights are
    short near token i, is no error of the quotient that attention is. Half steps are its ridge. */
 static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
-    enum { SIDE = BKVI_PAGE }; /* dimensions at a time */
     const uint32_t v_dim = bkvi_v_dim(h->c), type = BKVI_TYPE(h->c->cfg.kv_type);
     const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE / 32.0f;
     const size_t stride = ((size_t)v_dim + 1) * BKVI_LANES;
-    float *v = block->matrix, *z = v + BKVI_BLOCK * SIDE; /* [128][SIDE] */
+    float *v = block->matrix, *z = v + BKVI_BLOCK * BKVI_PAGE; /* 64 dimensions of 128 tokens */
     float *work = block->tile, *near = block->unlike;
     uint32_t i, j, first, round;
     for (i = 0; i < BKVI_BLOCK; i++) {
@@ -2891,30 +2890,33 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
         }
         near[i] = bkvi_k(total)(work, BKVI_BLOCK) / (1e-30f - bkvi_k(total)(row, BKVI_BLOCK));
     }
-    for (first = 0; first < v_dim; first += SIDE) {
+    for (first = 0; first < v_dim; first += BKVI_PAGE) {
         float *panel = block->panels + (size_t)first * BKVI_LANES;
-        const uint32_t width = bkvi_min(SIDE, v_dim - first);
-        if (width < SIDE) memset(v, 0, BKVI_BLOCK * SIDE * sizeof *v);
+        const uint32_t width = bkvi_min(BKVI_PAGE, v_dim - first);
+        if (width < BKVI_PAGE) memset(v, 0, BKVI_BLOCK * BKVI_PAGE * sizeof *v);
         for (i = 0; i < BKVI_BLOCK; i += BKVI_LANES)
             for (j = 0; j < width; j += BKVI_LANES)
-                bkvi_k(turn)(v + i * SIDE + j, SIDE,
+                bkvi_k(turn)(v + i * BKVI_PAGE + j, BKVI_PAGE,
                              (unsigned char *)(panel + i / BKVI_LANES * stride + j * BKVI_LANES),
                              BKVI_LANES, BKV_F32);
         for (i = 0; i < BKVI_BLOCK; i++)
-            bkvi_k(scaled)(z + i * SIDE, v + i * SIDE, SIDE, block->score[i]);
+            bkvi_k(scaled)(z + i * BKVI_PAGE, v + i * BKVI_PAGE, BKVI_PAGE, block->score[i]);
         for (round = h->c->cfg.rounds; round; round--)
             for (i = 0; i < BKVI_BLOCK; i++) {
                 const float *row = block->kernel + i * BKVI_BLOCK;
                 if (block->score[i] >= 0.0f) continue;
                 bkvi_k(scaled)(work, row, BKVI_BLOCK, near[i]);
-                bkvi_k(sums)(z + i * SIDE, SIDE, z, SIDE, BKVI_LANES, BKVI_BLOCK, row, 1);
-                bkvi_k(sums)(z + i * SIDE, SIDE, v, SIDE, BKVI_LANES, BKVI_BLOCK, work, 1);
+                bkvi_k(sums)(z + i * BKVI_PAGE, BKVI_PAGE, z, BKVI_PAGE, BKVI_LANES, BKVI_BLOCK,
+                             row, 1);
+                bkvi_k(sums)(z + i * BKVI_PAGE, BKVI_PAGE, v, BKVI_PAGE, BKVI_LANES, BKVI_BLOCK,
+                             work, 1);
             }
         for (i = 0; i < BKVI_BLOCK; i++)
             for (j = 0; j < width; j += BKVI_WIDTH) { /* to where sixteen dimensions of it stood */
                 float *to = panel + i / BKVI_LANES * stride + i % BKVI_LANES * BKVI_LANES;
                 to += j / BKVI_LANES * BKVI_LANES * BKVI_LANES + j % BKVI_LANES;
-                bkvi_v(store)(to, bkvi_v(load)(v + i * SIDE + j) - bkvi_v(load)(z + i * SIDE + j));
+                bkvi_v(store)(to, bkvi_v(load)(v + i * BKVI_PAGE + j) -
+                                      bkvi_v(load)(z + i * BKVI_PAGE + j));
             }
     }
     for (i = 0; i < BKVI_BLOCK; i++) {
