@@ -448,7 +448,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_export(bkv_cache *c, uint32_t head, bk
 /* Chooses from the caller's own n_tokens keys and values what a cache of this config would hold at
    the end: per KV head *n_kept tokens with index[head * budget + i] and weight[..], in order. mem:
    bkv_size(cfg) bytes of working memory. No queries are seen: set cfg.importance to
-   BKV_IMPORTANCE_KEY. Returns the errors of bkv_init() and bkv_append(). */
+   BKV_IMPORTANCE_KEY, so that no values move. Returns the errors of bkv_init() and bkv_append(). */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_select(const bkv_config *cfg, void *mem, size_t mem_bytes,
                                                  bkv_tensor k, bkv_tensor v, size_t n_tokens,
                                                  uint32_t *index, float *weight, uint32_t *n_kept);
@@ -825,7 +825,7 @@ typedef struct bkvi_block {
     float score[BKVI_BLOCK]; /* importance, then what a token lacks of its weight, over weight */
     float factor[BKVI_BLOCK];                    /* in the kernel */
     float norm[BKVI_BLOCK], mean[BKVI_DIM_MAX];  /* squared norms; of keys, then of values */
-    float expected[BKVI_BLOCK], unlike[BKVI_BLOCK]; /* shares of importance */
+    float expected[BKVI_BLOCK], unlike[BKVI_BLOCK]; /* shares of importance; r of the refit */
     float kernel[BKVI_BLOCK * BKVI_BLOCK]; /* of the keys alone */
     float matrix[BKVI_BLOCK * BKVI_BLOCK]; /* times that of the values; values while they move */
     float tile[BKVI_LANES * BKVI_PAGE]; /* products before they are used, and other work */
@@ -2624,7 +2624,7 @@ BKVI_NOINLINE float bkvi_k(pack)(const bkvi_head *h, const uint32_t *slots, bkvi
 }
 
 /* ---- importance (§1) ---- */
-/* to[j] += sum over i of c[i] * x(i, j) for 64 or 128 j, sixteens at i * step + j / 16 * apart. */
+/* to[j] += sum of c[i * c_step] * x(i, j), j < width; sixteens at i * step + j / 16 * apart. */
 BKVI_NOINLINE void bkvi_k(sums)(float *to, uint32_t width, const float *x, size_t step,
                                 size_t apart, uint32_t n, const float *c, size_t c_step) {
     uint32_t i;
@@ -2833,8 +2833,7 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
         own[i] = step[i] > 0.0f ? -(w * w * block->matrix[i * (BKVI_BLOCK + 1)]) : -3e38f;
     }
     memset(f, 0, BKVI_BLOCK * sizeof *f);
-    bkvi_k(sums)(f, BKVI_BLOCK, block->matrix, BKVI_BLOCK, BKVI_LANES, BKVI_BLOCK, error,
-                 1);
+    bkvi_k(sums)(f, BKVI_BLOCK, block->matrix, BKVI_BLOCK, BKVI_LANES, BKVI_BLOCK, error, 1);
     for (; rounds; rounds--)
         for (i = 0; i < BKVI_BLOCK; i++) {
             const float *row = block->matrix + (size_t)i * BKVI_BLOCK, *other;
@@ -2875,7 +2874,7 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
     const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE / 32.0f;
     const size_t stride = ((size_t)v_dim + 1) * BKVI_LANES;
     float *v = block->matrix, *z = v + BKVI_BLOCK * BKVI_PAGE; /* 64 dimensions of 128 tokens */
-    float *work = block->tile, *near = block->unlike;
+    float *work = block->tile, *lack = block->unlike;
     uint32_t i, j, first, round;
     for (i = 0; i < BKVI_BLOCK; i++) {
         float *row = block->kernel + i * BKVI_BLOCK;
@@ -2888,7 +2887,7 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
             bkvi_v(store)(row + j, x);
             bkvi_v(store)(work + j, x * bkvi_v(load)(block->score + j));
         }
-        near[i] = bkvi_k(total)(work, BKVI_BLOCK) / (1e-30f - bkvi_k(total)(row, BKVI_BLOCK));
+        lack[i] = bkvi_k(total)(work, BKVI_BLOCK) / (1e-30f - bkvi_k(total)(row, BKVI_BLOCK));
     }
     for (first = 0; first < v_dim; first += BKVI_PAGE) {
         float *panel = block->panels + (size_t)first * BKVI_LANES;
@@ -2905,7 +2904,7 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
             for (i = 0; i < BKVI_BLOCK; i++) {
                 const float *row = block->kernel + i * BKVI_BLOCK;
                 if (block->score[i] >= 0.0f) continue;
-                bkvi_k(scaled)(work, row, BKVI_BLOCK, near[i]);
+                bkvi_k(scaled)(work, row, BKVI_BLOCK, lack[i]);
                 bkvi_k(sums)(z + i * BKVI_PAGE, BKVI_PAGE, z, BKVI_PAGE, BKVI_LANES, BKVI_BLOCK,
                              row, 1);
                 bkvi_k(sums)(z + i * BKVI_PAGE, BKVI_PAGE, v, BKVI_PAGE, BKVI_LANES, BKVI_BLOCK,

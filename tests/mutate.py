@@ -295,7 +295,7 @@ MUTATIONS = [
     M("refit-far-from-the-mean", "(row[i] + 1e-6f)", "(row[i] + 1e-7f)", ["golden:f32"]),
     M("refit-in-whole-steps", "bkvi_v(set)(-0.5f / (block->factor[i]",
       "bkvi_v(set)(-1.0f / (block->factor[i]", ["golden:f32"]),
-    M("refit-of-what-is-short", "row, BKVI_BLOCK, near[i]);", "row, BKVI_BLOCK, 0.0f);",
+    M("refit-of-what-is-short", "row, BKVI_BLOCK, lack[i]);", "row, BKVI_BLOCK, 0.0f);",
       ["golden:f32"]),
     M("refit-in-one-round", "round = h->c->cfg.rounds; round;", "round = 1; round;", ["golden:f32"]),
     M("refit-of-64-dimensions", "first < v_dim; first += BKVI_PAGE", "first < 64; first += BKVI_PAGE",

@@ -10,6 +10,7 @@ CPU; kvpress itself is not needed.
 Not what the library is for: here the whole prompt is in memory before it is compressed, and the
 attention afterwards is the model's own. What is the same: which tokens stay, and their weights.
 They enter the model's attention as log(weight), added to the logits: numerator and denominator.
+Values are those of the prompt; the cache itself moves them (docs/method.md).
 """
 import contextlib
 
