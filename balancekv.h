@@ -2874,10 +2874,9 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
     const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE / 32.0f;
     const size_t stride = ((size_t)v_dim + 1) * BKVI_LANES;
     float *v = block->matrix, *z = v + BKVI_BLOCK * BKVI_PAGE; /* 64 dimensions of 128 tokens */
-    float *work = block->tile, *lack = block->unlike;
+    float *work = block->tile, *lack = block->unlike, *row = block->kernel, *to;
     uint32_t i, j, first, round;
-    for (i = 0; i < BKVI_BLOCK; i++) {
-        float *row = block->kernel + i * BKVI_BLOCK;
+    for (i = 0; i < BKVI_BLOCK; i++, row += BKVI_BLOCK) {
         const bkvi_vec a = bkvi_v(set)(1.0f / (row[i] + 1e-6f)); /* so that nothing is too large */
         const bkvi_vec b = bkvi_v(set)(-0.5f / (block->factor[i] + 1e-12f));
         for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
@@ -2893,26 +2892,23 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
         float *panel = block->panels + (size_t)first * BKVI_LANES;
         const uint32_t width = bkvi_min(BKVI_PAGE, v_dim - first);
         if (width < BKVI_PAGE) memset(v, 0, BKVI_BLOCK * BKVI_PAGE * sizeof *v);
-        for (i = 0; i < BKVI_BLOCK; i += BKVI_LANES)
+        for (i = 0, to = panel; i < BKVI_BLOCK; i += BKVI_LANES, to += stride)
             for (j = 0; j < width; j += BKVI_LANES)
                 bkvi_k(turn)(v + i * BKVI_PAGE + j, BKVI_PAGE,
-                             (unsigned char *)(panel + i / BKVI_LANES * stride + j * BKVI_LANES),
-                             BKVI_LANES, BKV_F32);
+                             (unsigned char *)(to + j * BKVI_LANES), BKVI_LANES, BKV_F32);
         for (i = 0; i < BKVI_BLOCK; i++)
             bkvi_k(scaled)(z + i * BKVI_PAGE, v + i * BKVI_PAGE, BKVI_PAGE, block->score[i]);
         for (round = h->c->cfg.rounds; round; round--)
             for (i = 0; i < BKVI_BLOCK; i++) {
-                const float *row = block->kernel + i * BKVI_BLOCK;
                 if (block->score[i] >= 0.0f) continue;
+                row = block->kernel + i * BKVI_BLOCK, to = z + i * BKVI_PAGE;
                 bkvi_k(scaled)(work, row, BKVI_BLOCK, lack[i]);
-                bkvi_k(sums)(z + i * BKVI_PAGE, BKVI_PAGE, z, BKVI_PAGE, BKVI_LANES, BKVI_BLOCK,
-                             row, 1);
-                bkvi_k(sums)(z + i * BKVI_PAGE, BKVI_PAGE, v, BKVI_PAGE, BKVI_LANES, BKVI_BLOCK,
-                             work, 1);
+                bkvi_k(sums)(to, BKVI_PAGE, z, BKVI_PAGE, BKVI_LANES, BKVI_BLOCK, row, 1);
+                bkvi_k(sums)(to, BKVI_PAGE, v, BKVI_PAGE, BKVI_LANES, BKVI_BLOCK, work, 1);
             }
         for (i = 0; i < BKVI_BLOCK; i++)
             for (j = 0; j < width; j += BKVI_WIDTH) { /* to where sixteen dimensions of it stood */
-                float *to = panel + i / BKVI_LANES * stride + i % BKVI_LANES * BKVI_LANES;
+                to = panel + i / BKVI_LANES * stride + i % BKVI_LANES * BKVI_LANES;
                 to += j / BKVI_LANES * BKVI_LANES * BKVI_LANES + j % BKVI_LANES;
                 bkvi_v(store)(to, bkvi_v(load)(v + i * BKVI_PAGE + j) -
                                       bkvi_v(load)(z + i * BKVI_PAGE + j));
@@ -2920,13 +2916,13 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
     }
     for (i = 0; i < BKVI_BLOCK; i++) {
         const uint32_t slot = slots[i / BKVI_PAGE] + i % BKVI_PAGE;
-        const float *x = block->panels + i / BKVI_LANES * stride + i % BKVI_LANES * BKVI_LANES;
         if (block->score[i] >= 0.0f) continue;
-        for (j = 0; j < v_dim; j += BKVI_WIDTH)
-            bkvi_v(store)(v + j,
-                          bkvi_v(fma)(bkvi_v(load)(x + j / BKVI_LANES * 256 + j % BKVI_LANES),
-                                      bkvi_v(set)(block->chance[i]),
-                                      bkvi_v(load)(block->mean + j)));
+        to = block->panels + i / BKVI_LANES * stride + i % BKVI_LANES * BKVI_LANES;
+        for (j = 0; j < v_dim; j += BKVI_WIDTH) {
+            const bkvi_vec x = bkvi_v(load)(to + j / BKVI_LANES * 256 + j % BKVI_LANES);
+            bkvi_v(store)(v + j, bkvi_v(fma)(x, bkvi_v(set)(block->chance[i]),
+                                             bkvi_v(load)(block->mean + j)));
+        }
         if (bkvi_k(scan)((unsigned char *)v, BKV_F32, 4, v_dim, limit))
             bkvi_k(put)(bkvi_part(h, BKVI_V, slot), 1, NULL, bkvi_part(h, BKVI_V_SCALE, slot), type,
                         (unsigned char *)v, BKV_F32, 4, v_dim, v);
