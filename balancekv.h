@@ -243,7 +243,7 @@ typedef struct bkv_config {
                             down to 64, below 512 slots 64, if two pages remain; or BKV_NONE */
     uint32_t rule;       /* BKV_RULE_*; 0: BKV_RULE_SAMPLE */
     uint32_t importance; /* BKV_IMPORTANCE_*, added up, or BKV_NONE; 0: all of them */
-    uint32_t rounds;     /* of exchanges, and of values moved, up to 64; 0: 1; BKV_NONE: neither */
+    uint32_t rounds;     /* of exchanges, up to 64; 0: 1; BKV_NONE: none, nor do values move */
     uint32_t backend;    /* BKV_BACKEND_*; 0: the fastest this CPU has */
     uint32_t n_threads;  /* most threads that share one call, 1..1024; 0: 1 */
     float temp;          /* factor on the logits of the kernel of §1, 1e-6..1e6; 0: 0.1 */
@@ -2865,64 +2865,83 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
 }
 
 /* ---- refit ---- */
-/* Rounds of regression: what is not answered for, z, goes over to the values of those that stay,
-   unless for certain, one token after the other: z_i -= 1/2 sum_j H_ij (z_j - r_i v_j), H the
-   fourth power of the keys' kernel, 1 on its diagonal, times factors; r_i, by how much weights are
-   short near token i, is no error of the quotient that attention is. Half steps are its ridge. */
+/* A value's dimensions first .. first + n - 1 as floats; of BKV_I8 scaled, but still rotated. */
+static void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, uint32_t first,
+                          uint32_t n) {
+    const uint32_t type = BKVI_TYPE(h->c->cfg.kv_type);
+    const unsigned char *from = bkvi_part(h, BKVI_V, slot) + first * h->c->elem_bytes;
+    uint32_t i, scale = 0x3F80; /* 1 as bf16 */
+    if (bkvi_is_i8(type)) scale = bkvi_get16(bkvi_part(h, BKVI_V_SCALE, slot));
+    for (i = 0; i < n; i += BKVI_WIDTH)
+        bkvi_v(store)(to + i, bkvi_v(get)((int)type, from + i * h->c->elem_bytes) *
+                                  bkvi_v(set)(bkvi_float(scale << 16)));
+}
+
+/* Regression: what the tokens that go leave unanswered moves the values of those that stay, unless
+   for certain. Of token j the part s_j v_j is missing, s the scores; token i takes over d_i:
+       d_i = -1/2 (sum_j H_ij (s_j - r_i) v_j + sum_k H_ik d_k),    v_i -= chance_i d_i,
+   one token after the other, k over those before it. H is the fourth power of the keys' kernel, 1
+   on its diagonal, times factors; r_i, by how much weights are short near token i, is no error of
+   the quotient that attention is. Half steps are its ridge. */
 static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
+    enum { TILE_VECS = BKVI_VECS(BKVI_TILE_ROWS) };
     const uint32_t v_dim = bkvi_v_dim(h->c), type = BKVI_TYPE(h->c->cfg.kv_type);
     const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE / 32.0f;
-    const size_t stride = ((size_t)v_dim + 1) * BKVI_LANES;
-    float *v = block->matrix, *z = v + BKVI_BLOCK * BKVI_PAGE; /* 64 dimensions of 128 tokens */
-    float *work = block->tile, *lack = block->unlike, *row = block->kernel, *to;
-    uint32_t i, j, first, round;
-    for (i = 0; i < BKVI_BLOCK; i++, row += BKVI_BLOCK) {
-        const bkvi_vec a = bkvi_v(set)(1.0f / (row[i] + 1e-6f)); /* so that nothing is too large */
+    float *v = block->matrix, *among = v + BKVI_BLOCK * BKVI_PAGE; /* 64 dimensions; H_ik */
+    float *row = block->kernel, *d = row + BKVI_PAGE * BKVI_BLOCK; /* H_ij (s_j - r_i) */
+    float *h_i = block->tile, *taken = block->panels;              /* d of all dimensions */
+    unsigned char takes[BKVI_PAGE];
+    uint32_t i, j, k, n = 0, first;
+    for (i = 0; i < BKVI_BLOCK; i++)
+        if (block->score[i] < 0.0f) takes[n++] = (unsigned char)i;
+    for (k = 0; k < n; k++, row += BKVI_BLOCK) { /* row k is read by now: k <= takes[k] */
+        const float *from = block->kernel + (i = takes[k]) * BKVI_BLOCK;
+        const bkvi_vec a = bkvi_v(set)(1.0f / (from[i] + 1e-6f)); /* so that nothing is too large */
         const bkvi_vec b = bkvi_v(set)(-0.5f / (block->factor[i] + 1e-12f));
+        bkvi_vec x, minus_r;
         for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
-            bkvi_vec x = bkvi_v(load)(row + j) * a;
+            x = bkvi_v(load)(from + j) * a;
             x = x * x;
             x = x * x * (bkvi_v(load)(block->factor + j) * b);
-            bkvi_v(store)(row + j, x);
-            bkvi_v(store)(work + j, x * bkvi_v(load)(block->score + j));
+            bkvi_v(store)(h_i + j, x);
+            bkvi_v(store)(row + j, x * bkvi_v(load)(block->score + j));
         }
-        lack[i] = bkvi_k(total)(work, BKVI_BLOCK) / (1e-30f - bkvi_k(total)(row, BKVI_BLOCK));
+        minus_r = bkvi_v(set)(bkvi_k(total)(row, BKVI_BLOCK) /
+                              (1e-30f - bkvi_k(total)(h_i, BKVI_BLOCK)));
+        for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH)
+            bkvi_v(store)(row + j, bkvi_v(fma)(bkvi_v(load)(h_i + j), minus_r,
+                                               bkvi_v(load)(row + j)));
+        for (j = 0; j < k; j++) among[k * BKVI_PAGE + j] = h_i[takes[j]];
     }
     for (first = 0; first < v_dim; first += BKVI_PAGE) {
-        float *panel = block->panels + (size_t)first * BKVI_LANES;
         const uint32_t width = bkvi_min(BKVI_PAGE, v_dim - first);
-        if (width < BKVI_PAGE) memset(v, 0, BKVI_BLOCK * BKVI_PAGE * sizeof *v);
-        for (i = 0, to = panel; i < BKVI_BLOCK; i += BKVI_LANES, to += stride)
-            for (j = 0; j < width; j += BKVI_LANES)
-                bkvi_k(turn)(v + i * BKVI_PAGE + j, BKVI_PAGE,
-                             (unsigned char *)(to + j * BKVI_LANES), BKVI_LANES, BKV_F32);
         for (i = 0; i < BKVI_BLOCK; i++)
-            bkvi_k(scaled)(z + i * BKVI_PAGE, v + i * BKVI_PAGE, BKVI_PAGE, block->score[i]);
-        for (round = h->c->cfg.rounds; round; round--)
-            for (i = 0; i < BKVI_BLOCK; i++) {
-                if (block->score[i] >= 0.0f) continue;
-                row = block->kernel + i * BKVI_BLOCK, to = z + i * BKVI_PAGE;
-                bkvi_k(scaled)(work, row, BKVI_BLOCK, lack[i]);
-                bkvi_k(sums)(to, BKVI_PAGE, z, BKVI_PAGE, BKVI_LANES, BKVI_BLOCK, row, 1);
-                bkvi_k(sums)(to, BKVI_PAGE, v, BKVI_PAGE, BKVI_LANES, BKVI_BLOCK, work, 1);
+            bkvi_k(value)(h, v + i * BKVI_PAGE, slots[i / BKVI_PAGE] + i % BKVI_PAGE, first, width);
+        memset(d, 0, BKVI_PAGE * BKVI_PAGE * sizeof *d);
+        for (k = 0; k < n; k += BKVI_TILE_ROWS)
+            for (j = 0; j < BKVI_PAGE; j += TILE_VECS * BKVI_LANES) {
+                const float *c = block->kernel + k * BKVI_BLOCK;
+                float *to = d + k * BKVI_PAGE + j;
+                if (BKVI_SMALL)
+                    bkvi_k(sums)(to, BKVI_LANES, v + j, BKVI_PAGE, 0, BKVI_BLOCK, c, 1);
+                else
+                    bkvi_k(tile_fma)(BKV_F32, BKVI_TILE_ROWS, TILE_VECS, (unsigned char *)(v + j),
+                                     BKVI_PAGE, BKVI_LANES, BKVI_BLOCK, c, BKVI_BLOCK, 0, 0, to,
+                                     BKVI_PAGE, NULL);
             }
-        for (i = 0; i < BKVI_BLOCK; i++)
-            for (j = 0; j < width; j += BKVI_WIDTH) { /* to where sixteen dimensions of it stood */
-                to = panel + i / BKVI_LANES * stride + i % BKVI_LANES * BKVI_LANES;
-                to += j / BKVI_LANES * BKVI_LANES * BKVI_LANES + j % BKVI_LANES;
-                bkvi_v(store)(to, bkvi_v(load)(v + i * BKVI_PAGE + j) -
-                                      bkvi_v(load)(z + i * BKVI_PAGE + j));
-            }
-    }
-    for (i = 0; i < BKVI_BLOCK; i++) {
-        const uint32_t slot = slots[i / BKVI_PAGE] + i % BKVI_PAGE;
-        if (block->score[i] >= 0.0f) continue;
-        to = block->panels + i / BKVI_LANES * stride + i % BKVI_LANES * BKVI_LANES;
-        for (j = 0; j < v_dim; j += BKVI_WIDTH) {
-            const bkvi_vec x = bkvi_v(load)(to + j / BKVI_LANES * 256 + j % BKVI_LANES);
-            bkvi_v(store)(v + j, bkvi_v(fma)(x, bkvi_v(set)(block->chance[i]),
-                                             bkvi_v(load)(block->mean + j)));
+        for (k = 0; k < n; k++) {
+            bkvi_k(sums)(d + k * BKVI_PAGE, BKVI_PAGE, d, BKVI_PAGE, BKVI_LANES, k,
+                         among + k * BKVI_PAGE, 1);
+            memcpy(taken + k * v_dim + first, d + k * BKVI_PAGE, width * sizeof *d);
         }
+    }
+    for (k = 0; k < n; k++) {
+        const uint32_t slot = slots[takes[k] / BKVI_PAGE] + takes[k] % BKVI_PAGE;
+        bkvi_k(value)(h, v, slot, 0, v_dim);
+        for (j = 0; j < v_dim; j += BKVI_WIDTH)
+            bkvi_v(store)(v + j,
+                          bkvi_v(fma)(bkvi_v(load)(taken + k * v_dim + j),
+                                      bkvi_v(set)(-block->chance[takes[k]]), bkvi_v(load)(v + j)));
         if (bkvi_k(scan)((unsigned char *)v, BKV_F32, 4, v_dim, limit))
             bkvi_k(put)(bkvi_part(h, BKVI_V, slot), 1, NULL, bkvi_part(h, BKVI_V_SCALE, slot), type,
                         (unsigned char *)v, BKV_F32, 4, v_dim, v);

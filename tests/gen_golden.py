@@ -246,16 +246,15 @@ def exchange(stay, p, K, size, rounds, margins):
     return stay
 
 
-def refit(E, v, a, p, stay, rounds):
-    """Which tokens move, by what coordinate descent leaves of the error z, and to which values."""
+def refit(E, v, a, p, stay):
+    """Which tokens move, by what a round of coordinate descent leaves of the error z, and how far."""
     H = (E / (np.diag(E) + 1e-6)[:, None])**4 * a / (a + 1e-12)[:, None]
     short, v = np.where(stay, 1 - 1 / p, 1), v - v.mean(axis=0)
     near = H @ short / (H.sum(axis=1) + 2e-30)
     before = short[:, None] * v
     z, moves = before.copy(), np.flatnonzero(stay & (p < 1))
-    for _ in range(rounds):
-        for i in moves:
-            z[i] -= H[i] @ (z - near[i] * v) / 2
+    for i in moves:
+        z[i] -= H[i] @ (z - near[i] * v) / 2
     return moves, (p[:, None] * (before - z))[moves]
 
 
@@ -269,11 +268,10 @@ def sample(case, block, u, margins):
         v = block.v - block.v.mean(axis=0)
         a, E = np.sqrt(w * e) if by_query else w, exponentials(case, block.k)
         K, size = kernel(E, v, a, (v * v).sum(axis=1).mean() / 32)
-        rounds = case["rounds"] or 1
-        stay = exchange(stay, p, K, size, rounds, margins)
+        stay = exchange(stay, p, K, size, case["rounds"] or 1, margins)
         if by_query:
             moves, more = refit(E, block.v, a * math.sqrt(len(block.mean_queries) / w.max()),
-                                p, stay, rounds)
+                                p, stay)
             moved = zip(moves, block.v[moves] + more)
     stay = np.flatnonzero(stay)
     kept = w[stay] / p[stay]
