@@ -2884,7 +2884,7 @@ static void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, uint32_t
    on its diagonal, times factors; r_i, by how much weights are short near token i, is no error of
    the quotient that attention is. Half steps are its ridge. */
 static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
-    enum { TILE_VECS = BKVI_VECS(BKVI_TILE_ROWS) };
+    const int vecs = BKVI_VECS(BKVI_TILE_ROWS);
     const uint32_t v_dim = bkvi_v_dim(h->c), type = BKVI_TYPE(h->c->cfg.kv_type);
     const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE / 32.0f;
     float *v = block->matrix, *among = v + BKVI_BLOCK * BKVI_PAGE; /* 64 dimensions; H_ik */
@@ -2919,13 +2919,13 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
             bkvi_k(value)(h, v + i * BKVI_PAGE, slots[i / BKVI_PAGE] + i % BKVI_PAGE, first, width);
         memset(d, 0, BKVI_PAGE * BKVI_PAGE * sizeof *d);
         for (k = 0; k < n; k += BKVI_TILE_ROWS)
-            for (j = 0; j < BKVI_PAGE; j += TILE_VECS * BKVI_LANES) {
+            for (j = 0; j < BKVI_PAGE; j += (uint32_t)vecs * BKVI_LANES) {
                 const float *c = block->kernel + k * BKVI_BLOCK;
                 float *to = d + k * BKVI_PAGE + j;
                 if (BKVI_SMALL)
                     bkvi_k(sums)(to, BKVI_LANES, v + j, BKVI_PAGE, 0, BKVI_BLOCK, c, 1);
                 else
-                    bkvi_k(tile_fma)(BKV_F32, BKVI_TILE_ROWS, TILE_VECS, (unsigned char *)(v + j),
+                    bkvi_k(tile_fma)(BKV_F32, BKVI_TILE_ROWS, vecs, (unsigned char *)(v + j),
                                      BKVI_PAGE, BKVI_LANES, BKVI_BLOCK, c, BKVI_BLOCK, 0, 0, to,
                                      BKVI_PAGE, NULL);
             }
