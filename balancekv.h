@@ -59,16 +59,13 @@
    The method, at length in docs/method.md, to the last tie in tests/golden/README.md.
      Stream: tokens fill the sinks, then page after page, and never move until they are halved. When
      no page is free, ONE halving frees one: two neighbours older than the window, the least halved,
-     the oldest. So an append costs at most one halving per KV head, and at least the newest
-     `window` tokens are exact at any time.
+     the oldest.
      BKV_RULE_SAMPLE: 64 of the 128 tokens stay, with chances p in proportion to importance (shares
      of weight, of use, of what the queries' means expect, and of keys unlike the others), and weigh
-     w / p from then on. The draw is then balanced: tokens change places while that shortens its
-     error under
+     w / p from then on. Tokens then change places while that shortens the error of the draw under
          K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
-     the kernel of the paper. What is left of the error moves the values of those that stay, as far
-     as they can express it (ours; bench/QUALITY.md); keys never change, nor do values of tokens
-     that stay for certain. BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
+     the kernel of the paper. What is left of it moves values (ours; bench/QUALITY.md), not those
+     that stay for certain; keys never change. BKV_RULE_WINDOW keeps the newer 64: a plain window.
      Learning: attention moves a running mean of each query head, += 0.01 (q - mean), and the use of
      the tokens of the two newest pages, += p^2, p their share. Without: BKV_IMPORTANCE_KEY.
      Pins: tokens of a call with BKV_PIN stay as they are in every halving, 32 of a block at most
@@ -87,7 +84,7 @@
      to about 10; tests/test_attend.c); on traces of a model 0.002 of |out| in the mean.
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
      heads; all nth calls must be made, with equal arguments, before the next operation on the cache
-     starts. (0, 1) does everything. The result does not depend on nth.
+     starts. (0, 1) does everything.
    Errors. A negative bkv_result; the cache is then unchanged. Inputs are checked first, NaN and Inf
      included: a key or value must be finite in kv_type (|x| < 65520 for f16), all below 2^55.
    Arithmetic. Same input bytes + same config => same output bytes and same state bytes on every
@@ -122,8 +119,7 @@
    BALANCEKV_SIMDE            Affects: 1 makes the block of BALANCEKV_SIMD (NEON, which is then the
                               default, or AVX512) from SIMDe's functions, for any CPU; simde/ must
                               be on the include path.  Values: 0, 1.  Default: 0.
-   BALANCEKV_FMA              Affects: the bits, see §1. 0 rounds every product before it is added:
-                              faster where no fused multiply-add exists.  Values: 0, 1.  Default: 1.
+   BALANCEKV_FMA              Affects: the bits, see §1; 0: faster without FMA.  Default: 1.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
 
    No switch changes a public type, so files compiled with different switches can be linked; none
@@ -212,9 +208,8 @@ enum { BKV_I8 = BALANCEKV_I8 };
 /* Halving rules, see §1. BKV_RULE_DEFAULT is BKV_RULE_SAMPLE. */
 enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
 
-/* What BKV_RULE_SAMPLE takes for important, see §1; the sum of any. 0 in bkv_config means all of
-   them, BKV_NONE that all tokens of a weight are alike. KEY alone needs no queries; values move
-   only under QUERY. */
+/* What BKV_RULE_SAMPLE takes for important, see §1; BKV_NONE: all tokens of a weight are alike. KEY
+   alone needs no queries; values move only under QUERY. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
 
 /* Flags of bkv_append() and bkv_prefill(). PIN the call's tokens, see §1. DRAFT: tokens on trial
@@ -308,8 +303,7 @@ typedef struct bkv_stats_info {
     uint32_t sinks;       /* slots of the sinks after rounding */
     uint32_t window;      /* exact newest tokens after rounding */
     uint32_t n_pages;     /* pages per KV head */
-    uint32_t room;        /* tokens that fit before the next halving (BKV_I8: page): drafts of up to
-                             that many can always be taken back by bkv_truncate() */
+    uint32_t room;        /* tokens that fit before the next halving (BKV_I8: page): safe drafts */
     uint32_t backend;     /* BKV_BACKEND_* in use */
     uint32_t rule;        /* BKV_RULE_* in use */
     uint32_t max_level;   /* highest level of any page */
@@ -319,9 +313,8 @@ typedef struct bkv_stats_info {
     size_t state_bytes;   /* the first bytes of the block: all that must be copied or saved */
 } bkv_stats_info;
 
-/* Of every function below, unless it says otherwise: constant cost; any thread may call it, but no
-   two at a time on one cache, except as shares (ith, nth) of one operation; pointers are the
-   caller's and are not kept. examples/minimal.c shows the usual order of calls. */
+/* Of every function below, unless it says otherwise: constant cost; no pointer is kept; any thread
+   may call it, but no two at a time on one cache, except as shares (ith, nth) of one operation. */
 
 /* A config with every default filled in, so that it can be read and adjusted. */
 BALANCEKV_API bkv_config bkv_config_default(uint32_t n_q_heads, uint32_t n_kv_heads,
@@ -390,8 +383,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_validate(const bkv_cache *c);
 BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type);
 
 /* Appends n_tokens tokens to all KV heads. k: [n_tokens][n_kv_heads][head_dim], v: the same with
-   value_dim. flags: BKV_PIN, BKV_DRAFT. Appending one by one, in chunks, or by bkv_prefill() gives
-   the same state.
+   value_dim. flags: BKV_PIN, BKV_DRAFT.
    Returns BKV_E_NULL, _COUNT, _FLAGS, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE.
    Cost: a pass over the inputs per share, and at most one halving per KV head and 64 tokens. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v,
@@ -400,8 +392,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv
 
 /* Attention of one position. q: [n_q_heads][head_dim] (its token_stride is not used); query head h
    reads KV head h / group. out: f32 [n_q_heads][value_dim], must overlap neither cache nor q.
-   Returns BKV_E_NULL, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE, _EMPTY.
-   Cost: proportional to the slots in use. */
+   Returns BKV_E_NULL, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE, _EMPTY. Cost: the slots in use. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_attend(bkv_cache *c, bkv_tensor q, float *out,
                                                  uint32_t ith, uint32_t nth);
 
@@ -496,9 +487,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_ARCH_X86 0
 #endif
 #if defined(__aarch64__) && !defined(__AARCH64EB__)
-#define BKVI_ARCH_ARM64 1
-#else
-#define BKVI_ARCH_ARM64 0
+#define BKVI_ARCH_ARM64
 #endif
 #ifndef BALANCEKV_SIMD
 #define BALANCEKV_SIMD BALANCEKV_SIMD_AUTO
@@ -521,7 +510,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #error "balancekv.h: BALANCEKV_SIMDE goes with BALANCEKV_SIMD_AUTO, _NEON or _AVX512"
 #elif BALANCEKV_SIMDE && defined(__arm__) && defined(__ARM_NEON)
 #error "balancekv.h: ARMv7's NEON flushes denormals, which gives other bits; leave BALANCEKV_SIMDE"
-#elif !BALANCEKV_SIMDE && ((BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !BKVI_ARCH_ARM64) ||          \
+#elif !BALANCEKV_SIMDE && ((BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !defined(BKVI_ARCH_ARM64)) || \
                            (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2 && !BKVI_ARCH_X86) ||            \
                            (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512 && !defined(__x86_64__)))
 #error "balancekv.h: BALANCEKV_SIMD_AVX2 needs an x86 target, _AVX512 x86-64, _NEON AArch64"
@@ -547,7 +536,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 /* The widest backend of this build, and which others there are. */
 #if BALANCEKV_SIMD != BALANCEKV_SIMD_AUTO
 #define BKVI_WIDEST BALANCEKV_SIMD
-#elif BKVI_ARCH_ARM64 || BALANCEKV_SIMDE
+#elif defined(BKVI_ARCH_ARM64) || BALANCEKV_SIMDE
 #define BKVI_WIDEST BALANCEKV_SIMD_NEON
 #elif defined(__x86_64__) && (BALANCEKV_DISPATCH || defined(__AVX512F__)) /* i386: 8 registers */
 #define BKVI_WIDEST BALANCEKV_SIMD_AVX512
@@ -606,14 +595,14 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 
 /* One scalar instruction for a correctly rounded a * b + c, where the target always has it. */
 #if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) ||                   \
-    BKVI_ARCH_ARM64 || defined(__riscv_flen) || defined(__powerpc64__) || defined(__s390x__)
+    defined(__aarch64__) || defined(__riscv_flen) || defined(__powerpc64__) || defined(__s390x__)
 #define BKVI_HARDWARE_FMA
 #endif
 /* BALANCEKV_FMA=0: x is rounded here. No compiler may fuse it with the addition that follows, as
    gcc does in gnu modes and all do under -ffp-contract=fast, where the instruction exists. */
 #if BKVI_ARCH_X86 && !BALANCEKV_SIMDE
 #define BKVI_ROUND(x) __asm__("" : "+v"(x))
-#elif BKVI_ARCH_ARM64
+#elif defined(BKVI_ARCH_ARM64)
 #define BKVI_ROUND(x) __asm__("" : "+w"(x))
 #elif defined(BKVI_HARDWARE_FMA)
 #define BKVI_ROUND(x) __asm__("" : "+m"(x))
@@ -684,13 +673,8 @@ BKVI_INLINE void bkvi_put64(unsigned char *p, uint64_t x) {
 
 BKVI_INLINE uint32_t bkvi_min(uint32_t a, uint32_t b) { return a < b ? a : b; }
 BKVI_INLINE uint32_t bkvi_max(uint32_t a, uint32_t b) { return a > b ? a : b; }
-BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t unit) {
-    return (x + unit - 1) / unit * unit;
-}
-BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) {
-    return type == BKV_F32 ? 4 : type == BKV_I8 ? 1 : 2;
-}
-
+BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t to) { return (x + to - 1) / to * to; }
+BKVI_INLINE size_t bkvi_type_bytes(uint32_t t) { return t == BKV_F32 ? 4 : t == BKV_I8 ? 1 : 2; }
 /* Not in builds of another type. */
 BKVI_INLINE int bkvi_is_i8(uint32_t type) {
     return BKVI_TYPE((uint32_t)BKV_I8) == BKV_I8 && type == BKV_I8;
@@ -990,27 +974,22 @@ static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
 BKVI_INLINE uint32_t bkvi_v_dim(const bkv_cache *c) {
     return bkvi_round_up(BKVI_DIM(c->cfg.value_dim), BKVI_LANES);
 }
-/* Bits, name and place of a head's counters; its sum, at 32, has the drafts added. */
-#define BKVI_EACH_COUNTER(X)                                                                       \
-    X(64, seen, 0)                                                                                 \
-    X(64, halvings, 8) X(32, sinks, 16) X(32, used, 20) X(32, fill, 24) X(32, drafts, 28)
 static bkvi_head bkvi_head_get(const bkv_cache *c, uint32_t head, uint32_t ith) {
     unsigned char *mem = bkvi_head_mem(c, head), *scratch = c->mem + c->state_bytes;
     bkvi_head h;
     scratch += (64 - ((uintptr_t)scratch & 63)) & 63;
     h.scratch = (float *)(void *)(scratch + (size_t)ith * c->scratch_bytes);
     h.c = c, h.mem = mem, h.index = head;
-#define BKVI_X(bits, name, place) h.name = bkvi_get##bits(mem + (place));
-    BKVI_EACH_COUNTER(BKVI_X)
-#undef BKVI_X
+    h.seen = bkvi_get64(mem), h.halvings = bkvi_get64(mem + 8);
+    h.sinks = bkvi_get32(mem + 16), h.used = bkvi_get32(mem + 20);
+    h.fill = bkvi_get32(mem + 24), h.drafts = bkvi_get32(mem + 28);
     h.sum = bkvi_get32(mem + 32) - h.drafts;
     return h;
 }
 static void bkvi_head_put(const bkvi_head *h) {
-#define BKVI_X(bits, name, place) bkvi_put##bits(h->mem + (place), h->name);
-    BKVI_EACH_COUNTER(BKVI_X)
-#undef BKVI_X
-#undef BKVI_EACH_COUNTER
+    bkvi_put64(h->mem, h->seen), bkvi_put64(h->mem + 8, h->halvings);
+    bkvi_put32(h->mem + 16, h->sinks), bkvi_put32(h->mem + 20, h->used);
+    bkvi_put32(h->mem + 24, h->fill), bkvi_put32(h->mem + 28, h->drafts);
     bkvi_put32(h->mem + 32, h->sum + h->drafts);
 }
 
@@ -1238,12 +1217,9 @@ typedef struct bkvi_span {
     uint32_t slots, rests, last; /* last: is it the last block? */
 } bkvi_span;
 
-/* Blocks in use; first slot and number of slots of block b. */
-static uint32_t bkvi_n_blocks(const bkvi_head *h) {
-    return (h->sinks + BKVI_PAGE - 1) / BKVI_PAGE + h->used;
-}
+/* First slot and number of slots of block b. */
 static uint32_t bkvi_block_slot(const bkvi_head *h, uint32_t b, uint32_t *n_slots) {
-    uint32_t n_sinks = bkvi_n_blocks(h) - h->used, newest, second;
+    uint32_t n_sinks = bkvi_round_up(h->sinks, BKVI_PAGE) / BKVI_PAGE, newest, second;
     if (b < n_sinks) {
         *n_slots = bkvi_min(h->sinks - b * BKVI_PAGE, BKVI_PAGE);
         return b * BKVI_PAGE;
@@ -1546,19 +1522,17 @@ BALANCEKV_API bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bkv_tensor v, b
     return bkvi_feed(c, &k, &v, &q, out, NULL, NULL, n_tokens, flags, ith, nth);
 }
 
-/* Takes back the newest tokens of a head, one at a time. */
+/* Takes back the newest n tokens of a head, one at a time. */
 static void bkvi_take_back(bkvi_head *h, uint32_t n) {
     static const unsigned char zero = 0;
-    const bkv_cache *c = h->c;
     h->drafts = h->drafts > n ? h->drafts - n : 0;
-    h->seen -= n;
-    for (; n; n--) {
+    for (h->seen -= n; n; n--) {
         uint32_t slot = bkvi_slot_of(h, bkvi_held(h) - 1);
         h->sum -= bkvi_sum(h, slot, 1);
         bkvi_clear(h, slot, 1);
         if (bkvi_rest(h, BKVI_K, slot)) {
-            bkvi_copy(bkvi_rest(h, BKVI_K, slot), BKVI_LANES, &zero, 0, c->cfg.head_dim, 1);
-            memset(bkvi_rest(h, BKVI_V, slot), 0, bkvi_v_dim(c));
+            bkvi_copy(bkvi_rest(h, BKVI_K, slot), BKVI_LANES, &zero, 0, h->c->cfg.head_dim, 1);
+            memset(bkvi_rest(h, BKVI_V, slot), 0, bkvi_v_dim(h->c));
         }
         if (!h->used)
             h->sinks--;
@@ -1985,6 +1959,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 #define bkvi_v(op) BKVI_FN(bkvi_v_##op)
 #define bkvi_k(name) BKVI_FN(bkvi_##name)
 #define bkvi_vec BKVI_FN(bkvi_vec)
+#define bkvi_words BKVI_FN(bkvi_words)
 #define BKVI_WIDTH ((uint32_t)(sizeof(bkvi_vec) / sizeof(float)))
 #define BKVI_TILES BKVI_UNROLL /* loops over the registers of a tile */
 #if BKVI_SMALL
@@ -2051,9 +2026,6 @@ BKVI_OP(fused, BKVI_3, _mm256_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm256_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, _mm256_max_ps(a, b))
 BKVI_OP(pick_gt, BKVI_4, _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ)))
-BKVI_OP(pow2, (bkvi_vec r),
-        _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(r), 23),
-                                             _mm256_set1_epi32(0x3F800000))))
 BKVI_INLINE int bkvi_v(any_gt) BKVI_2 {
     return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
 }
@@ -2085,10 +2057,6 @@ BKVI_OP(sqrt, (bkvi_vec x), _mm512_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, BKVI_M(_mm512_max_ps)(a, b))
 BKVI_OP(pick_gt, BKVI_4,
         BKVI_M(_mm512_mask_blend_ps)(BKVI_M(_mm512_cmp_ps_mask)(a, b, 30 /* > */), y, x))
-BKVI_OP(pow2, (bkvi_vec r),
-        BKVI_M(_mm512_castsi512_ps)(BKVI_M(_mm512_add_epi32)(
-            BKVI_M(_mm512_slli_epi32)(BKVI_M(_mm512_castps_si512)(r), 23),
-            BKVI_M(_mm512_set1_epi32)(0x3F800000))))
 BKVI_INLINE int bkvi_v(any_gt) BKVI_2 { return BKVI_M(_mm512_cmp_ps_mask)(a, b, 30) != 0; }
 BKVI_STORE(store, BKVI_M(_mm512_storeu_ps)(p, x))
 BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
@@ -2120,10 +2088,6 @@ BKVI_OP(fused, BKVI_3, vfmaq_f32(z, x, y))
 BKVI_OP(max, BKVI_2, BKVI_I(vmaxq_f32)(BKVI_F(a), BKVI_F(b)))
 BKVI_OP(pick_gt, BKVI_4,
         BKVI_I(vbslq_f32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b)), BKVI_F(x), BKVI_F(y)))
-BKVI_OP(pow2, (bkvi_vec r),
-        BKVI_I(vreinterpretq_f32_u32)(BKVI_I(vaddq_u32)(
-            BKVI_I(vshlq_n_u32)(BKVI_I(vreinterpretq_u32_f32)(BKVI_F(r)), 23),
-            BKVI_I(vdupq_n_u32)(0x3F800000u))))
 BKVI_INLINE int bkvi_v(any_gt) BKVI_2 {
     return BKVI_I(vmaxvq_u32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b))) != 0;
 }
@@ -2135,10 +2099,15 @@ BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
 }
 #endif
 
+#if BKVI_PASS != BALANCEKV_SIMD_SCALAR
+typedef uint32_t bkvi_words __attribute__((vector_size(sizeof(bkvi_vec))));
+BKVI_OP(load_f32, (const void *p), bkvi_v(load)(p))
+BKVI_STORE(store_f32, bkvi_v(store)(p, x))
+BKVI_OP(pow2, (bkvi_vec r), ((bkvi_words)r << 23) + 0x3F800000u)
+#endif
 #if BALANCEKV_SIMDE && BKVI_PASS != BALANCEKV_SIMD_SCALAR
 /* What SIMDe 0.7 lacks, or rounds twice, on the compiler's own vectors. */
 typedef uint16_t bkvi_halves __attribute__((vector_size(sizeof(bkvi_vec) / 2)));
-typedef uint32_t bkvi_words __attribute__((vector_size(sizeof(bkvi_vec))));
 typedef int8_t bkvi_bytes __attribute__((vector_size(sizeof(bkvi_vec) / 4)));
 BKVI_INLINE bkvi_words bkvi_v(widen)(const void *p) {
     bkvi_halves h;
@@ -2171,7 +2140,7 @@ BKVI_INLINE bkvi_vec bkvi_v(sqrt)(bkvi_vec x) {
     return x;
 }
 #if BKVI_HAVE_NEON && (defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_POWER_ALTIVEC_P6_NATIVE) ||  \
-                       (defined(SIMDE_ARM_NEON_A32V7_NATIVE) && BKVI_ARCH_ARM64))
+                       (defined(SIMDE_ARM_NEON_A32V7_NATIVE) && defined(BKVI_ARCH_ARM64)))
 BKVI_OP(fused, BKVI_3, simde_vfmaq_f32(BKVI_F(z), BKVI_F(x), BKVI_F(y)))
 #else
 BKVI_INLINE bkvi_vec bkvi_v(fused) BKVI_3 {
@@ -2182,10 +2151,6 @@ BKVI_INLINE bkvi_vec bkvi_v(fused) BKVI_3 {
 #endif
 #undef BKVI_F
 
-#if BKVI_PASS != BALANCEKV_SIMD_SCALAR
-BKVI_OP(load_f32, (const void *p), bkvi_v(load)(p))
-BKVI_STORE(store_f32, bkvi_v(store)(p, x))
-#endif
 BKVI_INLINE bkvi_vec bkvi_v(fma) BKVI_3 {
 #if BALANCEKV_FMA
     return bkvi_v(fused)(x, y, z);
@@ -3111,7 +3076,7 @@ BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *
 static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
     const bkv_cache *c = h->c;
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = bkvi_v_dim(c), group = c->group;
-    const uint32_t n_blocks = bkvi_n_blocks(h);
+    const uint32_t n_blocks = bkvi_round_up(h->sinks, BKVI_PAGE) / BKVI_PAGE + h->used;
     const float softcap = c->cfg.softcap;
     const float scale = c->cfg.scale * (softcap > 0.0f ? 2.0f * BKVI_LOG2E / softcap : BKVI_LOG2E);
     bkvi_tiles *t = (bkvi_tiles *)(void *)h->scratch;
@@ -3251,6 +3216,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef bkvi_v
 #undef bkvi_k
 #undef bkvi_vec
+#undef bkvi_words
 #undef BKVI_OP
 #undef BKVI_STORE
 #undef BKVI_I

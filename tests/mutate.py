@@ -162,7 +162,7 @@ MUTATIONS = [
     M("no-draft-remains", "h->drafts = h->drafts > n ? h->drafts - n : 0;", "h->drafts = 0;",
       ["trust:rejected"]),
     M("sum-not-taken-back", "h->sum -= bkvi_sum(h, slot, 1);", ";", ["trust:rollback"]),
-    M("rest-not-taken-back", "memset(bkvi_rest(h, BKVI_V, slot), 0, bkvi_v_dim(c));", ";",
+    M("rest-not-taken-back", "memset(bkvi_rest(h, BKVI_V, slot), 0, bkvi_v_dim(h->c));", ";",
       ["trust:rejected"]),
     M("one-token-too-far", "h.seen - n_tokens >= h.fill)", "h.seen - n_tokens > h.fill)",
       ["trust:rollback"]),
