@@ -345,8 +345,7 @@ BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
    them, but for what attention to tokens that were no drafts has taught, and drafts that a later
    token accepted stay accepted. Once something was halved (BKV_I8 from 512 slots on: once there is
    a second page) the first token of the newest page and all before it cannot be taken back:
-   stats.room says how many more tokens are safe. Returns BKV_E_NULL, _ROLLBACK.
-   Cost: proportional to the tokens taken back. */
+   stats.room says how many more are safe. Returns BKV_E_NULL, _ROLLBACK. Cost: per token. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens);
 
 /* Lowers the budget in place: the oldest pages are halved by the rule in use until the tokens fit,
@@ -567,9 +566,11 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #if defined(__OPTIMIZE_SIZE__) /* one shape of register tile, not a dozen; no bit depends on it */
 #define BKVI_SMALL 1
 #define BKVI_ONCE static __attribute__((unused)) /* inline but where size counts */
+#define BKVI_FOUR /* unrolled: loops over four registers that hide each other's latency */
 #else
 #define BKVI_SMALL 0
 #define BKVI_ONCE BKVI_INLINE
+#define BKVI_FOUR BKVI_UNROLL
 #endif
 /* BKVI_UNROLL: gcc -O2 keeps register tiles, small arrays, in registers only if every loop over
    them is unrolled (3x on a halving). BKVI_TARGET, BKVI_TARGET_END: code for these instructions,
@@ -1945,8 +1946,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
    into an addition other than through bkvi_v(fma): compilers may fuse the two.
      load, store                       lanes from and to floats
      load_f32, store_f32               the same at any address: of the state or a caller
-     load_f16, load_bf16, store_f16    the same, converted; to nearest even
-     load_i8                           lanes from signed bytes
+     load_f16, _bf16, _i8, store_f16   the same, converted; to nearest even
      fused(x, y, z)                    x * y + z, rounded once; fma() is that, or BALANCEKV_FMA=0
      fma_at(c, i, first, x, y)         c[i] * x + y, i a constant; may read up to c[i | 3]; `first`
                                        of those that share x
@@ -1962,11 +1962,6 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 #define bkvi_words BKVI_FN(bkvi_words)
 #define BKVI_WIDTH ((uint32_t)(sizeof(bkvi_vec) / sizeof(float)))
 #define BKVI_TILES BKVI_UNROLL /* loops over the registers of a tile */
-#if BKVI_SMALL
-#define BKVI_FOUR
-#else
-#define BKVI_FOUR BKVI_UNROLL /* over four registers that hide each other's latency */
-#endif
 
 #if BKVI_PASS == BALANCEKV_SIMD_AVX2
 BKVI_TARGET("avx2,fma,f16c")
@@ -2281,14 +2276,6 @@ BKVI_NOINLINE void bkvi_k(rotate)(float *x, uint32_t n) {
     }
 }
 
-/* A caller's row, with zeros up to `padded` elements, rotated. */
-static void bkvi_k(rotated_row)(float *x, const unsigned char *row, uint32_t type, size_t stride,
-                                uint32_t n, uint32_t padded) {
-    uint32_t i;
-    for (i = 0; i < n; i += BKVI_LANES) bkvi_k(row)(x + i, row, type, stride, i, n);
-    bkvi_k(rotate)(x, padded);
-}
-
 /* x becomes round(x / scale) + 1.5 * 2^23, whose low byte is what is stored; BKVI_DIM_MAX behind
    it, the same of 128 times the rest. scale = max |x| / 127, rounded up to bf16, so that nothing is
    clipped; the floor keeps its inverse finite. */
@@ -2320,8 +2307,10 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, un
     size_t bytes = bkvi_type_bytes(kv_type);
     uint32_t i, lane, padded = step == 1 ? bkvi_round_up(n, BKVI_LANES) : n;
     if (bkvi_is_i8(kv_type)) {
-        if (src != (unsigned char *)work)
-            bkvi_k(rotated_row)(work, src, type, stride, n, padded);
+        if (src != (unsigned char *)work) {
+            for (i = 0; i < n; i += BKVI_LANES) bkvi_k(row)(work + i, src, type, stride, i, n);
+            bkvi_k(rotate)(work, padded);
+        }
         bkvi_k(quantise)(work, scale, padded);
         for (i = 0; i < padded; i++) {
             dst[i * step] = (unsigned char)bkvi_bits(work[i]);
@@ -3055,7 +3044,8 @@ BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *
     size_t stride = q->elem_stride;
     uint32_t i, j, type = q->type;
     if (work) {
-        bkvi_k(rotated_row)(work, row, type, stride, dim, dim);
+        for (i = 0; i < dim; i += BKVI_LANES) bkvi_k(row)(work + i, row, type, stride, i, dim);
+        bkvi_k(rotate)(work, dim);
         row = (const unsigned char *)work, type = BKV_F32, stride = 4;
     }
     for (i = 0; i < dim; i += BKVI_LANES) {
@@ -3197,6 +3187,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_INLINE
 #undef BKVI_NOINLINE
 #undef BKVI_ONCE
+#undef BKVI_FOUR
 #undef BKVI_UNROLL
 #undef BKVI_CLANG_X86
 #undef BKVI_WAIT
@@ -3229,7 +3220,6 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_EACH_TILE
 #undef BKVI_EACH_ROWS
 #undef BKVI_TILES
-#undef BKVI_FOUR
 #undef BKVI_VECS
 #undef BKVI_PASS
 #endif /* BKVI_PASS */
