@@ -382,7 +382,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_validate(const bkv_cache *c);
 BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type);
 
 /* Appends n_tokens tokens to all KV heads. k: [n_tokens][n_kv_heads][head_dim], v: the same with
-   value_dim. flags: BKV_PIN, BKV_DRAFT.
+   value_dim. flags: BKV_PIN, BKV_DRAFT. Chunks of any size, and bkv_prefill(), give the same state.
    Returns BKV_E_NULL, _COUNT, _FLAGS, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE.
    Cost: a pass over the inputs per share, and at most one halving per KV head and 64 tokens. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v,
@@ -2570,26 +2570,22 @@ BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_nor
                                           bkvi_v(load)(to + i)));
 }
 
-/* What the queries' means expect of every token: the mean over the group of its share of attention
-   within the block. The keys are centred, which no softmax notices. */
-BKVI_NOINLINE void bkvi_k(expect)(const bkvi_head *h, bkvi_block *block, uint32_t dim,
-                                  size_t stride) {
-    float *logit = block->score;
-    uint32_t head;
+/* Importance by keys. Expected: the mean over the group of the share of attention within the block
+   that the queries' means give a token; the keys are centred, which no softmax notices. Unlike the
+   others: w e^(-4 cos(key, mean key)). */
+BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32_t importance,
+                                   uint32_t dim, size_t stride) {
+    float *mean = block->mean, *work = block->matrix, *unlike = block->unlike, *logit = block->score;
+    bkvi_vec m, zero = bkvi_v(set)(0.0f);
+    uint32_t head, i, padded = bkvi_round_up(dim, BKVI_LANES);
     memset(block->expected, 0, sizeof block->expected);
-    for (head = 0; head < h->c->group; head++) {
+    for (head = 0; head < h->c->group && importance & BKV_IMPORTANCE_QUERY; head++) {
         bkvi_k(against)(block, dim, stride, bkvi_part(h, BKVI_QUERIES, head),
                         h->c->cfg.scale * BKVI_LOG2E, logit);
         bkvi_k(weigh)(block, logit, bkvi_k(largest)(logit));
         bkvi_k(add_share)(block->expected, logit, NULL, 1.0f);
     }
-}
-
-/* w e^(-4 cos(key, mean key)): keys unlike the others. */
-BKVI_NOINLINE void bkvi_k(unlike)(bkvi_block *block, uint32_t dim, size_t stride) {
-    float *mean = block->mean, *work = block->matrix, *unlike = block->unlike;
-    bkvi_vec m, zero = bkvi_v(set)(0.0f);
-    uint32_t i, padded = bkvi_round_up(dim, BKVI_LANES);
+    if (!(importance & BKV_IMPORTANCE_KEY)) return;
     bkvi_k(against)(block, dim, stride, mean, 1.0f, unlike);
     for (i = 0; i < padded; i += BKVI_WIDTH)
         bkvi_v(store)(work + i, bkvi_v(load)(mean + i) * bkvi_v(load)(mean + i));
@@ -2682,16 +2678,16 @@ static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *
     const uint32_t dim = BKVI_DIM(cfg->head_dim), v_dim = bkvi_v_dim(h->c);
     const uint32_t importance = bkvi_importance(cfg);
     const float scale = cfg->scale * cfg->temp * BKVI_LOG2E;
-    float *use = block->use, *score = block->score;
+    float *use = block->use, *score = block->score, constant, largest;
     uint32_t i;
     /* One row more than needed: panels a multiple of 4 KiB apart would share cache sets. */
     const size_t stride = ((size_t)dim + 1) * BKVI_LANES;
     const size_t v_stride = ((size_t)v_dim + 1) * BKVI_LANES;
-    float constant, largest = bkvi_k(pack)(h, slots, block, 0, dim, stride);
-    if (importance & BKV_IMPORTANCE_QUERY) bkvi_k(expect)(h, block, dim, stride);
-    if (importance & BKV_IMPORTANCE_KEY) bkvi_k(unlike)(block, dim, stride);
+    largest = bkvi_k(pack)(h, slots, block, 0, dim, stride);
+    bkvi_k(foresee)(h, block, importance, dim, stride);
     bkvi_k(products)(block, 0, dim, stride, scale, largest * scale);
     largest = bkvi_k(pack)(h, slots, block, 1, v_dim, v_stride);
+    /* Scores, and the factor of each token in the kernel; the norms are those of the values now. */
     memcpy(block->factor, block->weight, sizeof block->factor);
     for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH) {
         bkvi_vec w = bkvi_v(load)(block->weight + i);
@@ -2699,7 +2695,7 @@ static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *
             bkvi_v(store)(block->factor + i, bkvi_v(sqrt)(w * bkvi_v(load)(block->expected + i)));
         bkvi_v(store)(use + i, bkvi_v(sqrt)(bkvi_v(load)(use + i)));
     }
-    memset(score, 0, sizeof block->score); /* norm: that of the values, from here on */
+    memset(score, 0, sizeof block->score);
     if (importance & BKV_IMPORTANCE_KEY) bkvi_k(add_share)(score, block->unlike, block->norm, 1.0f);
     if (importance & BKV_IMPORTANCE_QUERY)
         bkvi_k(add_share)(score, block->expected, block->norm, 1.0f);
