@@ -84,7 +84,7 @@
      to about 10; tests/test_attend.c); on traces of a model 0.002 of |out| in the mean.
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
      heads; all nth calls must be made, with equal arguments, before the next operation on the cache
-     starts. (0, 1) does everything.
+     starts. (0, 1) does everything. The result does not depend on nth.
    Errors. A negative bkv_result; the cache is then unchanged. Inputs are checked first, NaN and Inf
      included: a key or value must be finite in kv_type (|x| < 65520 for f16), all below 2^55.
    Arithmetic. Same input bytes + same config => same output bytes and same state bytes on every
@@ -119,7 +119,8 @@
    BALANCEKV_SIMDE            Affects: 1 makes the block of BALANCEKV_SIMD (NEON, which is then the
                               default, or AVX512) from SIMDe's functions, for any CPU; simde/ must
                               be on the include path.  Values: 0, 1.  Default: 0.
-   BALANCEKV_FMA              Affects: the bits, see §1; 0: faster without FMA.  Default: 1.
+   BALANCEKV_FMA              Affects: the bits, see §1. 0 rounds every product before it is added:
+                              faster where no fused multiply-add exists.  Values: 0, 1.  Default: 1.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
 
    No switch changes a public type, so files compiled with different switches can be linked; none
@@ -391,7 +392,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv
 
 /* Attention of one position. q: [n_q_heads][head_dim] (its token_stride is not used); query head h
    reads KV head h / group. out: f32 [n_q_heads][value_dim], must overlap neither cache nor q.
-   Returns BKV_E_NULL, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE, _EMPTY. Cost: the slots in use. */
+   Returns BKV_E_NULL, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE, _EMPTY. Cost: per slot in use. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_attend(bkv_cache *c, bkv_tensor q, float *out,
                                                  uint32_t ith, uint32_t nth);
 
@@ -502,7 +503,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #endif
 #if (BALANCEKV_SIMD + 0) < BALANCEKV_SIMD_AUTO || (BALANCEKV_SIMD + 0) > BALANCEKV_SIMD_NEON
 #error "balancekv.h: BALANCEKV_SIMD must be BALANCEKV_SIMD_AUTO, _SCALAR, _AVX2, _AVX512 or _NEON"
-#elif (BALANCEKV_DISPATCH | BALANCEKV_SIMDE | BALANCEKV_FMA) >> 1 /* negative: -1 */
+#elif (BALANCEKV_DISPATCH | BALANCEKV_SIMDE | BALANCEKV_FMA) >> 1 /* of less than 0: -1 */
 #error "balancekv.h: BALANCEKV_DISPATCH, BALANCEKV_SIMDE and BALANCEKV_FMA must be 0 or 1"
 #elif BALANCEKV_SIMDE &&                                                                           \
     (BALANCEKV_SIMD == BALANCEKV_SIMD_SCALAR || BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2)
@@ -2575,7 +2576,8 @@ BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_nor
    others: w e^(-4 cos(key, mean key)). */
 BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32_t importance,
                                    uint32_t dim, size_t stride) {
-    float *mean = block->mean, *work = block->matrix, *unlike = block->unlike, *logit = block->score;
+    float *mean = block->mean, *work = block->matrix;
+    float *logit = block->score, *unlike = block->unlike;
     bkvi_vec m, zero = bkvi_v(set)(0.0f);
     uint32_t head, i, padded = bkvi_round_up(dim, BKVI_LANES);
     memset(block->expected, 0, sizeof block->expected);
