@@ -59,16 +59,13 @@
    The method, at length in docs/method.md, to the last tie in tests/golden/README.md.
      Stream: tokens fill the sinks, then page after page, and never move until they are halved. When
      no page is free, ONE halving frees one: two neighbours older than the window, the least halved,
-     the oldest. So an append costs at most one halving per KV head, and at least the newest
-     `window` tokens are exact at any time.
+     the oldest.
      BKV_RULE_SAMPLE: 64 of the 128 tokens stay, with chances p in proportion to importance (shares
      of weight, of use, of what the queries' means expect, and of keys unlike the others), and weigh
-     w / p from then on. The draw is then balanced: tokens change places while that shortens its
-     error under
+     w / p from then on. Tokens then change places while that shortens the error of the draw under
          K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
-     the kernel of the paper. What is left of the error moves the values of those that stay, as far
-     as they can express it (ours; bench/QUALITY.md); keys never change, nor do values of tokens
-     that stay for certain. BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
+     the kernel of the paper. What is left of it moves values (ours; bench/QUALITY.md), not those
+     that stay for certain; keys never change. BKV_RULE_WINDOW keeps the newer 64: a plain window.
      Learning: attention moves a running mean of each query head, += 0.01 (q - mean), and the use of
      the tokens of the two newest pages, += p^2, p their share. Without: BKV_IMPORTANCE_KEY.
      Pins: tokens of a call with BKV_PIN stay as they are in every halving, 32 of a block at most
@@ -212,9 +209,8 @@ enum { BKV_I8 = BALANCEKV_I8 };
 /* Halving rules, see §1. BKV_RULE_DEFAULT is BKV_RULE_SAMPLE. */
 enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
 
-/* What BKV_RULE_SAMPLE takes for important, see §1; the sum of any. 0 in bkv_config means all of
-   them, BKV_NONE that all tokens of a weight are alike. KEY alone needs no queries; values move
-   only under QUERY. */
+/* What BKV_RULE_SAMPLE takes for important, see §1; BKV_NONE: all tokens of a weight are alike. KEY
+   alone needs no queries; values move only under QUERY. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
 
 /* Flags of bkv_append() and bkv_prefill(). PIN the call's tokens, see §1. DRAFT: tokens on trial
@@ -308,8 +304,7 @@ typedef struct bkv_stats_info {
     uint32_t sinks;       /* slots of the sinks after rounding */
     uint32_t window;      /* exact newest tokens after rounding */
     uint32_t n_pages;     /* pages per KV head */
-    uint32_t room;        /* tokens that fit before the next halving (BKV_I8: page): drafts of up to
-                             that many can always be taken back by bkv_truncate() */
+    uint32_t room;        /* tokens that fit before the next halving (BKV_I8: page): safe drafts */
     uint32_t backend;     /* BKV_BACKEND_* in use */
     uint32_t rule;        /* BKV_RULE_* in use */
     uint32_t max_level;   /* highest level of any page */
@@ -319,9 +314,8 @@ typedef struct bkv_stats_info {
     size_t state_bytes;   /* the first bytes of the block: all that must be copied or saved */
 } bkv_stats_info;
 
-/* Of every function below, unless it says otherwise: constant cost; any thread may call it, but no
-   two at a time on one cache, except as shares (ith, nth) of one operation; pointers are the
-   caller's and are not kept. examples/minimal.c shows the usual order of calls. */
+/* Of every function below, unless it says otherwise: constant cost; no pointer is kept; any thread
+   may call it, but no two at a time on one cache, except as shares (ith, nth) of one operation. */
 
 /* A config with every default filled in, so that it can be read and adjusted. */
 BALANCEKV_API bkv_config bkv_config_default(uint32_t n_q_heads, uint32_t n_kv_heads,
@@ -352,8 +346,7 @@ BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
    them, but for what attention to tokens that were no drafts has taught, and drafts that a later
    token accepted stay accepted. Once something was halved (BKV_I8 from 512 slots on: once there is
    a second page) the first token of the newest page and all before it cannot be taken back:
-   stats.room says how many more tokens are safe. Returns BKV_E_NULL, _ROLLBACK.
-   Cost: proportional to the tokens taken back. */
+   stats.room says how many more are safe. Returns BKV_E_NULL, _ROLLBACK. Cost: per token. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens);
 
 /* Lowers the budget in place: the oldest pages are halved by the rule in use until the tokens fit,
@@ -390,8 +383,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_validate(const bkv_cache *c);
 BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type);
 
 /* Appends n_tokens tokens to all KV heads. k: [n_tokens][n_kv_heads][head_dim], v: the same with
-   value_dim. flags: BKV_PIN, BKV_DRAFT. Appending one by one, in chunks, or by bkv_prefill() gives
-   the same state.
+   value_dim. flags: BKV_PIN, BKV_DRAFT. Chunks of any size, and bkv_prefill(), give the same state.
    Returns BKV_E_NULL, _COUNT, _FLAGS, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE.
    Cost: a pass over the inputs per share, and at most one halving per KV head and 64 tokens. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v,
@@ -400,8 +392,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv
 
 /* Attention of one position. q: [n_q_heads][head_dim] (its token_stride is not used); query head h
    reads KV head h / group. out: f32 [n_q_heads][value_dim], must overlap neither cache nor q.
-   Returns BKV_E_NULL, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE, _EMPTY.
-   Cost: proportional to the slots in use. */
+   Returns BKV_E_NULL, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE, _EMPTY. Cost: per slot in use. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_attend(bkv_cache *c, bkv_tensor q, float *out,
                                                  uint32_t ith, uint32_t nth);
 
@@ -459,7 +450,6 @@ BALANCEKV_API const char *bkv_result_string(bkv_result r);
 BALANCEKV_API const char *bkv_version(void);
 /* Bit (1 << BKV_BACKEND_x) is set for every backend that is compiled in and that this CPU runs. */
 BALANCEKV_API uint32_t bkv_backends(void);
-
 /* "scalar", "avx2", "avx512", "neon", "auto"; "?" for an unknown one. */
 BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 
@@ -486,11 +476,9 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 
 #if !defined(__GNUC__) && !defined(__clang__)
 #error "balancekv.h: needs gcc, clang or a compiler that speaks their extensions"
-#endif
-#if defined(__FAST_MATH__) && !defined(BALANCEKV_ALLOW_FAST_MATH)
+#elif defined(__FAST_MATH__) && !defined(BALANCEKV_ALLOW_FAST_MATH)
 #error "balancekv.h: -ffast-math breaks the arithmetic contract; see BALANCEKV_ALLOW_FAST_MATH"
-#endif
-#if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0
+#elif defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0
 #error "balancekv.h: excess precision; x86: -msse2 -mfpmath=sse, s390x: -fexcess-precision=fast"
 #endif
 #if defined(__x86_64__) || defined(__i386__)
@@ -499,9 +487,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_ARCH_X86 0
 #endif
 #if defined(__aarch64__) && !defined(__AARCH64EB__)
-#define BKVI_ARCH_ARM64 1
-#else
-#define BKVI_ARCH_ARM64 0
+#define BKVI_ARCH_ARM64
 #endif
 #ifndef BALANCEKV_SIMD
 #define BALANCEKV_SIMD BALANCEKV_SIMD_AUTO
@@ -517,36 +503,31 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #endif
 #if (BALANCEKV_SIMD + 0) < BALANCEKV_SIMD_AUTO || (BALANCEKV_SIMD + 0) > BALANCEKV_SIMD_NEON
 #error "balancekv.h: BALANCEKV_SIMD must be BALANCEKV_SIMD_AUTO, _SCALAR, _AVX2, _AVX512 or _NEON"
-#endif
-#if BALANCEKV_DISPATCH / 2 || BALANCEKV_SIMDE / 2 || BALANCEKV_FMA / 2 ||                          \
-    BALANCEKV_DISPATCH < 0 || BALANCEKV_SIMDE < 0 || BALANCEKV_FMA < 0
+#elif (BALANCEKV_DISPATCH | BALANCEKV_SIMDE | BALANCEKV_FMA) >> 1 /* of less than 0: -1 */
 #error "balancekv.h: BALANCEKV_DISPATCH, BALANCEKV_SIMDE and BALANCEKV_FMA must be 0 or 1"
-#endif
-#if BALANCEKV_SIMDE && (BALANCEKV_SIMD == BALANCEKV_SIMD_SCALAR ||                                 \
-                        BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2)
+#elif BALANCEKV_SIMDE &&                                                                           \
+    (BALANCEKV_SIMD == BALANCEKV_SIMD_SCALAR || BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2)
 #error "balancekv.h: BALANCEKV_SIMDE goes with BALANCEKV_SIMD_AUTO, _NEON or _AVX512"
 #elif BALANCEKV_SIMDE && defined(__arm__) && defined(__ARM_NEON)
 #error "balancekv.h: ARMv7's NEON flushes denormals, which gives other bits; leave BALANCEKV_SIMDE"
-#elif !BALANCEKV_SIMDE && ((BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !BKVI_ARCH_ARM64) ||          \
+#elif !BALANCEKV_SIMDE && ((BALANCEKV_SIMD == BALANCEKV_SIMD_NEON && !defined(BKVI_ARCH_ARM64)) || \
                            (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2 && !BKVI_ARCH_X86) ||            \
                            (BALANCEKV_SIMD == BALANCEKV_SIMD_AVX512 && !defined(__x86_64__)))
 #error "balancekv.h: BALANCEKV_SIMD_AVX2 needs an x86 target, _AVX512 x86-64, _NEON AArch64"
 #endif
-#ifdef BALANCEKV_HEAD_DIM
-#if (BALANCEKV_HEAD_DIM + 0) < 1 || (BALANCEKV_HEAD_DIM + 0) > 512
-#error "balancekv.h: BALANCEKV_HEAD_DIM must be 1..512"
-#endif
-#define BKVI_DIM(x) ((uint32_t)(BALANCEKV_HEAD_DIM) + 0u * (x)) /* a constant, and x is used */
-#else
+#ifndef BALANCEKV_HEAD_DIM
 #define BKVI_DIM(x) (x)
-#endif
-#ifdef BALANCEKV_KV_TYPE
-#if (BALANCEKV_KV_TYPE + 0) < BALANCEKV_F32 || (BALANCEKV_KV_TYPE + 0) > BALANCEKV_I8
-#error "balancekv.h: BALANCEKV_KV_TYPE must be BALANCEKV_F32, _F16, _BF16 or _I8"
-#endif
-#define BKVI_TYPE(t) ((uint32_t)(BALANCEKV_KV_TYPE) + 0u * (t))
+#elif (BALANCEKV_HEAD_DIM + 0) < 1 || (BALANCEKV_HEAD_DIM + 0) > 512
+#error "balancekv.h: BALANCEKV_HEAD_DIM must be 1..512"
 #else
+#define BKVI_DIM(x) ((uint32_t)(BALANCEKV_HEAD_DIM) + 0u * (x)) /* a constant, and x is used */
+#endif
+#ifndef BALANCEKV_KV_TYPE
 #define BKVI_TYPE(t) (t)
+#elif (BALANCEKV_KV_TYPE + 0) < BALANCEKV_F32 || (BALANCEKV_KV_TYPE + 0) > BALANCEKV_I8
+#error "balancekv.h: BALANCEKV_KV_TYPE must be BALANCEKV_F32, _F16, _BF16 or _I8"
+#else
+#define BKVI_TYPE(t) ((uint32_t)(BALANCEKV_KV_TYPE) + 0u * (t))
 #endif
 #ifndef BALANCEKV_HEADER_NAME
 #define BALANCEKV_HEADER_NAME "balancekv.h"
@@ -555,7 +536,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 /* The widest backend of this build, and which others there are. */
 #if BALANCEKV_SIMD != BALANCEKV_SIMD_AUTO
 #define BKVI_WIDEST BALANCEKV_SIMD
-#elif BKVI_ARCH_ARM64 || BALANCEKV_SIMDE
+#elif defined(BKVI_ARCH_ARM64) || BALANCEKV_SIMDE
 #define BKVI_WIDEST BALANCEKV_SIMD_NEON
 #elif defined(__x86_64__) && (BALANCEKV_DISPATCH || defined(__AVX512F__)) /* i386: 8 registers */
 #define BKVI_WIDEST BALANCEKV_SIMD_AVX512
@@ -586,15 +567,19 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #if defined(__OPTIMIZE_SIZE__) /* one shape of register tile, not a dozen; no bit depends on it */
 #define BKVI_SMALL 1
 #define BKVI_ONCE static __attribute__((unused)) /* inline but where size counts */
+#define BKVI_FOUR /* unrolled: loops over four registers that hide each other's latency */
 #else
 #define BKVI_SMALL 0
 #define BKVI_ONCE BKVI_INLINE
+#define BKVI_FOUR BKVI_UNROLL
 #endif
 /* BKVI_UNROLL: gcc -O2 keeps register tiles, small arrays, in registers only if every loop over
    them is unrolled (3x on a halving). BKVI_TARGET, BKVI_TARGET_END: code for these instructions,
    whatever the compiler flags are; gcc warns of its own _mm512_undefined_ps(), in C++. */
 #define BKVI_PRAGMA(x) _Pragma(#x)
-#if defined(__clang__)
+#if BKVI_SMALL && BKVI_WIDEST == BALANCEKV_SIMD_SCALAR
+#define BKVI_UNROLL
+#elif defined(__clang__)
 #define BKVI_UNROLL _Pragma("clang loop unroll(full)")
 #define BKVI_TARGET(isa)                                                                           \
     BKVI_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
@@ -607,34 +592,21 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
     _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
 #define BKVI_TARGET_END _Pragma("GCC diagnostic pop") _Pragma("GCC pop_options")
 #endif
-#if BKVI_SMALL && BKVI_WIDEST == BALANCEKV_SIMD_SCALAR
-#undef BKVI_UNROLL
-#define BKVI_UNROLL
-#endif
 #define BKVI_INLINE static inline __attribute__((always_inline, unused))
 #define BKVI_NOINLINE static __attribute__((noinline))
 
 /* One scalar instruction for a correctly rounded a * b + c, where the target always has it. */
 #if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) ||                   \
-    BKVI_ARCH_ARM64 || defined(__riscv_flen) || defined(__powerpc64__) || defined(__s390x__)
-#define BKVI_HARDWARE_FMA 1
-#else
-#define BKVI_HARDWARE_FMA 0
-#endif
-/* SIMDe's vfmaq_f32 is that, too. */
-#if defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_POWER_ALTIVEC_P6_NATIVE) ||                     \
-    (defined(SIMDE_ARM_NEON_A32V7_NATIVE) && BKVI_ARCH_ARM64)
-#define BKVI_SIMDE_FMA BKVI_HAVE_NEON
-#else
-#define BKVI_SIMDE_FMA 0
+    defined(__aarch64__) || defined(__riscv_flen) || defined(__powerpc64__) || defined(__s390x__)
+#define BKVI_HARDWARE_FMA
 #endif
 /* BALANCEKV_FMA=0: x is rounded here. No compiler may fuse it with the addition that follows, as
    gcc does in gnu modes and all do under -ffp-contract=fast, where the instruction exists. */
 #if BKVI_ARCH_X86 && !BALANCEKV_SIMDE
 #define BKVI_ROUND(x) __asm__("" : "+v"(x))
-#elif BKVI_ARCH_ARM64
+#elif defined(BKVI_ARCH_ARM64)
 #define BKVI_ROUND(x) __asm__("" : "+w"(x))
-#elif BKVI_HARDWARE_FMA
+#elif defined(BKVI_HARDWARE_FMA)
 #define BKVI_ROUND(x) __asm__("" : "+m"(x))
 #else
 #define BKVI_ROUND(x) ((void)0)
@@ -703,13 +675,8 @@ BKVI_INLINE void bkvi_put64(unsigned char *p, uint64_t x) {
 
 BKVI_INLINE uint32_t bkvi_min(uint32_t a, uint32_t b) { return a < b ? a : b; }
 BKVI_INLINE uint32_t bkvi_max(uint32_t a, uint32_t b) { return a > b ? a : b; }
-BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t unit) {
-    return (x + unit - 1) / unit * unit;
-}
-BKVI_INLINE size_t bkvi_type_bytes(uint32_t type) {
-    return type == BKV_F32 ? 4 : type == BKV_I8 ? 1 : 2;
-}
-
+BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t to) { return (x + to - 1) / to * to; }
+BKVI_INLINE size_t bkvi_type_bytes(uint32_t t) { return t == BKV_F32 ? 4 : t == BKV_I8 ? 1 : 2; }
 /* Not in builds of another type. */
 BKVI_INLINE int bkvi_is_i8(uint32_t type) {
     return BKVI_TYPE((uint32_t)BKV_I8) == BKV_I8 && type == BKV_I8;
@@ -775,7 +742,7 @@ static float bkvi_sqrt(float x) { /* to nearest; 0 of what is not positive */
    double; TwoSum gives the rounding error of the sum; rounding the sum to odd then makes the final
    rounding to float correct (Boldo, Melquiond 2008). */
 BKVI_INLINE float bkvi_fma(float a, float b, float c) {
-#if BKVI_HARDWARE_FMA
+#ifdef BKVI_HARDWARE_FMA
     return __builtin_fmaf(a, b, c);
 #else
     double p = (double)a * (double)b, sum = p + (double)c;
@@ -884,20 +851,15 @@ static uint32_t bkvi_x86_backends(void) {
 
 /* Of §3: what §10 would only pass on. */
 BALANCEKV_API uint32_t bkv_backends(void) {
-    uint32_t found = 0;
-#if BKVI_HAVE_SCALAR
-    found |= 1u << BKV_BACKEND_SCALAR;
+    const uint32_t built = (uint32_t)BKVI_HAVE_SCALAR << BKV_BACKEND_SCALAR |
+                           (uint32_t)BKVI_HAVE_AVX2 << BKV_BACKEND_AVX2 |
+                           (uint32_t)BKVI_HAVE_AVX512 << BKV_BACKEND_AVX512 |
+                           (uint32_t)BKVI_HAVE_NEON << BKV_BACKEND_NEON; /* in every AArch64 */
+#if (BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512) && !BALANCEKV_SIMDE
+    return built & (bkvi_x86_backends() | 1u << BKV_BACKEND_SCALAR);
+#else
+    return built;
 #endif
-#if BKVI_HAVE_NEON
-    found |= 1u << BKV_BACKEND_NEON; /* part of every AArch64 */
-#endif
-#if BKVI_HAVE_AVX512 && BALANCEKV_SIMDE
-    found |= 1u << BKV_BACKEND_AVX512;
-#elif BKVI_HAVE_AVX2 || BKVI_HAVE_AVX512
-    found |= bkvi_x86_backends() & ((uint32_t)BKVI_HAVE_AVX2 << BKV_BACKEND_AVX2 |
-                                    (uint32_t)BKVI_HAVE_AVX512 << BKV_BACKEND_AVX512);
-#endif
-    return found;
 }
 
 /* 0 if there is none. */
@@ -1014,29 +976,22 @@ static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
 BKVI_INLINE uint32_t bkvi_v_dim(const bkv_cache *c) {
     return bkvi_round_up(BKVI_DIM(c->cfg.value_dim), BKVI_LANES);
 }
-/* Bits, name and place of a head's counters; its sum, at 32, has the drafts added. */
-#define BKVI_EACH_COUNTER(X)                                                                       \
-    X(64, seen, 0)                                                                                 \
-    X(64, halvings, 8) X(32, sinks, 16) X(32, used, 20) X(32, fill, 24) X(32, drafts, 28)
 static bkvi_head bkvi_head_get(const bkv_cache *c, uint32_t head, uint32_t ith) {
     unsigned char *mem = bkvi_head_mem(c, head), *scratch = c->mem + c->state_bytes;
     bkvi_head h;
     scratch += (64 - ((uintptr_t)scratch & 63)) & 63;
-    h.c = c;
-    h.mem = mem;
     h.scratch = (float *)(void *)(scratch + (size_t)ith * c->scratch_bytes);
-    h.index = head;
-#define BKVI_X(bits, name, place) h.name = bkvi_get##bits(mem + (place));
-    BKVI_EACH_COUNTER(BKVI_X)
-#undef BKVI_X
+    h.c = c, h.mem = mem, h.index = head;
+    h.seen = bkvi_get64(mem), h.halvings = bkvi_get64(mem + 8);
+    h.sinks = bkvi_get32(mem + 16), h.used = bkvi_get32(mem + 20);
+    h.fill = bkvi_get32(mem + 24), h.drafts = bkvi_get32(mem + 28);
     h.sum = bkvi_get32(mem + 32) - h.drafts;
     return h;
 }
 static void bkvi_head_put(const bkvi_head *h) {
-#define BKVI_X(bits, name, place) bkvi_put##bits(h->mem + (place), h->name);
-    BKVI_EACH_COUNTER(BKVI_X)
-#undef BKVI_X
-#undef BKVI_EACH_COUNTER
+    bkvi_put64(h->mem, h->seen), bkvi_put64(h->mem + 8, h->halvings);
+    bkvi_put32(h->mem + 16, h->sinks), bkvi_put32(h->mem + 20, h->used);
+    bkvi_put32(h->mem + 24, h->fill), bkvi_put32(h->mem + 28, h->drafts);
     bkvi_put32(h->mem + 32, h->sum + h->drafts);
 }
 
@@ -1192,12 +1147,10 @@ static uint32_t bkvi_reserve(bkvi_head *h, uint32_t *first_slot) {
         return bkvi_min(BKVI_PAGE - h->sinks % BKVI_PAGE, c->sink_slots - h->sinks);
     }
     if (h->used == 0 || h->fill == BKVI_PAGE) {
-        if (h->used < c->n_pages) {
-            bkvi_set_page(h, h->used, h->used, 0);
-            h->used++;
-        } else {
+        if (h->used < c->n_pages)
+            bkvi_set_page(h, h->used, h->used, 0), h->used++;
+        else
             bkvi_halve(h, c->n_pages - c->window_pages);
-        }
         h->fill = 0;
     }
     *first_slot = bkvi_page_slot(h, h->used - 1) + h->fill;
@@ -1266,12 +1219,9 @@ typedef struct bkvi_span {
     uint32_t slots, rests, last; /* last: is it the last block? */
 } bkvi_span;
 
-/* Blocks in use; first slot and number of slots of block b. */
-static uint32_t bkvi_n_blocks(const bkvi_head *h) {
-    return (h->sinks + BKVI_PAGE - 1) / BKVI_PAGE + h->used;
-}
+/* First slot and number of slots of block b. */
 static uint32_t bkvi_block_slot(const bkvi_head *h, uint32_t b, uint32_t *n_slots) {
-    uint32_t n_sinks = bkvi_n_blocks(h) - h->used, newest, second;
+    uint32_t n_sinks = bkvi_round_up(h->sinks, BKVI_PAGE) / BKVI_PAGE, newest, second;
     if (b < n_sinks) {
         *n_slots = bkvi_min(h->sinks - b * BKVI_PAGE, BKVI_PAGE);
         return b * BKVI_PAGE;
@@ -1318,8 +1268,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (!r->window && pages > 2) /* of few slots halved pages need every one */
         window = c->slots < BKVI_FEW ? 1 : bkvi_min(r->budget / 3 / BKVI_PAGE, pages - 2);
     if (pages < window + 2) return BKV_E_BUDGET;
-    c->n_pages = pages;
-    c->window_pages = window;
+    c->n_pages = pages, c->window_pages = window;
     c->sink_slots = c->slots - pages * BKVI_PAGE;
     r->sinks = c->sink_slots ? c->sink_slots : BKV_NONE;
     r->window = window ? window * BKVI_PAGE : BKV_NONE;
@@ -1339,8 +1288,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         return BKV_E_PARAM;
     if (!r->n_threads) r->n_threads = 1;
     if (r->n_threads > 1024) return BKV_E_THREADS;
-    r->backend = bkvi_pick_backend(r->backend);
-    if (!r->backend) return BKV_E_BACKEND;
+    if (!(r->backend = bkvi_pick_backend(r->backend))) return BKV_E_BACKEND;
     if (r->kv_type == BKV_I8 && c->slots >= BKVI_FEW)
         c->rests = bkvi_min(c->sink_slots, BKVI_LANES) + BKVI_PAGE;
     for (i = 0; i < BKVI_END; i++, end = (end + 63) & ~(uint64_t)63) {
@@ -1428,10 +1376,8 @@ BALANCEKV_API bkv_config bkv_config_default(uint32_t n_q_heads, uint32_t n_kv_he
     bkv_cache c;
     bkv_config cfg;
     memset(&cfg, 0, sizeof cfg);
-    cfg.n_q_heads = n_q_heads;
-    cfg.n_kv_heads = n_kv_heads;
-    cfg.head_dim = head_dim;
-    cfg.budget = budget;
+    cfg.n_q_heads = n_q_heads, cfg.n_kv_heads = n_kv_heads;
+    cfg.head_dim = head_dim, cfg.budget = budget;
     if (bkvi_plan(&cfg, &c) == BKV_OK) cfg = c.cfg, cfg.backend = BKV_BACKEND_AUTO;
     return cfg;
 }
@@ -1450,8 +1396,7 @@ BALANCEKV_API bkv_result bkv_init(bkv_cache *c, const bkv_config *cfg, void *mem
     bkv_cache made;
     bkv_result r;
     if (!c || !cfg || !mem) return BKV_E_NULL;
-    r = bkvi_plan(cfg, &made);
-    if (r != BKV_OK) return r;
+    if ((r = bkvi_plan(cfg, &made)) != BKV_OK) return r;
     if (mem_bytes < made.bytes) return BKV_E_MEMORY;
     made.mem = (unsigned char *)mem;
     *c = made;
@@ -1464,8 +1409,7 @@ BALANCEKV_API bkv_result bkv_attach(bkv_cache *c, void *mem, size_t mem_bytes, u
     uint32_t head;
     if (!c || !mem) return BKV_E_NULL;
     if (mem_bytes < BKVI_HEADER_BYTES) return BKV_E_MEMORY;
-    r = bkvi_header_get((const unsigned char *)mem, NULL, backend, &made);
-    if (r != BKV_OK) return r;
+    if ((r = bkvi_header_get((const unsigned char *)mem, NULL, backend, &made)) != BKV_OK) return r;
     if (mem_bytes < made.bytes) return BKV_E_MEMORY;
     made.mem = (unsigned char *)mem;
     for (head = 0; head < made.cfg.n_kv_heads; head++)
@@ -1488,27 +1432,22 @@ BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type) {
 
 /* Fills in the strides of 0, then checks that no two elements overlap and that the extent fits. */
 static bkv_result bkvi_check_tensor(bkv_tensor *t, size_t n_tokens, size_t n_heads, size_t dim) {
-    size_t stride[3], count[3], extent = bkvi_type_bytes(t->type), i, j;
+    size_t stride[3], steps[3], extent = bkvi_type_bytes(t->type), i, j, n;
     if (t->type < BKV_F32 || t->type > BKV_BF16) return BKV_E_TYPE;
     if (!t->elem_stride) t->elem_stride = extent;
     if (!t->head_stride && t->elem_stride > SIZE_MAX / dim) return BKV_E_SIZE;
     if (!t->head_stride) t->head_stride = dim * t->elem_stride;
     if (!t->token_stride && t->head_stride > SIZE_MAX / n_heads) return BKV_E_SIZE;
     if (!t->token_stride) t->token_stride = n_heads * t->head_stride;
-    stride[0] = t->elem_stride, count[0] = dim;
-    stride[1] = t->head_stride, count[1] = n_heads;
-    stride[2] = t->token_stride, count[2] = n_tokens;
-    for (i = 0; i < 3; i++) /* by stride, the axes of one element last */
-        for (j = i + 1; j < 3; j++)
-            if (count[i] == 1 || (count[j] != 1 && stride[j] < stride[i])) {
-                size_t s = stride[i], n = count[i];
-                stride[i] = stride[j], count[i] = count[j];
-                stride[j] = s, count[j] = n;
-            }
-    for (i = 0; i < 3 && count[i] > 1; i++) { /* extent: of everything inside the present axis */
-        if (stride[i] < extent) return BKV_E_STRIDE;
-        if (count[i] - 1 > ((size_t)PTRDIFF_MAX - extent) / stride[i]) return BKV_E_SIZE;
-        extent += (count[i] - 1) * stride[i];
+    steps[0] = dim - 1, stride[0] = t->elem_stride;
+    steps[1] = n_heads - 1, stride[1] = t->head_stride;
+    steps[2] = n_tokens - 1, stride[2] = t->token_stride;
+    for (n = 0; n < 3; n++, steps[i] = 0) { /* axes by stride; extent: of all inside the present */
+        for (i = 0, j = 1; j < 3; j++)
+            if (!steps[i] || (steps[j] && stride[j] < stride[i])) i = j;
+        if (steps[i] && stride[i] < extent) return BKV_E_STRIDE;
+        if (steps[i] > ((size_t)PTRDIFF_MAX - extent) / stride[i]) return BKV_E_SIZE;
+        extent += steps[i] * stride[i];
     }
     return BKV_OK;
 }
@@ -1585,19 +1524,17 @@ BALANCEKV_API bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bkv_tensor v, b
     return bkvi_feed(c, &k, &v, &q, out, NULL, NULL, n_tokens, flags, ith, nth);
 }
 
-/* Takes back the newest tokens of a head, one at a time. */
+/* Takes back the newest n tokens of a head, one at a time. */
 static void bkvi_take_back(bkvi_head *h, uint32_t n) {
     static const unsigned char zero = 0;
-    const bkv_cache *c = h->c;
     h->drafts = h->drafts > n ? h->drafts - n : 0;
-    h->seen -= n;
-    for (; n; n--) {
+    for (h->seen -= n; n; n--) {
         uint32_t slot = bkvi_slot_of(h, bkvi_held(h) - 1);
         h->sum -= bkvi_sum(h, slot, 1);
         bkvi_clear(h, slot, 1);
         if (bkvi_rest(h, BKVI_K, slot)) {
-            bkvi_copy(bkvi_rest(h, BKVI_K, slot), BKVI_LANES, &zero, 0, c->cfg.head_dim, 1);
-            memset(bkvi_rest(h, BKVI_V, slot), 0, bkvi_v_dim(c));
+            bkvi_copy(bkvi_rest(h, BKVI_K, slot), BKVI_LANES, &zero, 0, h->c->cfg.head_dim, 1);
+            memset(bkvi_rest(h, BKVI_V, slot), 0, bkvi_v_dim(h->c));
         }
         if (!h->used)
             h->sinks--;
@@ -1965,14 +1902,10 @@ BALANCEKV_API bkv_result bkv_stats(const bkv_cache *c, bkv_stats_info *info) {
         for (i = 0; i < c->slots; i++)
             if (bkvi_weight(&h, i) > info->max_weight) info->max_weight = bkvi_weight(&h, i);
     }
-    info->slots = c->slots;
-    info->sinks = c->sink_slots;
+    info->slots = c->slots, info->sinks = c->sink_slots, info->n_pages = c->n_pages;
     info->window = c->window_pages * BKVI_PAGE;
-    info->n_pages = c->n_pages;
-    info->backend = c->cfg.backend;
-    info->rule = c->cfg.rule;
-    info->bytes = c->bytes;
-    info->state_bytes = c->state_bytes;
+    info->backend = c->cfg.backend, info->rule = c->cfg.rule;
+    info->bytes = c->bytes, info->state_bytes = c->state_bytes;
     return BKV_OK;
 }
 
@@ -2014,8 +1947,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
    into an addition other than through bkvi_v(fma): compilers may fuse the two.
      load, store                       lanes from and to floats
      load_f32, store_f32               the same at any address: of the state or a caller
-     load_f16, load_bf16, store_f16    the same, converted; to nearest even
-     load_i8                           lanes from signed bytes
+     load_f16, _bf16, _i8, store_f16   the same, converted; to nearest even
      fused(x, y, z)                    x * y + z, rounded once; fma() is that, or BALANCEKV_FMA=0
      fma_at(c, i, first, x, y)         c[i] * x + y, i a constant; may read up to c[i | 3]; `first`
                                        of those that share x
@@ -2028,13 +1960,9 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 #define bkvi_v(op) BKVI_FN(bkvi_v_##op)
 #define bkvi_k(name) BKVI_FN(bkvi_##name)
 #define bkvi_vec BKVI_FN(bkvi_vec)
+#define bkvi_words BKVI_FN(bkvi_words)
 #define BKVI_WIDTH ((uint32_t)(sizeof(bkvi_vec) / sizeof(float)))
 #define BKVI_TILES BKVI_UNROLL /* loops over the registers of a tile */
-#if BKVI_SMALL
-#define BKVI_FOUR
-#else
-#define BKVI_FOUR BKVI_UNROLL /* over four registers that hide each other's latency */
-#endif
 
 #if BKVI_PASS == BALANCEKV_SIMD_AVX2
 BKVI_TARGET("avx2,fma,f16c")
@@ -2094,9 +2022,6 @@ BKVI_OP(fused, BKVI_3, _mm256_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm256_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, _mm256_max_ps(a, b))
 BKVI_OP(pick_gt, BKVI_4, _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ)))
-BKVI_OP(pow2, (bkvi_vec r),
-        _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(r), 23),
-                                             _mm256_set1_epi32(0x3F800000))))
 BKVI_INLINE int bkvi_v(any_gt) BKVI_2 {
     return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
 }
@@ -2128,10 +2053,6 @@ BKVI_OP(sqrt, (bkvi_vec x), _mm512_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, BKVI_M(_mm512_max_ps)(a, b))
 BKVI_OP(pick_gt, BKVI_4,
         BKVI_M(_mm512_mask_blend_ps)(BKVI_M(_mm512_cmp_ps_mask)(a, b, 30 /* > */), y, x))
-BKVI_OP(pow2, (bkvi_vec r),
-        BKVI_M(_mm512_castsi512_ps)(BKVI_M(_mm512_add_epi32)(
-            BKVI_M(_mm512_slli_epi32)(BKVI_M(_mm512_castps_si512)(r), 23),
-            BKVI_M(_mm512_set1_epi32)(0x3F800000))))
 BKVI_INLINE int bkvi_v(any_gt) BKVI_2 { return BKVI_M(_mm512_cmp_ps_mask)(a, b, 30) != 0; }
 BKVI_STORE(store, BKVI_M(_mm512_storeu_ps)(p, x))
 BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
@@ -2158,17 +2079,11 @@ BKVI_OP(load_i8, (const void *p),
             vreinterpret_s8_u32(vdup_n_u32(bkvi_get32((const unsigned char *)p))))))))
 BKVI_STORE(store_f16, vst1_u8((uint8_t *)p, vreinterpret_u8_f16(vcvt_f16_f32(x))))
 BKVI_OP(sqrt, (bkvi_vec x), vsqrtq_f32(x))
-#endif
-#if BKVI_SIMDE_FMA || !BALANCEKV_SIMDE
-BKVI_OP(fused, BKVI_3, BKVI_I(vfmaq_f32)(BKVI_F(z), BKVI_F(x), BKVI_F(y)))
+BKVI_OP(fused, BKVI_3, vfmaq_f32(z, x, y))
 #endif
 BKVI_OP(max, BKVI_2, BKVI_I(vmaxq_f32)(BKVI_F(a), BKVI_F(b)))
 BKVI_OP(pick_gt, BKVI_4,
         BKVI_I(vbslq_f32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b)), BKVI_F(x), BKVI_F(y)))
-BKVI_OP(pow2, (bkvi_vec r),
-        BKVI_I(vreinterpretq_f32_u32)(BKVI_I(vaddq_u32)(
-            BKVI_I(vshlq_n_u32)(BKVI_I(vreinterpretq_u32_f32)(BKVI_F(r)), 23),
-            BKVI_I(vdupq_n_u32)(0x3F800000u))))
 BKVI_INLINE int bkvi_v(any_gt) BKVI_2 {
     return BKVI_I(vmaxvq_u32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b))) != 0;
 }
@@ -2178,16 +2093,18 @@ BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
     *b = (bkvi_vec)BKVI_I(vzip2q_f32)(BKVI_F(*a), BKVI_F(*b));
     *a = low;
 }
-#undef BKVI_F
 #endif
 
+#if BKVI_PASS != BALANCEKV_SIMD_SCALAR
+typedef uint32_t bkvi_words __attribute__((vector_size(sizeof(bkvi_vec))));
+BKVI_OP(load_f32, (const void *p), bkvi_v(load)(p))
+BKVI_STORE(store_f32, bkvi_v(store)(p, x))
+BKVI_OP(pow2, (bkvi_vec r), ((bkvi_words)r << 23) + 0x3F800000u)
+#endif
 #if BALANCEKV_SIMDE && BKVI_PASS != BALANCEKV_SIMD_SCALAR
 /* What SIMDe 0.7 lacks, or rounds twice, on the compiler's own vectors. */
 typedef uint16_t bkvi_halves __attribute__((vector_size(sizeof(bkvi_vec) / 2)));
-typedef uint32_t bkvi_words __attribute__((vector_size(sizeof(bkvi_vec))));
 typedef int8_t bkvi_bytes __attribute__((vector_size(sizeof(bkvi_vec) / 4)));
-#define BKVI_EACH_LANE(statement)                                                                  \
-    for (uint32_t i = 0; i < BKVI_WIDTH; i++) statement
 BKVI_INLINE bkvi_words bkvi_v(widen)(const void *p) {
     bkvi_halves h;
     memcpy(&h, p, sizeof h);
@@ -2211,26 +2128,25 @@ BKVI_INLINE bkvi_vec bkvi_v(load_f16)(const void *p) { /* times 2^112; Inf and N
 #endif
 BKVI_INLINE void bkvi_v(store_f16)(void *p, bkvi_vec x) {
     bkvi_halves h;
-    BKVI_EACH_LANE(h[i] = bkvi_to_f16(x[i]);)
+    for (uint32_t i = 0; i < BKVI_WIDTH; i++) h[i] = bkvi_to_f16(x[i]);
     memcpy(p, &h, sizeof h);
 }
 BKVI_INLINE bkvi_vec bkvi_v(sqrt)(bkvi_vec x) {
-    BKVI_EACH_LANE(x[i] = bkvi_sqrt(x[i]);)
+    for (uint32_t i = 0; i < BKVI_WIDTH; i++) x[i] = bkvi_sqrt(x[i]);
     return x;
 }
-#if !BKVI_SIMDE_FMA
+#if BKVI_HAVE_NEON && (defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_POWER_ALTIVEC_P6_NATIVE) ||  \
+                       (defined(SIMDE_ARM_NEON_A32V7_NATIVE) && defined(BKVI_ARCH_ARM64)))
+BKVI_OP(fused, BKVI_3, simde_vfmaq_f32(BKVI_F(z), BKVI_F(x), BKVI_F(y)))
+#else
 BKVI_INLINE bkvi_vec bkvi_v(fused) BKVI_3 {
-    BKVI_EACH_LANE(z[i] = bkvi_fma(x[i], y[i], z[i]);)
+    for (uint32_t i = 0; i < BKVI_WIDTH; i++) z[i] = bkvi_fma(x[i], y[i], z[i]);
     return z;
 }
 #endif
-#undef BKVI_EACH_LANE
 #endif
+#undef BKVI_F
 
-#if BKVI_PASS != BALANCEKV_SIMD_SCALAR
-BKVI_OP(load_f32, (const void *p), bkvi_v(load)(p))
-BKVI_STORE(store_f32, bkvi_v(store)(p, x))
-#endif
 BKVI_INLINE bkvi_vec bkvi_v(fma) BKVI_3 {
 #if BALANCEKV_FMA
     return bkvi_v(fused)(x, y, z);
@@ -2361,29 +2277,18 @@ BKVI_NOINLINE void bkvi_k(rotate)(float *x, uint32_t n) {
     }
 }
 
-/* A caller's row, with zeros up to `padded` elements, rotated. */
-static void bkvi_k(rotated_row)(float *x, const unsigned char *row, uint32_t type, size_t stride,
-                                uint32_t n, uint32_t padded) {
-    uint32_t i;
-    for (i = 0; i < n; i += BKVI_LANES) bkvi_k(row)(x + i, row, type, stride, i, n);
-    bkvi_k(rotate)(x, padded);
-}
-
 /* x becomes round(x / scale) + 1.5 * 2^23, whose low byte is what is stored; BKVI_DIM_MAX behind
    it, the same of 128 times the rest. scale = max |x| / 127, rounded up to bf16, so that nothing is
    clipped; the floor keeps its inverse finite. */
 BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n) {
     const bkvi_vec magic = bkvi_v(set)(12582912.0f), zero = bkvi_v(set)(0.0f);
-    bkvi_vec most = zero, inverse;
-    float part[16], largest = 1.0e-28f;
+    bkvi_vec most = bkvi_v(set)(1.0e-28f), inverse;
     uint32_t i, bits;
     for (i = 0; i < n; i += BKVI_WIDTH) {
         bkvi_vec a = bkvi_v(load)(x + i);
         most = bkvi_v(max)(most, bkvi_v(max)(a, zero - a));
     }
-    bkvi_v(store)(part, most);
-    for (i = 0; i < BKVI_WIDTH; i++) largest = part[i] > largest ? part[i] : largest;
-    bits = (bkvi_bits(largest / 127.0f) + 0xFFFFu) >> 16;
+    bits = (bkvi_bits(bkvi_v(top)(most) / 127.0f) + 0xFFFFu) >> 16;
     bkvi_put16(scale, (uint16_t)bits);
     inverse = bkvi_v(set)(1.0f / bkvi_float(bits << 16));
     for (i = 0; i < n; i += BKVI_WIDTH) {
@@ -2403,8 +2308,10 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, un
     size_t bytes = bkvi_type_bytes(kv_type);
     uint32_t i, lane, padded = step == 1 ? bkvi_round_up(n, BKVI_LANES) : n;
     if (bkvi_is_i8(kv_type)) {
-        if (src != (unsigned char *)work)
-            bkvi_k(rotated_row)(work, src, type, stride, n, padded);
+        if (src != (unsigned char *)work) {
+            for (i = 0; i < n; i += BKVI_LANES) bkvi_k(row)(work + i, src, type, stride, i, n);
+            bkvi_k(rotate)(work, padded);
+        }
         bkvi_k(quantise)(work, scale, padded);
         for (i = 0; i < padded; i++) {
             dst[i * step] = (unsigned char)bkvi_bits(work[i]);
@@ -2568,11 +2475,6 @@ static float bkvi_k(largest)(const float *x) {
     return bkvi_v(top)(most);
 }
 
-/* The scales of BKV_I8 of a register of tokens from i on; of the other types 1. */
-BKVI_INLINE bkvi_vec bkvi_k(scales)(int type, const unsigned char *scale, uint32_t i) {
-    return type == BKV_I8 ? bkvi_v(load_bf16)(scale + 2 * (size_t)i) : bkvi_v(set)(1.0f);
-}
-
 /* The block's keys or values as f32 panels, `stride` floats apart, minus their mean, sixteen
    dimensions at a time; returns the largest squared norm. Sums over the tokens have the order:
    panels, then lanes i + i+8, i+4, i+2, i+1. */
@@ -2593,9 +2495,10 @@ BKVI_NOINLINE float bkvi_k(pack)(const bkvi_head *h, const uint32_t *slots, bkvi
             const unsigned char *scale = bkvi_part(h, BKVI_K_SCALE + values, slot);
             if (values) bkvi_k(turn)(to, BKVI_LANES, from + i * es, dim, (uint32_t)type);
             for (j = 0; j < n && (!values || type == BKV_I8); j += BKVI_WIDTH) {
-                const bkvi_vec x = values ? bkvi_v(load)(to + j)
-                                          : bkvi_v(get)(type, from + (i * BKVI_LANES + j) * es);
-                bkvi_v(store)(to + j, x * bkvi_k(scales)(type, scale, j % BKVI_LANES));
+                bkvi_vec x = values ? bkvi_v(load)(to + j)
+                                    : bkvi_v(get)(type, from + (i * BKVI_LANES + j) * es);
+                if (type == BKV_I8) x = x * bkvi_v(load_bf16)(scale + j % BKVI_LANES * 2);
+                bkvi_v(store)(to + j, x);
             }
         }
         for (j = 0; j < n; j += BKVI_WIDTH) {
@@ -2668,26 +2571,23 @@ BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_nor
                                           bkvi_v(load)(to + i)));
 }
 
-/* What the queries' means expect of every token: the mean over the group of its share of attention
-   within the block. The keys are centred, which no softmax notices. */
-BKVI_NOINLINE void bkvi_k(expect)(const bkvi_head *h, bkvi_block *block, uint32_t dim,
-                                  size_t stride) {
-    float *logit = block->score;
-    uint32_t head;
+/* Importance by keys. Expected: the mean over the group of the share of attention within the block
+   that the queries' means give a token; the keys are centred, which no softmax notices. Unlike the
+   others: w e^(-4 cos(key, mean key)). */
+BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32_t importance,
+                                   uint32_t dim, size_t stride) {
+    float *mean = block->mean, *work = block->matrix;
+    float *logit = block->score, *unlike = block->unlike;
+    bkvi_vec m, zero = bkvi_v(set)(0.0f);
+    uint32_t head, i, padded = bkvi_round_up(dim, BKVI_LANES);
     memset(block->expected, 0, sizeof block->expected);
-    for (head = 0; head < h->c->group; head++) {
+    for (head = 0; head < h->c->group && importance & BKV_IMPORTANCE_QUERY; head++) {
         bkvi_k(against)(block, dim, stride, bkvi_part(h, BKVI_QUERIES, head),
                         h->c->cfg.scale * BKVI_LOG2E, logit);
         bkvi_k(weigh)(block, logit, bkvi_k(largest)(logit));
         bkvi_k(add_share)(block->expected, logit, NULL, 1.0f);
     }
-}
-
-/* w e^(-4 cos(key, mean key)): keys unlike the others. */
-BKVI_NOINLINE void bkvi_k(unlike)(bkvi_block *block, uint32_t dim, size_t stride) {
-    float *mean = block->mean, *work = block->matrix, *unlike = block->unlike;
-    bkvi_vec m, zero = bkvi_v(set)(0.0f);
-    uint32_t i, padded = bkvi_round_up(dim, BKVI_LANES);
+    if (!(importance & BKV_IMPORTANCE_KEY)) return;
     bkvi_k(against)(block, dim, stride, mean, 1.0f, unlike);
     for (i = 0; i < padded; i += BKVI_WIDTH)
         bkvi_v(store)(work + i, bkvi_v(load)(mean + i) * bkvi_v(load)(mean + i));
@@ -2700,25 +2600,6 @@ BKVI_NOINLINE void bkvi_k(unlike)(bkvi_block *block, uint32_t dim, size_t stride
         bkvi_v(store)(unlike + i, cosine * bkvi_v(set)(-4.0f * BKVI_LOG2E));
     }
     bkvi_k(weigh)(block, unlike, 0.0f);
-}
-
-/* Scores, and the factor of each token in the kernel. norm: that of the values. */
-BKVI_NOINLINE void bkvi_k(rate)(bkvi_block *block, uint32_t importance) {
-    float *use = block->use;
-    uint32_t i;
-    memset(block->score, 0, BKVI_BLOCK * sizeof(float));
-    for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH) {
-        bkvi_vec w = bkvi_v(load)(block->weight + i);
-        if (importance & BKV_IMPORTANCE_QUERY)
-            bkvi_v(store)(block->factor + i, bkvi_v(sqrt)(w * bkvi_v(load)(block->expected + i)));
-        bkvi_v(store)(use + i, bkvi_v(sqrt)(bkvi_v(load)(use + i)));
-    }
-    if (importance & BKV_IMPORTANCE_KEY)
-        bkvi_k(add_share)(block->score, block->unlike, block->norm, 1.0f);
-    if (importance & BKV_IMPORTANCE_QUERY)
-        bkvi_k(add_share)(block->score, block->expected, block->norm, 1.0f);
-    if (importance & BKV_IMPORTANCE_USE) bkvi_k(add_share)(block->score, use, block->norm, 2.0f);
-    bkvi_k(add_share)(block->score, block->weight, NULL, 0.1f);
 }
 
 /* Products of the 16 rows of panel i with panels first .. end-1 become entries of the kernel. Keys:
@@ -2799,16 +2680,29 @@ static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *
     const uint32_t dim = BKVI_DIM(cfg->head_dim), v_dim = bkvi_v_dim(h->c);
     const uint32_t importance = bkvi_importance(cfg);
     const float scale = cfg->scale * cfg->temp * BKVI_LOG2E;
+    float *use = block->use, *score = block->score, constant, largest;
+    uint32_t i;
     /* One row more than needed: panels a multiple of 4 KiB apart would share cache sets. */
     const size_t stride = ((size_t)dim + 1) * BKVI_LANES;
     const size_t v_stride = ((size_t)v_dim + 1) * BKVI_LANES;
-    float constant, largest = bkvi_k(pack)(h, slots, block, 0, dim, stride);
-    if (importance & BKV_IMPORTANCE_QUERY) bkvi_k(expect)(h, block, dim, stride);
-    if (importance & BKV_IMPORTANCE_KEY) bkvi_k(unlike)(block, dim, stride);
+    largest = bkvi_k(pack)(h, slots, block, 0, dim, stride);
+    bkvi_k(foresee)(h, block, importance, dim, stride);
     bkvi_k(products)(block, 0, dim, stride, scale, largest * scale);
     largest = bkvi_k(pack)(h, slots, block, 1, v_dim, v_stride);
+    /* Scores, and the factor of each token in the kernel; the norms are those of the values now. */
     memcpy(block->factor, block->weight, sizeof block->factor);
-    bkvi_k(rate)(block, importance);
+    for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH) {
+        bkvi_vec w = bkvi_v(load)(block->weight + i);
+        if (importance & BKV_IMPORTANCE_QUERY)
+            bkvi_v(store)(block->factor + i, bkvi_v(sqrt)(w * bkvi_v(load)(block->expected + i)));
+        bkvi_v(store)(use + i, bkvi_v(sqrt)(bkvi_v(load)(use + i)));
+    }
+    memset(score, 0, sizeof block->score);
+    if (importance & BKV_IMPORTANCE_KEY) bkvi_k(add_share)(score, block->unlike, block->norm, 1.0f);
+    if (importance & BKV_IMPORTANCE_QUERY)
+        bkvi_k(add_share)(score, block->expected, block->norm, 1.0f);
+    if (importance & BKV_IMPORTANCE_USE) bkvi_k(add_share)(score, use, block->norm, 2.0f);
+    bkvi_k(add_share)(score, block->weight, NULL, 0.1f);
     constant = bkvi_k(total)(block->norm, BKVI_BLOCK) * (1.0f / 4096.0f);
     constant = constant > 1e-37f ? constant : 1.0f;
     /* All entries at most about 1, whatever the size of the values. */
@@ -2997,7 +2891,7 @@ BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float 
     const bkvi_vec factor = bkvi_v(set)(1.0f / sum), zero = bkvi_v(set)(0.0f);
     const bkvi_vec all = bkvi_v(set)(bkvi_k(over_lanes)(doubt));
     const bkvi_vec old = bkvi_v(set)(bkvi_getf(error));
-    float *first = doubt + BKVI_LANES, *second = first + v_dim_pad, part[16];
+    float *first = doubt + BKVI_LANES, *second = first + v_dim_pad;
     bkvi_vec x, y;
     uint32_t i;
     for (i = 0; i < v_dim_pad; i += BKVI_WIDTH) { /* c (v - out)^2, and out^2 */
@@ -3010,8 +2904,7 @@ BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float 
     if (!(sum > 0.0f && sum < BKVI_HUGE)) return; /* nothing was left to chance, or out is 0 */
     x = bkvi_v(sqrt)(bkvi_v(set)(sum));
     y = bkvi_v(set)(bkvi_getf(error) > 0.0f ? 0.0625f : 1.0f);
-    bkvi_v(store)(part, bkvi_v(fma)(x - old, y, old));
-    bkvi_putf(error, part[0]);
+    bkvi_putf(error, bkvi_v(top)(bkvi_v(fma)(x - old, y, old)));
 }
 
 /* Online softmax of row r of a tile that starts with row `first`: scores become weights relative to
@@ -3149,7 +3042,8 @@ BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *
     size_t stride = q->elem_stride;
     uint32_t i, j, type = q->type;
     if (work) {
-        bkvi_k(rotated_row)(work, row, type, stride, dim, dim);
+        for (i = 0; i < dim; i += BKVI_LANES) bkvi_k(row)(work + i, row, type, stride, i, dim);
+        bkvi_k(rotate)(work, dim);
         row = (const unsigned char *)work, type = BKV_F32, stride = 4;
     }
     for (i = 0; i < dim; i += BKVI_LANES) {
@@ -3170,7 +3064,7 @@ BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *
 static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
     const bkv_cache *c = h->c;
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = bkvi_v_dim(c), group = c->group;
-    const uint32_t n_blocks = bkvi_n_blocks(h);
+    const uint32_t n_blocks = bkvi_round_up(h->sinks, BKVI_PAGE) / BKVI_PAGE + h->used;
     const float softcap = c->cfg.softcap;
     const float scale = c->cfg.scale * (softcap > 0.0f ? 2.0f * BKVI_LOG2E / softcap : BKVI_LOG2E);
     bkvi_tiles *t = (bkvi_tiles *)(void *)h->scratch;
@@ -3207,17 +3101,14 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
 
         for (b = 0; b < n_blocks; b++) {
             bkvi_span span;
-            span.slots = slots;
-            span.k = bkvi_part(h, BKVI_K, slot);
-            span.v = bkvi_part(h, BKVI_V, slot);
+            span.slots = slots, span.last = b + 1 == n_blocks;
+            span.k = bkvi_part(h, BKVI_K, slot), span.v = bkvi_part(h, BKVI_V, slot);
             span.weight = bkvi_part(h, BKVI_WEIGHT, slot);
             span.use = b + 2 < n_blocks || h->drafts ? NULL : bkvi_part(h, BKVI_USE, slot);
             span.k_scale = work ? bkvi_part(h, BKVI_K_SCALE, slot) : NULL;
             span.v_scale = work ? bkvi_part(h, BKVI_V_SCALE, slot) : NULL;
-            span.k_rest = bkvi_rest(h, BKVI_K, slot);
-            span.v_rest = bkvi_rest(h, BKVI_V, slot);
+            span.k_rest = bkvi_rest(h, BKVI_K, slot), span.v_rest = bkvi_rest(h, BKVI_V, slot);
             span.rests = bkvi_min(span.slots, slot < c->sink_slots ? BKVI_LANES : BKVI_PAGE);
-            span.last = b + 1 == n_blocks;
             slot = span.last ? 0 : bkvi_block_slot(h, b + 1, &slots);
             span.next_k = BKVI_SMALL ? NULL : bkvi_part(h, BKVI_K, slot) + (span.last ? beyond : 0);
             span.next_v = BKVI_SMALL ? NULL : bkvi_part(h, BKVI_V, slot) + (span.last ? beyond : 0);
@@ -3261,13 +3152,8 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
 
 static bkvi_kernels bkvi_k(kernels)(void) { /* assigned: an initialiser would be data */
     bkvi_kernels k;
-    k.scan = bkvi_k(scan);
-    k.put = bkvi_k(put);
-    k.fetch = bkvi_k(fetch);
-    k.gram = bkvi_k(gram);
-    k.exchange = bkvi_k(exchange);
-    k.refit = bkvi_k(refit);
-    k.attend = bkvi_k(attend);
+    k.scan = bkvi_k(scan), k.put = bkvi_k(put), k.fetch = bkvi_k(fetch), k.gram = bkvi_k(gram);
+    k.exchange = bkvi_k(exchange), k.refit = bkvi_k(refit), k.attend = bkvi_k(attend);
     return k;
 }
 
@@ -3299,6 +3185,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_INLINE
 #undef BKVI_NOINLINE
 #undef BKVI_ONCE
+#undef BKVI_FOUR
 #undef BKVI_UNROLL
 #undef BKVI_CLANG_X86
 #undef BKVI_WAIT
@@ -3307,7 +3194,6 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_TARGET_END
 #undef BKVI_ROUND
 #undef BKVI_SMALL
-#undef BKVI_SIMDE_FMA
 #undef BKVI_HARDWARE_FMA
 #ifdef BKVI_BARE
 #undef memcpy
@@ -3319,6 +3205,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef bkvi_v
 #undef bkvi_k
 #undef bkvi_vec
+#undef bkvi_words
 #undef BKVI_OP
 #undef BKVI_STORE
 #undef BKVI_I
@@ -3331,7 +3218,6 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_EACH_TILE
 #undef BKVI_EACH_ROWS
 #undef BKVI_TILES
-#undef BKVI_FOUR
 #undef BKVI_VECS
 #undef BKVI_PASS
 #endif /* BKVI_PASS */
