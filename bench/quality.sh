@@ -100,8 +100,9 @@ for layer in $(echo "$layers" | tr ' ' '\n' | sort -u); do
         one=${one:+$one+}$trace back=$trace${back:++$back}
     done
     IFS=$ifs
+    [ "$one" = "$back" ] || one=$one,$back
     for n in ${LENGTHS:-}; do
-        run growth "$one,$back" --seed "$two" --tokens "$n" --every $(((n + 1023) / 1024)) \
+        run growth "$one" --seed "$two" --tokens "$n" --every $(((n + 1023) / 1024)) \
             --budget 1024 --method balancekv,uniform,window,knorm,expected
     done
 done

@@ -1,16 +1,17 @@
 #!/bin/sh
 # Makes the texts that examples/llm/README.md measures:  sh examples/llm/texts.sh FOLDER
 # FOLDER, outside of this tree, gets prose, perldoc, dialogue, jargon, code and tables .txt, some
-# 200 KB each, anew, from packages of Debian 12 (about 15 MB; those that are there are not
-# downloaded again). Needs Debian's apt-get and dpkg-deb, and Python 3. Prints a checksum of each:
-# other versions of the packages give other texts, and other figures.
+# 200 KB each, and long.txt, more than 131,072 tokens, for bench/QUALITY.md; anew, from packages
+# of Debian 12 (about 15 MB; those that are there are not downloaded again). Needs Debian's
+# apt-get and dpkg-deb, and Python 3. Prints a checksum of each: other versions of the packages
+# give other texts, and other figures.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 fail() {
     echo "texts.sh: $*" >&2
     exit 2
 }
-[ $# -eq 1 ] || { sed -n '2,6s/^# //p' "$0"; exit 2; }
+[ $# -eq 1 ] || { sed -n '2,8s/^# //p' "$0"; exit 2; }
 # Looked at before anything is made: where the folder is, or where its nearest parent is.
 near=$1
 while [ ! -d "$near" ]; do near=$(dirname -- "$near"); done
@@ -46,6 +47,7 @@ import sys
 
 folder = sys.argv[1]
 SIZE = 200000  # characters: more than 8,192 tokens of any of them
+LONG = 700000  # and of that which is for growth
 
 
 def read(*names):
@@ -83,9 +85,10 @@ texts = {
     "jargon": read("jargon-text/usr/share/doc/jargon-text/jargon.txt.gz")[20000:],
     "code": read("libpython3.11-stdlib/usr/lib/python3.11/tarfile.py",
                  "libpython3.11-stdlib/usr/lib/python3.11/doctest.py"),
-    "tables": read(*["miscfiles/usr/share/misc/%s.gz" % x for x in tables])}
+    "tables": read(*["miscfiles/usr/share/misc/%s.gz" % x for x in tables]),
+    "long": words(read("anarchism/usr/share/doc/anarchism/html/sec[A-J]*.html*"))}
 for name, text in texts.items():
-    data = text[:SIZE].encode()
+    data = text[:LONG if name == "long" else SIZE].encode()
     with open(os.path.join(folder, name + ".txt"), "wb") as out:
         out.write(data)
     print("%-8s %6d bytes  sha256 %s" % (name, len(data), hashlib.sha256(data).hexdigest()[:16]))
