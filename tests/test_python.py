@@ -93,6 +93,26 @@ def check_results(tally, module):
     wanted = attention(q[0], *rows, weights)
     tally.check(abs(still.attend(q[0]) - wanted).max() < 2e-5,
                 "attention is what tokens and weights say")
+    for name, of in (("moved", cache), ("still", still)):
+        rows = [of.rows(head) for head in range(KV_HEADS)]
+        held, log_weights = of.stats()["tokens_held"], np.stack([row[2] for row in rows])
+        kinds = [x.shape + (x.dtype,) for row in rows for x in row]
+        tally.check(kinds == KV_HEADS * [(held, DIM, np.float32), (held, VALUE_DIM, np.float32),
+                                         (held, np.float32)], "rows: one a token", str(kinds))
+        wanted = attention(q[0], *(np.stack([row[i] for row in rows], 1) for i in range(2)),
+                           np.exp(log_weights.astype(np.float64)))
+        tally.check(abs(of.attend(q[0]) - wanted).max() < 2e-5,
+                    "attention is what the rows say: values " + name)
+        for head, (keys, values, log_weight) in enumerate(rows):
+            # Keys never move: by them rows find their tokens.
+            tokens = of.tokens(head)
+            at = {key.tobytes(): i for i, key in enumerate(k[tokens["position"].astype(int), head])}
+            tokens = tokens[[at.pop(key.tobytes()) for key in keys]]
+            tally.check(not at and abs(np.exp(log_weight) / tokens["weight"] - 1).max() < 2e-6,
+                        "rows hold keys and weights of tokens()")
+            same = (values == v[tokens["position"].astype(int), head]).all(1)
+            tally.check(same[tokens["kind"] != module.C.KIND_PAGE].all() and
+                        same.all() == (of is still), "the cache's own values: " + name)
     twin = cache.copy()
     out = cache.attend(q[0])
     tally.check((twin.attend(q[0]) == out).all(), "a copy gives the same bits")
@@ -194,6 +214,8 @@ def check_refusals(tally, module):
             (ValueError, "n_tokens: 18446744073709551616 is", lambda: cache.truncate(1 << 64)),
             (TypeError, "n_tokens: None, need a whole number", lambda: cache.truncate(None)),
             (ValueError, "head: 4294967296 is out of range", lambda: filled.tokens(1 << 32)),
+            (module.Error, "head or token index", lambda: filled.rows(KV_HEADS)),
+            (TypeError, "head: None, need a whole number", lambda: filled.rows(None)),
             (TypeError, "head: 'a', need a whole number", lambda: cache.tokens("a"))):
         try:
             call()

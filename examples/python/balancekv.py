@@ -77,6 +77,7 @@ def _load():
             ("attend", ctypes.c_int, [cache, tensor, pointer, u32, u32]),
             ("prefill", ctypes.c_int, [cache, tensor, tensor, tensor, pointer, size] + share),
             ("token", ctypes.c_int, [cache, u32, u32, ctypes.POINTER(types.token_info)]),
+            ("export", ctypes.c_int, [cache, u32, ctypes.POINTER(types.rows)]),
             ("stats", ctypes.c_int, [cache, ctypes.POINTER(types.stats_info)]),
             ("result_string", ctypes.c_char_p, [ctypes.c_int]),
             ("version", ctypes.c_char_p, [])):
@@ -197,6 +198,20 @@ class Cache:
             rows.append(tuple(_dict(info).values()))
         return np.array(rows, dtype=[(name, np.dtype(kind))
                                      for name, kind in types.token_info._fields_])
+
+    def rows(self, head):
+        """What attention reads of a KV head: keys [n, head_dim], values [n, value_dim] as halvings
+        have moved them, and the logarithms of the weights [n], to be added to the scaled logits;
+        all float32. In the order of the slots, which is not that of tokens()."""
+        head, config = _number("head", head, ctypes.c_uint32), self._cache.cfg
+        slots = self.stats()["slots"]
+        k, v, log_weight = (np.empty(shape, np.float32) for shape in (
+            (slots, config.head_dim), (slots, config.value_dim), slots))
+        _must(_lib.bkv_export(self._cache, head, types.rows(
+            k=k.ctypes.data, v=v.ctypes.data, mask=log_weight.ctypes.data, type=C.F32,
+            mask_type=C.F32, n_rows=slots)))
+        used = log_weight > -np.inf
+        return k[used], v[used], log_weight[used]
 
     def stats(self):
         """A dict of bkv_stats_info."""

@@ -8,9 +8,9 @@ CPU; kvpress itself is not needed.
     model(question, past_key_values=cache, position_ids=..)     # goes on from the compressed one
 
 Not what the library is for: here the whole prompt is in memory before it is compressed, and the
-attention afterwards is the model's own. What is the same: which tokens stay, and their weights.
-They enter the model's attention as log(weight), added to the logits: numerator and denominator.
-Values are those of the prompt; the cache itself moves them (docs/method.md).
+attention afterwards is the model's own. What is the same: which tokens stay, their weights, and
+their values, which halvings have moved (docs/method.md). Weights enter the model's attention as
+log(weight), added to the logits: numerator and denominator.
 """
 import contextlib
 
@@ -31,7 +31,8 @@ class BalanceKVPress:
         self.compression_ratio, self.fields = compression_ratio, fields
 
     def compress(self, module, hidden_states, keys, values, attentions, kwargs):
-        """Keys and values of the tokens that stay, of [batch, n_kv_heads, n_tokens, head_dim]."""
+        """Keys and values of the tokens that stay, [batch, n_kv_heads, n_kept, head_dim], in the
+        order of Cache.rows(); no attention asks for another, as keys carry their positions."""
         del attentions  # never needed
         if self.compression_ratio == 0:
             return keys, values
@@ -41,17 +42,15 @@ class BalanceKVPress:
                              % (hidden_states.shape[1], n))
         queries = _queries(module, hidden_states, kwargs["position_embeddings"])
         budget = int(n * (1 - self.compression_ratio))
-        kept, weights = zip(*(self._select(module, *sample, budget)
-                              for sample in zip(keys, values, queries)))
-        kept, weights = torch.from_numpy(np.stack(kept)), torch.from_numpy(np.stack(weights))
-        setattr(kwargs["past_key_values"].layers[module.layer_idx], _LOG_WEIGHT,
-                weights.log().to(keys))
-        kept = kept.to(keys.device)[..., None]
-        return (keys.gather(2, kept.expand(*kept.shape[:3], keys.shape[3])),
-                values.gather(2, kept.expand(*kept.shape[:3], values.shape[3])))
+        kept = [self._stream(module, *sample, budget) for sample in zip(keys, values, queries)]
+        kept_keys, kept_values, log_weights = (torch.from_numpy(np.stack(x)).to(keys)
+                                               for x in zip(*kept))
+        setattr(kwargs["past_key_values"].layers[module.layer_idx], _LOG_WEIGHT, log_weights)
+        return kept_keys, kept_values
 
-    def _select(self, module, keys, values, queries, budget):
-        """Positions and weights of one sample, [n_kv_heads, n_kept]: the stream as it would be."""
+    def _stream(self, module, keys, values, queries, budget):
+        """Keys, values and log weights, [n_kv_heads, n_kept, ..], that a stream of one sample holds
+        at its end."""
         keys, values, queries = (x.detach().float().transpose(0, 1).cpu().numpy()
                                  for x in (keys, values, queries))
         fields = {"kv_type": "f32", "seed": module.layer_idx, "value_dim": values.shape[2],
@@ -60,9 +59,7 @@ class BalanceKVPress:
             fields["scale"] = module.scaling
         cache = balancekv.Cache(queries.shape[1], keys.shape[1], keys.shape[2], budget, **fields)
         cache.prefill(keys, values, queries)
-        tokens = [cache.tokens(head) for head in range(keys.shape[1])]
-        return (np.stack([t["position"].astype(np.int64) for t in tokens]),
-                np.stack([t["weight"] for t in tokens]))
+        return [np.stack(x) for x in zip(*map(cache.rows, range(keys.shape[1])))]
 
     def forward_hook(self, module, args, kwargs, output):
         """After an attention layer has seen the prompt: replaces what its cache holds."""
