@@ -119,7 +119,7 @@ if $write; then
     python3 "$root/bench/tables.py" update "$root/bench/QUALITY.md" "$new"
 else
     for table in "means stream" "traces stream" "means wide" "storage storage" \
-        "settings settings" "growth growth" "means theory" "means oneshot" "traces oneshot" \
+        "settings settings" "tokens growth" "means theory" "means oneshot" "traces oneshot" \
         "means shrunk" "ratio first"; do
         [ ! -f "$new/${table#* }.json" ] || {
             printf '\n%s\n\n' "$table"

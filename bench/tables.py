@@ -6,7 +6,7 @@
     tables.py ratio FILE        a first layer at rate 1/2: balanced against uniform
     tables.py storage FILE      two methods at equal bytes, by budget
     tables.py settings FILE     each method's ratio to the first one: geometric mean over the traces
-    tables.py growth FILE       method x tokens
+    tables.py tokens FILE       method x tokens
     tables.py update TEXT DIR   writes the tables of DIR/*.json between the marks of a text
 """
 import collections
@@ -154,7 +154,7 @@ def settings(path):
                  [str(c) for c in columns], lines)
 
 
-def growth(path):
+def tokens(path):
     rows = read(path)
     for r in rows:
         r["column"] = r["tokens"]
@@ -165,7 +165,7 @@ def growth(path):
                   for m in dict.fromkeys(r["method"] for r in rows)])
 
 
-COMMANDS = {f.__name__: f for f in (means, traces, ratio, storage, settings, growth)}
+COMMANDS = {f.__name__: f for f in (means, traces, ratio, storage, settings, tokens)}
 
 
 if __name__ == "__main__":

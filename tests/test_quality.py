@@ -713,7 +713,7 @@ def check_reports(tally, program, folder, work):
     tally.check("| `walk` | %.2f (%.2f to %.2f) |" % (
         np.exp(np.mean(np.log(ratios))), min(ratios), max(ratios)) in settings,
                 "ratios to the first method", settings + str(ratios))
-    growth = script("tables.py", "growth", path)
+    growth = script("tables.py", "tokens", path)
     line = next(x for x in growth.splitlines() if x.startswith("| `knorm`")).split()
     want = [np.mean([r["rel_err"] for r in rows if r["method"] == "knorm" and r["tokens"] == n])
             for n in (700, 1400)]
