@@ -252,7 +252,11 @@ int main(int argc, char **argv) {
     uint64_t total = 0;
     size_t i;
     for (i = 1; i < (size_t)argc; i += 2) {
-        if (i + 1 == (size_t)argc) {
+        if (strcmp(argv[i], "--help") == 0) {
+            printf("usage: hash [--backend NAME] [--expect HASH]\n"
+                   "The hash of all outputs and states; exit code 1 if another one is expected.\n");
+            return 0;
+        } else if (i + 1 == (size_t)argc) {
             return usage("no value after", argv[i]);
         } else if (strcmp(argv[i], "--backend") == 0) {
             name = argv[i + 1];

@@ -5,9 +5,9 @@
 # OUT and this run's tables to standard output; with -w they replace those of QUALITY.md. First
 # layers, for the published figure, are the traces whose name ends in layer00. OTHER recordings have
 # the table wide and, one behind the other by layer, growth.
-# Environment: OUT (default build/quality); CC; SEEDS (default 1,2,3,4,5; of the smaller tables the
-# first two); THREADS (default 2); ONLY (default all), names of tables as in 'stream storage';
-# LENGTHS (default none), tokens of the table growth, as in '8192 16384'.
+# Environment: OUT (default build/quality); CC; SEEDS (default 1,2,3,4,5; the table theory has the
+# first, growth the first two); THREADS (default 2); ONLY (default all), names of tables as in
+# 'stream storage'; LENGTHS (default none), tokens of the table growth, as in '8192 16384'.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 out=${OUT:-$root/build/quality}
@@ -73,16 +73,16 @@ run oneshot "$traces" --protocol oneshot --seed "$seeds" --method balancekv,\
 balancekv:importance=1:rounds=2,balancekv:importance=none:rounds=2,walk,uniform,window,\
 streamingllm,knorm,keydiff,expected,h2o,tova,snapkv,pyramidkv,kvcrush-random,kvcrush-mean,\
 kvcrush-alternate,uniform-once,published,published-both,snapkv-ahead
-run shrunk "$traces" --protocol oneshot --seed "${seeds%%,*}" --method \
+run shrunk "$traces" --protocol oneshot --seed "$seeds" --method \
 shrunk,shrunk:importance=3,shrunk:importance=1:rounds=2,snapkv
 run first "$first" --protocol oneshot --budget 1/2 --seed "$seeds" --method uniform-once,\
 published:block=256:temp=0.1,published:block=128:temp=1,published-both:block=128:temp=1
-run wide "$others" --seed "$two" --every 4 --method \
+run wide "$others" --seed "$seeds" --every 4 --method \
 balancekv,walk,pair,window,knorm,keydiff,h2o,tova,expected
 # The slots of i8 are what bkv_budget_for_bytes() gives for the bytes of the others (head_dim 64).
-run storage "$traces" --seed "$two" --every 8 --budget 256,512,1024,2048 \
+run storage "$traces" --seed "$seeds" --every 8 --budget 256,512,1024,2048 \
     --method balancekv:kv_type=f16
-run storage "$traces" --seed "$two" --every 8 --budget 464,880,1824,3728 \
+run storage "$traces" --seed "$seeds" --every 8 --budget 464,880,1824,3728 \
     --method balancekv:kv_type=i8
 settings=balancekv
 for x in temp=0.03 temp=0.3 temp=1 importance=1 importance=2 importance=4 importance=6 \
@@ -90,7 +90,7 @@ for x in temp=0.03 temp=0.3 temp=1 importance=1 importance=2 importance=4 import
     window=320; do
     settings=$settings,balancekv:$x
 done
-run settings "$traces" --seed "${seeds%%,*}" --every 16 --method "$settings"
+run settings "$traces" --seed "$seeds" --every 16 --method "$settings"
 keep
 set -f
 for layer in $(echo "$layers" | tr ' ' '\n' | sort -u); do

@@ -141,7 +141,12 @@ static const char *label(const row *r) {
     return text;
 }
 
-static int wanted(const row *r) { return strstr(label(r), opt.filter) != NULL; }
+static size_t n_wanted;
+static int wanted(const row *r) {
+    int is = strstr(label(r), opt.filter) != NULL;
+    n_wanted += (size_t)is;
+    return is;
+}
 
 /* The limits as contenders: 128 turns of the FMA loop; a stretch of memory. */
 enum { FMA_TURNS = 128 };
@@ -1433,6 +1438,9 @@ static void print_machine(void) {
          bkv_version(), date, model, sysconf(_SC_NPROCESSORS_ONLN), load, BENCH_FLAGS);
 }
 
+static const char options[] =
+    "--case NAME,.. --backend NAME,.. --filter TEXT --peers[=DIR] --json --quick --list --help";
+
 static int usage(const char *what, const char *argument) {
     size_t i;
     fprintf(stderr, "speed: %s '%s'; choose from:", what, argument);
@@ -1442,8 +1450,7 @@ static int usage(const char *what, const char *argument) {
     } else if (strstr(what, "case")) {
         for (i = 0; i < N_CASES; i++) fprintf(stderr, " %s", cases[i].name);
     } else {
-        fprintf(stderr, " --case NAME,.. --backend NAME,.. --filter TEXT --peers[=DIR] --json "
-                        "--quick --list");
+        fprintf(stderr, " %s", options);
     }
     fputc('\n', stderr);
     return 2;
@@ -1533,7 +1540,11 @@ int main(int argc, char **argv) {
         } else if (!strncmp(a, "--peers", 7) && (!a[7] || (a[7] == '=' && a[8]))) {
             opt.peers = 1;
             directory = a[7] ? a + 8 : NULL;
-        } else if (!strcmp(a, "--list")) {
+        } else if (!strcmp(a, "--list") || !strcmp(a, "--help")) {
+            if (a[2] == 'h')
+                printf("usage: speed %s\nRows whose label contains the filter, as 'd64 g3'; peers as "
+                       "bench/peers.sh has installed them. Cases:\n",
+                       options);
             for (c = 0; c < N_CASES; c++) printf("%-12s %s\n", cases[c].name, cases[c].what);
             return 0;
         } else {
@@ -1554,5 +1565,9 @@ int main(int argc, char **argv) {
     for (c = 0; c < N_CASES; c++)
         if (!opt.cases || listed(opt.cases, cases[c].name)) cases[c].run(cases[c].name);
     stop_python();
+    if (*opt.filter && !n_wanted) {
+        fprintf(stderr, "speed: no row contains '%s'; without --filter it shows all\n", opt.filter);
+        return 2;
+    }
     return failures > 0;
 }

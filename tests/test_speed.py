@@ -75,6 +75,12 @@ def test_usage():
         check(r.returncode == 2, "exit code of %s: %d" % (args, r.returncode))
         check(r.stdout == "" and r.stderr.count("\n") == 1, "one line for %s" % args)
         check(all(w in r.stderr for w in words), "%s says what to do: %s" % (args, r.stderr))
+    r = run("--quick", "--json", "--case", "exp", "--filter", "d63")
+    check(r.returncode == 2 and r.stdout == "" and "'d63'" in r.stderr.splitlines()[-1],
+          "a filter that nothing passes: %d, %s" % (r.returncode, r.stderr))
+    r = run("--help")
+    check(r.returncode == 0 and "--filter TEXT" in r.stdout and all(c in r.stdout for c in CASES),
+          "--help: " + r.stdout)
     r = run("--list")
     check([line.split()[0] for line in r.stdout.splitlines()] == CASES, "--list: " + r.stdout)
 
