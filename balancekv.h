@@ -59,13 +59,13 @@
    The method, at length in docs/method.md, to the last tie in tests/golden/README.md.
      Stream: tokens fill the sinks, then page after page, and never move until they are halved. When
      no page is free, ONE halving frees one: two neighbours older than the window, the least halved,
-     the oldest.
+     the oldest. So at least the newest `window` tokens are exact at any time.
      BKV_RULE_SAMPLE: 64 of the 128 tokens stay, with chances p in proportion to importance (shares
      of weight, of use, of what the queries' means expect, and of keys unlike the others), and weigh
      w / p from then on. Tokens then change places while that shortens the error of the draw under
          K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
-     the kernel of the paper. What is left of it moves values (ours; bench/QUALITY.md), not those
-     that stay for certain; keys never change. BKV_RULE_WINDOW keeps the newer 64: a plain window.
+     the kernel of the paper. What is left of it moves the values of those that stay by chance
+     (bench/QUALITY.md), never a key. BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
      Learning: attention moves a running mean of each query head, += 0.01 (q - mean), and the use of
      the tokens of the two newest pages, += p^2, p their share. Without: BKV_IMPORTANCE_KEY.
      Pins: tokens of a call with BKV_PIN stay as they are in every halving, 32 of a block at most
@@ -304,7 +304,7 @@ typedef struct bkv_stats_info {
     uint32_t sinks;       /* slots of the sinks after rounding */
     uint32_t window;      /* exact newest tokens after rounding */
     uint32_t n_pages;     /* pages per KV head */
-    uint32_t room;        /* tokens that fit before the next halving (BKV_I8: page): safe drafts */
+    uint32_t room;        /* tokens that fit, and can be taken back, until a halving (I8: page) */
     uint32_t backend;     /* BKV_BACKEND_* in use */
     uint32_t rule;        /* BKV_RULE_* in use */
     uint32_t max_level;   /* highest level of any page */
@@ -315,7 +315,8 @@ typedef struct bkv_stats_info {
 } bkv_stats_info;
 
 /* Of every function below, unless it says otherwise: constant cost; no pointer is kept; any thread
-   may call it, but no two at a time on one cache, except as shares (ith, nth) of one operation. */
+   may call it, but no two at a time on one cache, except as shares (ith, nth) of one operation. See
+   examples/minimal.c for the usual order of calls. */
 
 /* A config with every default filled in, so that it can be read and adjusted. */
 BALANCEKV_API bkv_config bkv_config_default(uint32_t n_q_heads, uint32_t n_kv_heads,
@@ -346,7 +347,7 @@ BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
    them, but for what attention to tokens that were no drafts has taught, and drafts that a later
    token accepted stay accepted. Once something was halved (BKV_I8 from 512 slots on: once there is
    a second page) the first token of the newest page and all before it cannot be taken back:
-   stats.room says how many more are safe. Returns BKV_E_NULL, _ROLLBACK. Cost: per token. */
+   stats.room says how many more are safe. Returns BKV_E_NULL, _ROLLBACK. Cost: by tokens. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens);
 
 /* Lowers the budget in place: the oldest pages are halved by the rule in use until the tokens fit,
@@ -383,7 +384,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_validate(const bkv_cache *c);
 BALANCEKV_API bkv_tensor bkv_dense(const void *data, uint32_t type);
 
 /* Appends n_tokens tokens to all KV heads. k: [n_tokens][n_kv_heads][head_dim], v: the same with
-   value_dim. flags: BKV_PIN, BKV_DRAFT. Chunks of any size, and bkv_prefill(), give the same state.
+   value_dim; flags: BKV_PIN, BKV_DRAFT. One by one, in chunks, by bkv_prefill(): the same state.
    Returns BKV_E_NULL, _COUNT, _FLAGS, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE.
    Cost: a pass over the inputs per share, and at most one halving per KV head and 64 tokens. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv_tensor v,
@@ -392,7 +393,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_append(bkv_cache *c, bkv_tensor k, bkv
 
 /* Attention of one position. q: [n_q_heads][head_dim] (its token_stride is not used); query head h
    reads KV head h / group. out: f32 [n_q_heads][value_dim], must overlap neither cache nor q.
-   Returns BKV_E_NULL, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE, _EMPTY. Cost: per slot in use. */
+   Returns BKV_E_NULL, _THREADS, _TYPE, _STRIDE, _SIZE, _VALUE, _EMPTY. Cost: by slots in use. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_attend(bkv_cache *c, bkv_tensor q, float *out,
                                                  uint32_t ith, uint32_t nth);
 
@@ -503,7 +504,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #endif
 #if (BALANCEKV_SIMD + 0) < BALANCEKV_SIMD_AUTO || (BALANCEKV_SIMD + 0) > BALANCEKV_SIMD_NEON
 #error "balancekv.h: BALANCEKV_SIMD must be BALANCEKV_SIMD_AUTO, _SCALAR, _AVX2, _AVX512 or _NEON"
-#elif (BALANCEKV_DISPATCH | BALANCEKV_SIMDE | BALANCEKV_FMA) >> 1 /* of less than 0: -1 */
+#elif (BALANCEKV_DISPATCH | BALANCEKV_SIMDE | BALANCEKV_FMA) >> 1 /* and below 0 */
 #error "balancekv.h: BALANCEKV_DISPATCH, BALANCEKV_SIMDE and BALANCEKV_FMA must be 0 or 1"
 #elif BALANCEKV_SIMDE &&                                                                           \
     (BALANCEKV_SIMD == BALANCEKV_SIMD_SCALAR || BALANCEKV_SIMD == BALANCEKV_SIMD_AVX2)
@@ -792,11 +793,11 @@ typedef struct bkvi_block {
     float score[BKVI_BLOCK]; /* importance, then what a token lacks of its weight, over weight */
     float factor[BKVI_BLOCK];                    /* in the kernel */
     float norm[BKVI_BLOCK], mean[BKVI_DIM_MAX];  /* squared norms; of keys, then of values */
-    float expected[BKVI_BLOCK], unlike[BKVI_BLOCK]; /* shares of importance; r of the refit */
-    float kernel[BKVI_BLOCK * BKVI_BLOCK]; /* of the keys alone */
+    float expected[BKVI_BLOCK], unlike[BKVI_BLOCK]; /* shares of importance */
+    float kernel[BKVI_BLOCK * BKVI_BLOCK]; /* of the keys alone; then coefficients of the refit */
     float matrix[BKVI_BLOCK * BKVI_BLOCK]; /* times that of the values; values while they move */
     float tile[BKVI_LANES * BKVI_PAGE]; /* products before they are used, and other work */
-    float panels[8 * (BKVI_DIM_MAX + 1) * BKVI_LANES]; /* operands: [8][dim + 1][16] of it */
+    float panels[8 * (BKVI_DIM_MAX + 1) * BKVI_LANES]; /* operands: [8][dim + 1][16] of it; steps */
 } bkvi_block;
 
 /* Queries of the n newest tokens of a KV head (§9): tokens first .. first + n - 1 of q and out. */
@@ -2457,7 +2458,7 @@ static float bkvi_k(over_lanes)(const float *lanes) {
         for (i = 0; i < n; i++) x[i] += x[i + n];
     return x[0];
 }
-static float bkvi_k(total)(const float *x, uint32_t n) {
+BKVI_NOINLINE float bkvi_k(total)(const float *x, uint32_t n) {
     float lanes[16];
     uint32_t lane, i;
     for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
@@ -2759,9 +2760,10 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
 }
 
 /* ---- refit ---- */
-/* A value's dimensions first .. first + n - 1 as floats; of BKV_I8 scaled, but still rotated. */
-static void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, uint32_t first,
-                          uint32_t n) {
+/* A value's dimensions first .. first + n - 1 as floats; of BKV_I8 scaled, but still rotated. As
+   total(): never inline, or a product on its way to memory may be fused with a later addition. */
+BKVI_NOINLINE void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, uint32_t first,
+                                 uint32_t n) {
     const uint32_t type = BKVI_TYPE(h->c->cfg.kv_type);
     const unsigned char *from = bkvi_part(h, BKVI_V, slot) + first * h->c->elem_bytes;
     uint32_t i, scale = 0x3F80; /* 1 as bf16 */
@@ -2813,7 +2815,7 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
             bkvi_k(value)(h, v + i * BKVI_PAGE, slots[i / BKVI_PAGE] + i % BKVI_PAGE, first, width);
         memset(d, 0, BKVI_PAGE * BKVI_PAGE * sizeof *d);
         for (k = 0; k < n; k += BKVI_TILE_ROWS)
-            for (j = 0; j < BKVI_PAGE; j += (uint32_t)vecs * BKVI_LANES) {
+            for (j = 0; j < width; j += (uint32_t)vecs * BKVI_LANES) { /* or a few beyond */
                 const float *c = block->kernel + k * BKVI_BLOCK;
                 float *to = d + k * BKVI_PAGE + j;
                 if (BKVI_SMALL)
@@ -2824,18 +2826,18 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
                                      BKVI_PAGE, NULL);
             }
         for (k = 0; k < n; k++) {
-            bkvi_k(sums)(d + k * BKVI_PAGE, BKVI_PAGE, d, BKVI_PAGE, BKVI_LANES, k,
+            bkvi_k(sums)(d + k * BKVI_PAGE, width, d, BKVI_PAGE, BKVI_LANES, k,
                          among + k * BKVI_PAGE, 1);
             memcpy(taken + k * v_dim + first, d + k * BKVI_PAGE, width * sizeof *d);
         }
     }
     for (k = 0; k < n; k++) {
         const uint32_t slot = slots[takes[k] / BKVI_PAGE] + takes[k] % BKVI_PAGE;
+        const bkvi_vec p = bkvi_v(set)(-block->chance[takes[k]]);
         bkvi_k(value)(h, v, slot, 0, v_dim);
         for (j = 0; j < v_dim; j += BKVI_WIDTH)
-            bkvi_v(store)(v + j,
-                          bkvi_v(fma)(bkvi_v(load)(taken + k * v_dim + j),
-                                      bkvi_v(set)(-block->chance[takes[k]]), bkvi_v(load)(v + j)));
+            bkvi_v(store)(v + j, bkvi_v(fma)(bkvi_v(load)(taken + k * v_dim + j), p,
+                                             bkvi_v(load)(v + j)));
         if (bkvi_k(scan)((unsigned char *)v, BKV_F32, 4, v_dim, limit))
             bkvi_k(put)(bkvi_part(h, BKVI_V, slot), 1, NULL, bkvi_part(h, BKVI_V_SCALE, slot), type,
                         (unsigned char *)v, BKV_F32, 4, v_dim, v);

@@ -62,9 +62,8 @@ for case in $($program --list | cut -d ' ' -f 1); do
     *) part ${RUN:-} $program --case $case "$@" ;;
     esac
 done
-for end in json log; do
-    mv "$new/speed.$end" "bench/results/$name.$end"
-done
+mv "$new/speed.json" "bench/results/$name.json"
+sed "s|${HOME:-/nowhere}/|~/|g" "$new/speed.log" >"bench/results/$name.log"
 for picture in growth shares peers; do
     case $picture$# in
     peers0) ;; # none were there
