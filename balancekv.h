@@ -2786,7 +2786,7 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
     float *v = block->matrix, *among = v + BKVI_BLOCK * BKVI_PAGE; /* 64 dimensions; H_ik */
     float *row = block->kernel, *d = row + BKVI_PAGE * BKVI_BLOCK; /* H_ij (s_j - r_i) */
     float *h_i = block->tile, *taken = block->panels;              /* d of all dimensions */
-    unsigned char takes[BKVI_PAGE];
+    unsigned char takes[BKVI_PAGE] = {0}; /* n tokens, in order */
     uint32_t i, j, k, n = 0, first;
     for (i = 0; i < BKVI_BLOCK; i++)
         if (block->score[i] < 0.0f) takes[n++] = (unsigned char)i;
