@@ -209,8 +209,8 @@ enum { BKV_I8 = BALANCEKV_I8 };
 /* Halving rules, see §1. BKV_RULE_DEFAULT is BKV_RULE_SAMPLE. */
 enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
 
-/* What BKV_RULE_SAMPLE takes for important, see §1; BKV_NONE: all tokens of a weight are alike. KEY
-   alone needs no queries; values move only under QUERY. */
+/* What BKV_RULE_SAMPLE takes for important, see §1; BKV_NONE: all tokens of a weight are alike.
+   KEY alone needs no queries; values move only under QUERY. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
 
 /* Flags of bkv_append() and bkv_prefill(). PIN the call's tokens, see §1. DRAFT: tokens on trial

@@ -31,7 +31,7 @@ def read(name):
 def check_lines(tally, lines):
     tally.check(len(lines) <= MAX_LINES, "%d lines, more than %d" % (len(lines), MAX_LINES))
     for fault, found in (
-            ("longer than %d columns" % MAX_COLUMNS, lambda line: len(line) > MAX_COLUMNS),
+            ("longer than %d columns" % MAX_COLUMNS, lambda line: len(line.encode()) > MAX_COLUMNS),
             ("tabs", lambda line: "\t" in line),
             ("trailing space", lambda line: line != line.rstrip()),
             ("unfinished work", lambda line: re.search(r"\b(TODO|FIXME|XXX)\b", line))):
