@@ -114,7 +114,7 @@
    BALANCEKV_HEAD_DIM         Affects: code size. The one head_dim = value_dim this copy supports;
                               others give BKV_E_HEAD_DIM.  Values: 1..512.  Default: any.
    BALANCEKV_KV_TYPE          Affects: code size. The one kv_type supported; others: BKV_E_KV_TYPE.
-                              Values: BALANCEKV_F32, _F16, _BF16, _I8.  Default: any.
+                              Values: BALANCEKV_F32, _F16, _BF16, _I8, _K8V4, _I4.  Default: any.
    BALANCEKV_HEADER_NAME      Affects: the file's name if you rename it.  Default: "balancekv.h".
    BALANCEKV_SIMDE            Affects: 1 makes the block of BALANCEKV_SIMD (NEON, which is then the
                               default, or AVX512) from SIMDe's functions, for any CPU; simde/ must
@@ -140,6 +140,8 @@
 #define BALANCEKV_F16 2
 #define BALANCEKV_BF16 3
 #define BALANCEKV_I8 4
+#define BALANCEKV_K8V4 5
+#define BALANCEKV_I4 6
 
 /* ------------------------------------------------------------------------------------------------
    §3 PUBLIC API                                                                              >>api
@@ -176,7 +178,7 @@ extern "C" {
     X(BKV_E_NULL, -1, "a required pointer is NULL")                                                \
     X(BKV_E_HEADS, -2, "n_kv_heads must be 1..4096 and n_q_heads 1..16 times as many")             \
     X(BKV_E_HEAD_DIM, -3, "head_dim and value_dim must be 1..512 (and BALANCEKV_HEAD_DIM if set)") \
-    X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, _F16, _BF16 or _I8 (and compiled in)")          \
+    X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, _F16, _BF16, _I8, _K8V4, _I4 (and compiled in)") \
     X(BKV_E_BUDGET, -5, "budget is smaller than sinks + window + two pages of 64, or above 2^24")  \
     X(BKV_E_RULE, -6, "unknown rule or importance, or rounds above 64")                            \
     X(BKV_E_PARAM, -7, "temp, scale or softcap is out of range")                                   \
@@ -202,9 +204,10 @@ typedef enum bkv_result {
         BKV_RESULT_FORCE_INT = 0x7fffffff
 } bkv_result;
 
-/* Element types of tensors and of the cache; I8 of the cache alone, see §1. 0 is not a type. */
+/* Element types of tensors and of the cache; the second line of the cache alone, see §1: bytes, keys
+   of bytes with values of 4 bits, all of 4 bits. 0 is not a type. */
 enum { BKV_F32 = BALANCEKV_F32, BKV_F16 = BALANCEKV_F16, BKV_BF16 = BALANCEKV_BF16 };
-enum { BKV_I8 = BALANCEKV_I8 };
+enum { BKV_I8 = BALANCEKV_I8, BKV_K8V4 = BALANCEKV_K8V4, BKV_I4 = BALANCEKV_I4 };
 
 /* Halving rules, see §1. BKV_RULE_DEFAULT is BKV_RULE_SAMPLE. */
 enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
@@ -232,7 +235,7 @@ typedef struct bkv_config {
     uint32_t n_kv_heads; /* KV heads, 1..4096; required */
     uint32_t head_dim;   /* elements of a key or query, 1..512; required */
     uint32_t value_dim;  /* elements of a value, 1..512; 0: head_dim */
-    uint32_t kv_type;    /* storage: BKV_F32, BKV_F16, BKV_BF16, BKV_I8; 0: BKV_F16 */
+    uint32_t kv_type;    /* storage: BKV_F32, _F16, _BF16, _I8, _K8V4, _I4; 0: BKV_F16 */
     uint32_t budget;     /* slots per KV head, everything included, up to 2^24; required */
     uint32_t sinks;      /* first tokens kept exactly, rounded up to 16; 0: 4; or BKV_NONE */
     uint32_t window;     /* newest tokens kept exactly, rounded up to 64; 0: budget / 3 rounded
@@ -251,18 +254,22 @@ typedef struct bkv_config {
 /* bkv_size() as a constant expression, for static arrays: of what bkv_config_default() gives, with
    this kv_type, n_q_heads not 0. Checks nothing, bkv_init() does. See examples/freestanding.c. */
 #define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
-    (256 + 64 + 142336 + 512 * BKV_SIZE_PAD(head_dim, 16) + /* header, scratch */                  \
-     BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(head_dim), (size_t)(budget) / 16 * 16,     \
-                   BKV_SIZE_ELEM(kv_type)) *                                                       \
+    (256 + 64 + 142336 + 512 * BKV_SIZE_PAD(head_dim, (kv_type) < BALANCEKV_K8V4 ? 16 : 32) + /* scratch */     \
+     BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(budget) / 16 * 16, kv_type,                \
+                   BKV_SIZE_K(head_dim, kv_type), BKV_SIZE_V(head_dim, kv_type),                   \
+                   BKV_SIZE_PAD(head_dim, 16)) *                                                   \
          (n_kv_heads))
-#define BKV_SIZE_ELEM(type) ((type) == BALANCEKV_F32 ? 4 : (type) == BALANCEKV_I8 ? 1 : 2)
-#define BKV_SIZE_HEAD(group, dim, slots, elem)                                                     \
-    (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + BKV_SIZE_PAD(dim, 16) * 4 * (group) +          \
-     12 * (slots) + ((elem) == 1 ? BKV_SIZE_I8(dim, slots) : 0) + /* words */                      \
-     BKV_SIZE_PAD((slots) * (dim) * (elem), 64) + BKV_SIZE_PAD(dim, 16) * (slots) * (elem))
-#define BKV_SIZE_I8(dim, slots) /* scales, and second bytes of 16 sinks and a page */              \
-    (2 * BKV_SIZE_PAD((slots)*2, 64) +                                                             \
-     ((slots) < 512 ? 0 : BKV_SIZE_PAD((dim)*80, 64) + BKV_SIZE_PAD(dim, 16) * 80))
+#define BKV_SIZE_HEAD(group, slots, type, k, v, query)                                             \
+    (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + 4 * (query) * (group) + 12 * (slots) +         \
+     ((type) < BALANCEKV_I8 ? 0 : BKV_SIZE_INT(slots, k, v)) + BKV_SIZE_PAD((slots) * (k), 64) +   \
+     (slots) * (v))
+#define BKV_SIZE_INT(slots, k, v) /* scales, and the rests of 16 sinks and a page */               \
+    (2 * BKV_SIZE_PAD((slots)*2, 64) + ((slots) < 512 ? 0 : BKV_SIZE_PAD((k)*80, 64) + (v)*80))
+#define BKV_SIZE_K(dim, type) /* bytes of a key */                                                 \
+    ((type) == BALANCEKV_I4 ? BKV_SIZE_PAD(dim, 32) / 2 : (size_t)(dim)*BKV_SIZE_ELEM(type))
+#define BKV_SIZE_V(dim, type) /* bytes of a value */                                               \
+    ((type) < BALANCEKV_K8V4 ? BKV_SIZE_PAD(dim, 16) * BKV_SIZE_ELEM(type) : BKV_SIZE_PAD(dim, 32) / 2)
+#define BKV_SIZE_ELEM(type) ((type) == BALANCEKV_F32 ? 4 : (type) < BALANCEKV_I8 ? 2 : 1)
 #define BKV_SIZE_PAD(n, unit) (((size_t)(n) + (unit)-1) / (unit) * (unit))
 
 /* A tensor of the caller's: element (token t, head h, index i) is at
@@ -525,8 +532,8 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #endif
 #ifndef BALANCEKV_KV_TYPE
 #define BKVI_TYPE(t) (t)
-#elif (BALANCEKV_KV_TYPE + 0) < BALANCEKV_F32 || (BALANCEKV_KV_TYPE + 0) > BALANCEKV_I8
-#error "balancekv.h: BALANCEKV_KV_TYPE must be BALANCEKV_F32, _F16, _BF16 or _I8"
+#elif (BALANCEKV_KV_TYPE + 0) < BALANCEKV_F32 || (BALANCEKV_KV_TYPE + 0) > BALANCEKV_I4
+#error "balancekv.h: BALANCEKV_KV_TYPE must be BALANCEKV_F32, _F16, _BF16, _I8, _K8V4 or _I4"
 #else
 #define BKVI_TYPE(t) ((uint32_t)(BALANCEKV_KV_TYPE) + 0u * (t))
 #endif
@@ -637,7 +644,8 @@ enum {
     BKVI_SUM_AT = 240,       /* in the header: checksum of a saved state */
     BKVI_ERROR_AT = 60,      /* the error in the state of a head */
     BKVI_MAGIC = 0x4B564B42, BKVI_MAGIC_SWAPPED = 0x424B564B, /* "BKVK" and "KVKB" */
-    BKVI_STATE_VERSION = 1
+    BKVI_STATE_VERSION = 1,
+    BKVI_HIGH = BKV_I4 + 1 /* see bkvi_units */
 };
 /* Parts of a head's state, ordered as in §8; a value's follows the key's: BKVI_V = BKVI_K + 1. */
 enum { BKVI_COUNTERS, BKVI_TABLE, BKVI_WEIGHT, BKVI_USE, BKVI_POSITION, BKVI_QUERIES, BKVI_K_SCALE,
@@ -677,10 +685,25 @@ BKVI_INLINE void bkvi_put64(unsigned char *p, uint64_t x) {
 BKVI_INLINE uint32_t bkvi_min(uint32_t a, uint32_t b) { return a < b ? a : b; }
 BKVI_INLINE uint32_t bkvi_max(uint32_t a, uint32_t b) { return a > b ? a : b; }
 BKVI_INLINE uint32_t bkvi_round_up(uint32_t x, uint32_t to) { return (x + to - 1) / to * to; }
-BKVI_INLINE size_t bkvi_type_bytes(uint32_t t) { return t == BKV_F32 ? 4 : t == BKV_I8 ? 1 : 2; }
-/* Not in builds of another type. */
-BKVI_INLINE int bkvi_is_i8(uint32_t type) {
-    return BKVI_TYPE((uint32_t)BKV_I8) == BKV_I8 && type == BKV_I8;
+BKVI_INLINE size_t bkvi_type_bytes(uint32_t t) { return t == BKV_F32 ? 4 : t >= BKV_I8 ? 1 : 2; }
+/* Is it one of the types made of integers? Not in builds of another type. */
+BKVI_INLINE int bkvi_is_int(uint32_t type) {
+    return BKVI_TYPE((uint32_t)BKV_I8) >= BKV_I8 && type >= BKV_I8;
+}
+BKVI_INLINE int bkvi_is_i4(uint32_t type) { return bkvi_is_int(type) && type >= BKV_I4; }
+/* What a rest is counted in, of a step. */
+BKVI_INLINE float bkvi_rest_unit(uint32_t type) {
+    return bkvi_is_i4(type) ? 1.0f / 16.0f : 1.0f / 128.0f;
+}
+/* A byte of integers as a number, and the byte of numbers plus 1.5 * 2^23 (the second one `units`
+   behind it). */
+static float bkvi_integer(uint32_t type, uint32_t byte) {
+    const int right = bkvi_is_i4(type) ? 28 : 24;
+    return (float)((int32_t)(byte << (type == BKV_I4 ? 28 : 24)) >> right);
+}
+static unsigned char bkvi_packed(const float *x, uint32_t units, uint32_t type) {
+    const uint32_t low = bkvi_bits(x[0]);
+    return (unsigned char)(bkvi_is_i4(type) ? (low & 15u) | bkvi_bits(x[units]) << 4 : low);
 }
 
 /* memcmp() == 0, which clang would turn into a call of bcmp(). */
@@ -973,9 +996,28 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
 static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
     return c->mem + BKVI_HEADER_BYTES + (size_t)head * c->head_bytes;
 }
-/* value_dim, padded to whole sixteens. */
+/* The type of keys, or of values. */
+BKVI_INLINE uint32_t bkvi_part_type(uint32_t type, int values) {
+    return type != BKV_K8V4 ? type : values ? (uint32_t)BKV_I4 : (uint32_t)BKV_I8;
+}
+BKVI_INLINE uint32_t bkvi_type(const bkv_cache *c, int values) {
+    return bkvi_part_type(BKVI_TYPE(c->cfg.kv_type), values);
+}
+/* value_dim, padded to whole sixteens, of 4 bits two of them. */
 BKVI_INLINE uint32_t bkvi_v_dim(const bkv_cache *c) {
-    return bkvi_round_up(BKVI_DIM(c->cfg.value_dim), BKVI_LANES);
+    const uint32_t unit = bkvi_is_i4(bkvi_type(c, 1)) ? 2 * BKVI_LANES : BKVI_LANES;
+    return bkvi_round_up(BKVI_DIM(c->cfg.value_dim), unit);
+}
+/* Units in which a key or value of n elements is stored: elements, or, of 4 bits, bytes, whose low
+   halves are the first elements and whose high halves (type BKVI_HIGH) are those from `units` on. */
+BKVI_INLINE uint32_t bkvi_units(uint32_t type, uint32_t n) {
+    return bkvi_is_i4(type) ? bkvi_round_up(n, 2 * BKVI_LANES) / 2 : n;
+}
+BKVI_INLINE uint32_t bkvi_high(uint32_t type, uint32_t i, uint32_t units) {
+    return bkvi_is_i4(type) && i >= units;
+}
+BKVI_INLINE uint32_t bkvi_key_units(const bkv_cache *c) {
+    return bkvi_units(bkvi_type(c, 0), BKVI_DIM(c->cfg.head_dim));
 }
 static bkvi_head bkvi_head_get(const bkv_cache *c, uint32_t head, uint32_t ith) {
     unsigned char *mem = bkvi_head_mem(c, head), *scratch = c->mem + c->state_bytes;
@@ -1032,7 +1074,7 @@ static uint32_t bkvi_page_slot(const bkvi_head *h, uint32_t i) {
    the newest page have it, of BKV_I8 and of caches that are large enough. */
 static unsigned char *bkvi_rest(const bkvi_head *h, int part, uint32_t slot) {
     const uint32_t sinks = h->c->rests - BKVI_PAGE, is_sink = slot < h->c->sink_slots;
-    if (!bkvi_is_i8(h->c->cfg.kv_type) || !h->c->rests || !(is_sink || h->used)) return NULL;
+    if (!bkvi_is_int(h->c->cfg.kv_type) || !h->c->rests || !(is_sink || h->used)) return NULL;
     if (!is_sink) slot -= bkvi_page_slot(h, h->used - 1);
     if (slot >= (is_sink ? sinks : (uint32_t)BKVI_PAGE)) return NULL;
     return bkvi_part(h, part - BKVI_K + BKVI_K_REST, is_sink ? slot : sinks + slot);
@@ -1045,11 +1087,11 @@ static void bkvi_move_slot(const bkvi_head *h, uint32_t to, uint32_t from, float
     if (to != from) {
         memcpy(bkvi_part(h, BKVI_USE, to), bkvi_part(h, BKVI_USE, from), 4);
         memcpy(bkvi_part(h, BKVI_POSITION, to), bkvi_part(h, BKVI_POSITION, from), 4);
-        for (i = BKVI_K_SCALE; i <= BKVI_V_SCALE && bkvi_is_i8(h->c->cfg.kv_type); i++)
+        for (i = BKVI_K_SCALE; i <= BKVI_V_SCALE && bkvi_is_int(h->c->cfg.kv_type); i++)
             memcpy(bkvi_part(h, i, to), bkvi_part(h, i, from), 2);
         memcpy(bkvi_part(h, BKVI_V, to), bkvi_part(h, BKVI_V, from), h->c->each[BKVI_V]);
         bkvi_copy(bkvi_part(h, BKVI_K, to), step, bkvi_part(h, BKVI_K, from), step,
-                  BKVI_DIM(h->c->cfg.head_dim), es);
+                  bkvi_key_units(h->c), es);
     }
     bkvi_putf(bkvi_part(h, BKVI_WEIGHT, to), weight);
 }
@@ -1079,7 +1121,7 @@ static void bkvi_clear(const bkvi_head *h, uint32_t slot, uint32_t n) {
     uint32_t i;
     for (i = 0; i < sizeof own; i++) memset(bkvi_part(h, own[i], slot), 0, n * h->c->each[own[i]]);
     if (n == 1)
-        bkvi_copy(bkvi_part(h, BKVI_K, slot), BKVI_LANES * es, zero, 0, h->c->cfg.head_dim, es);
+        bkvi_copy(bkvi_part(h, BKVI_K, slot), BKVI_LANES * es, zero, 0, bkvi_key_units(h->c), es);
     else
         memset(bkvi_part(h, BKVI_K, slot), 0, n * h->c->each[BKVI_K]);
 }
@@ -1179,7 +1221,7 @@ static void bkvi_put_run(bkvi_head *h, uint32_t slot, bkv_tensor *const *in, siz
         for (i = 0; i < 2; i++)
             kernels.put(bkvi_part(h, BKVI_K + i, slot), i ? 1 : BKVI_LANES,
                         bkvi_rest(h, BKVI_K + i, slot), bkvi_part(h, BKVI_K_SCALE + i, slot),
-                        c->cfg.kv_type, bkvi_at(in[i], first + t, h->index), in[i]->type,
+                        bkvi_type(c, i), bkvi_at(in[i], first + t, h->index), in[i]->type,
                         in[i]->elem_stride, BKVI_DIM(i ? c->cfg.value_dim : c->cfg.head_dim),
                         h->scratch);
     }
@@ -1256,7 +1298,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         BKVI_DIM(r->head_dim) != r->head_dim || BKVI_DIM(r->value_dim) != r->value_dim)
         return BKV_E_HEAD_DIM;
     if (!r->kv_type) r->kv_type = BKV_F16;
-    if (r->kv_type < BKV_F32 || r->kv_type > BKV_I8 || r->kv_type != BKVI_TYPE(r->kv_type))
+    if (r->kv_type < BKV_F32 || r->kv_type > BKV_I4 || r->kv_type != BKVI_TYPE(r->kv_type))
         return BKV_E_KV_TYPE;
     c->elem_bytes = bkvi_type_bytes(r->kv_type);
     if (r->budget > 1u << 24) return BKV_E_BUDGET;
@@ -1290,13 +1332,13 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (!r->n_threads) r->n_threads = 1;
     if (r->n_threads > 1024) return BKV_E_THREADS;
     if (!(r->backend = bkvi_pick_backend(r->backend))) return BKV_E_BACKEND;
-    if (r->kv_type == BKV_I8 && c->slots >= BKVI_FEW)
+    if (r->kv_type >= BKV_I8 && c->slots >= BKVI_FEW)
         c->rests = bkvi_min(c->sink_slots, BKVI_LANES) + BKVI_PAGE;
     for (i = 0; i < BKVI_END; i++, end = (end + 63) & ~(uint64_t)63) {
-        const uint32_t scale = r->kv_type == BKV_I8 ? 2 : 0, es = (uint32_t)c->elem_bytes;
-        const uint32_t dim = r->head_dim, v_dim = bkvi_v_dim(c), n = c->slots;
-        const uint32_t each[] = {4,     8,     4,   4,     4,        4 * bkvi_round_up(dim, 16),
-                                 scale, scale, dim, v_dim, dim * es, v_dim * es};
+        const uint32_t scale = r->kv_type >= BKV_I8 ? 2 : 0, es = (uint32_t)c->elem_bytes;
+        const uint32_t k = bkvi_key_units(c), v = bkvi_units(bkvi_type(c, 1), bkvi_v_dim(c));
+        const uint32_t n = c->slots, query = 4 * bkvi_round_up(r->head_dim, BKVI_LANES);
+        const uint32_t each[] = {4, 8, 4, 4, 4, query, scale, scale, k, v, k * es, v * es};
         const uint32_t count[] = {16, pages, n, n, n, c->group, n, n, c->rests, c->rests, n, n};
         c->at[i] = (size_t)end, c->each[i] = each[i];
         end += (uint64_t)each[i] * count[i];
@@ -1534,8 +1576,8 @@ static void bkvi_take_back(bkvi_head *h, uint32_t n) {
         h->sum -= bkvi_sum(h, slot, 1);
         bkvi_clear(h, slot, 1);
         if (bkvi_rest(h, BKVI_K, slot)) {
-            bkvi_copy(bkvi_rest(h, BKVI_K, slot), BKVI_LANES, &zero, 0, h->c->cfg.head_dim, 1);
-            memset(bkvi_rest(h, BKVI_V, slot), 0, bkvi_v_dim(h->c));
+            bkvi_copy(bkvi_rest(h, BKVI_K, slot), BKVI_LANES, &zero, 0, bkvi_key_units(h->c), 1);
+            memset(bkvi_rest(h, BKVI_V, slot), 0, h->c->each[BKVI_V_REST]);
         }
         if (!h->used)
             h->sinks--;
@@ -1743,12 +1785,12 @@ static int bkvi_head_valid(const bkv_cache *c, uint32_t head) {
             return 0;
         if (!(use >= 0.0f && use <= 4294967296.0f) && use != BKVI_PINNED) return 0;
         held += w > 0.0f;
-        for (part = BKVI_K; part <= BKVI_V; part++) /* of keys a sixteenth of a panel */
+        for (part = BKVI_K; part <= BKVI_V && es > 1; part++) /* of keys a sixteenth of a panel */
             if (!kernels.scan(h.mem + c->at[part] + i * c->each[part], type, es,
                               (uint32_t)c->each[part] / es, limit))
                 return 0;
     }
-    for (part = BKVI_K_SCALE; part <= BKVI_V_SCALE && type == BKV_I8; part++)
+    for (part = BKVI_K_SCALE; part <= BKVI_V_SCALE && es == 1; part++)
         if (!kernels.scan(h.mem + c->at[part], BKV_BF16, 2, c->slots, BKVI_HUGE / 4)) return 0;
     return held == bkvi_held(&h) && /* rotated queries may be sqrt(512) times as large */
            kernels.scan(h.mem + c->at[BKVI_QUERIES], BKV_F32, 4,
@@ -1821,7 +1863,7 @@ BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows)
                 if (i == 2)
                     *x = bkvi_log(w);
                 else
-                    kernels.fetch(x, bkvi_part(&h, BKVI_K + i, row), c->cfg.kv_type,
+                    kernels.fetch(x, bkvi_part(&h, BKVI_K + i, row), bkvi_type(c, i),
                                   (i ? 1 : BKVI_LANES) * c->elem_bytes, i ? bkvi_v_dim(c) : dim[0],
                                   bkvi_part(&h, BKVI_K_SCALE + i, row),
                                   bkvi_rest(&h, BKVI_K + i, row));
@@ -1949,6 +1991,8 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
      load, store                       lanes from and to floats
      load_f32, store_f32               the same at any address: of the state or a caller
      load_f16, _bf16, _i8, store_f16   the same, converted; to nearest even
+     bytes, floats                     signed bytes as integers of 32 bits; those as floats
+     load_i4(p, left)                  halves of bytes: left = 28 the low, 24 the high ones
      fused(x, y, z)                    x * y + z, rounded once; fma() is that, or BALANCEKV_FMA=0
      fma_at(c, i, first, x, y)         c[i] * x + y, i a constant; may read up to c[i | 3]; `first`
                                        of those that share x
@@ -1962,6 +2006,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 #define bkvi_k(name) BKVI_FN(bkvi_##name)
 #define bkvi_vec BKVI_FN(bkvi_vec)
 #define bkvi_words BKVI_FN(bkvi_words)
+#define bkvi_ints BKVI_FN(bkvi_ints)
 #define BKVI_WIDTH ((uint32_t)(sizeof(bkvi_vec) / sizeof(float)))
 #define BKVI_TILES BKVI_UNROLL /* loops over the registers of a tile */
 
@@ -1973,6 +2018,11 @@ BKVI_TARGET("avx512f,avx2,fma,f16c")
 
 #define BKVI_OP(name, arguments, result)                                                           \
     BKVI_INLINE bkvi_vec bkvi_v(name) arguments { return (bkvi_vec)(result); }
+#define BKVI_INTS(name, arguments, result)                                                         \
+    BKVI_INLINE bkvi_ints bkvi_v(name) arguments { return (bkvi_ints)(result); }
+#define BKVI_VECTORS                                                                               \
+    typedef uint32_t bkvi_words __attribute__((vector_size(sizeof(bkvi_vec))));                    \
+    typedef int32_t bkvi_ints __attribute__((vector_size(sizeof(bkvi_vec))));
 #define BKVI_STORE(name, statement)                                                                \
     BKVI_INLINE void bkvi_v(name)(void *p, bkvi_vec x) { statement; }
 #define BKVI_2 (bkvi_vec a, bkvi_vec b)
@@ -1988,6 +2038,8 @@ BKVI_TARGET("avx512f,avx2,fma,f16c")
 #if BKVI_PASS == BALANCEKV_SIMD_SCALAR
 #define BKVI_FN(name) name##_scalar
 typedef float bkvi_vec;
+typedef uint32_t bkvi_words;
+typedef int32_t bkvi_ints;
 #undef BKVI_TILES
 #define BKVI_TILES /* nothing to keep in registers */
 BKVI_OP(set, (float x), x)
@@ -1996,7 +2048,8 @@ BKVI_OP(load_f32, (const void *p), bkvi_getf((const unsigned char *)p))
 BKVI_OP(load_f16, (const void *p), bkvi_from_f16(bkvi_get16((const unsigned char *)p)))
 BKVI_OP(load_bf16, (const void *p),
         bkvi_float((uint32_t)bkvi_get16((const unsigned char *)p) << 16))
-BKVI_OP(load_i8, (const void *p), (float)*(const int8_t *)p)
+BKVI_INTS(bytes, (const void *p), *(const int8_t *)p)
+BKVI_OP(floats, (bkvi_ints x), (float)x)
 BKVI_OP(fused, BKVI_3, bkvi_fma(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), bkvi_sqrt(x))
 BKVI_OP(max, BKVI_2, a > b ? a : b)
@@ -2011,14 +2064,15 @@ BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) { (void)a, (void)b; }
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX2
 #define BKVI_FN(name) name##_avx2
 typedef __m256 bkvi_vec;
+BKVI_VECTORS
 BKVI_OP(set, (float x), _mm256_set1_ps(x))
 BKVI_OP(load, (const void *p), _mm256_loadu_ps((const float *)p))
 BKVI_OP(load_f16, (const void *p), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)))
 BKVI_OP(load_bf16, (const void *p),
         _mm256_castsi256_ps(
             _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16)))
-BKVI_OP(load_i8, (const void *p),
-        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))))
+BKVI_INTS(bytes, (const void *p), _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)))
+BKVI_OP(floats, (bkvi_ints x), _mm256_cvtepi32_ps((__m256i)x))
 BKVI_OP(fused, BKVI_3, _mm256_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm256_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, _mm256_max_ps(a, b))
@@ -2037,6 +2091,7 @@ BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_FN(name) name##_avx512
 typedef BKVI_M(__m512) bkvi_vec;
+BKVI_VECTORS
 BKVI_OP(set, (float x), BKVI_M(_mm512_set1_ps)(x))
 BKVI_OP(load, (const void *p), BKVI_M(_mm512_loadu_ps)(p))
 #if !BALANCEKV_SIMDE
@@ -2044,8 +2099,8 @@ BKVI_OP(load_f16, (const void *p), _mm512_cvtph_ps(_mm256_loadu_si256((const __m
 BKVI_OP(load_bf16, (const void *p),
         _mm512_castsi512_ps(
             _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16)))
-BKVI_OP(load_i8, (const void *p),
-        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))))
+BKVI_INTS(bytes, (const void *p), _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)))
+BKVI_OP(floats, (bkvi_ints x), _mm512_cvtepi32_ps((__m512i)x))
 BKVI_STORE(store_f16,
            _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtps_ph((__mmask16)0xFFFF, x, 0)))
 BKVI_OP(fused, BKVI_3, _mm512_fmadd_ps(x, y, z))
@@ -2068,6 +2123,7 @@ BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
 #else /* NEON. Loads and stores by bytes: the only ones that ask for no alignment in C. */
 #define BKVI_FN(name) name##_neon
 typedef float bkvi_vec __attribute__((vector_size(16)));
+BKVI_VECTORS
 #define BKVI_F(x) ((BKVI_I(float32x4_t))(x)) /* SIMDe's may be integers (WASM) */
 BKVI_OP(set, (float x), BKVI_I(vdupq_n_f32)(x))
 BKVI_OP(load, (const void *p), BKVI_I(vreinterpretq_f32_u8)(BKVI_I(vld1q_u8)((const uint8_t *)p)))
@@ -2075,9 +2131,10 @@ BKVI_OP(load, (const void *p), BKVI_I(vreinterpretq_f32_u8)(BKVI_I(vld1q_u8)((co
 BKVI_OP(load_f16, (const void *p), vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)p))))
 BKVI_OP(load_bf16, (const void *p),
         vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)p)), 16)))
-BKVI_OP(load_i8, (const void *p),
-        vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(
-            vreinterpret_s8_u32(vdup_n_u32(bkvi_get32((const unsigned char *)p))))))))
+BKVI_INTS(bytes, (const void *p),
+          vmovl_s16(vget_low_s16(vmovl_s8(
+              vreinterpret_s8_u32(vdup_n_u32(bkvi_get32((const unsigned char *)p)))))))
+BKVI_OP(floats, (bkvi_ints x), vcvtq_f32_s32(x))
 BKVI_STORE(store_f16, vst1_u8((uint8_t *)p, vreinterpret_u8_f16(vcvt_f16_f32(x))))
 BKVI_OP(sqrt, (bkvi_vec x), vsqrtq_f32(x))
 BKVI_OP(fused, BKVI_3, vfmaq_f32(z, x, y))
@@ -2097,7 +2154,6 @@ BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
 #endif
 
 #if BKVI_PASS != BALANCEKV_SIMD_SCALAR
-typedef uint32_t bkvi_words __attribute__((vector_size(sizeof(bkvi_vec))));
 BKVI_OP(load_f32, (const void *p), bkvi_v(load)(p))
 BKVI_STORE(store_f32, bkvi_v(store)(p, x))
 BKVI_OP(pow2, (bkvi_vec r), ((bkvi_words)r << 23) + 0x3F800000u)
@@ -2112,11 +2168,12 @@ BKVI_INLINE bkvi_words bkvi_v(widen)(const void *p) {
     return __builtin_convertvector(h, bkvi_words);
 }
 BKVI_OP(load_bf16, (const void *p), bkvi_v(widen)(p) << 16)
-BKVI_INLINE bkvi_vec bkvi_v(load_i8)(const void *p) {
+BKVI_INLINE bkvi_ints bkvi_v(bytes)(const void *p) {
     bkvi_bytes x;
     memcpy(&x, p, sizeof x);
-    return __builtin_convertvector(x, bkvi_vec);
+    return __builtin_convertvector(x, bkvi_ints);
 }
+BKVI_OP(floats, (bkvi_ints x), __builtin_convertvector(x, bkvi_vec))
 #if BKVI_HAVE_NEON && defined(SIMDE_X86_F16C_NATIVE)
 BKVI_OP(load_f16, (const void *p), simde_mm_cvtph_ps(simde_mm_loadl_epi64((const simde__m128i *)p)))
 #else
@@ -2148,6 +2205,10 @@ BKVI_INLINE bkvi_vec bkvi_v(fused) BKVI_3 {
 #endif
 #undef BKVI_F
 
+BKVI_OP(load_i8, (const void *p), bkvi_v(floats)(bkvi_v(bytes)(p)))
+BKVI_INLINE bkvi_vec bkvi_v(load_i4)(const void *p, int left) {
+    return bkvi_v(floats)((bkvi_ints)((bkvi_words)bkvi_v(bytes)(p) << left) >> 28);
+}
 BKVI_INLINE bkvi_vec bkvi_v(fma) BKVI_3 {
 #if BALANCEKV_FMA
     return bkvi_v(fused)(x, y, z);
@@ -2208,8 +2269,9 @@ BKVI_INLINE float bkvi_v(top)(bkvi_vec x) {
 static const float bkvi_k(count)[16] = {0,  -1, -2,  -3,  -4,  -5,  -6,  -7,
                                         -8, -9, -10, -11, -12, -13, -14, -15};
 
-/* A register of elements of a cache or tensor type. */
+/* A register of elements of a tensor or cache type, or BKVI_HIGH. */
 BKVI_INLINE bkvi_vec bkvi_v(get)(const int type, const void *p) {
+    if (bkvi_is_i4((uint32_t)type)) return bkvi_v(load_i4)(p, type == BKV_I4 ? 28 : 24);
     return type == BKV_F32   ? bkvi_v(load_f32)(p)
            : type == BKV_F16 ? bkvi_v(load_f16)(p)
            : type == BKV_I8  ? bkvi_v(load_i8)(p)
@@ -2278,45 +2340,51 @@ BKVI_NOINLINE void bkvi_k(rotate)(float *x, uint32_t n) {
     }
 }
 
-/* x becomes round(x / scale) + 1.5 * 2^23, whose low byte is what is stored; BKVI_DIM_MAX behind
-   it, the same of 128 times the rest. scale = max |x| / 127, rounded up to bf16, so that nothing is
-   clipped; the floor keeps its inverse finite. */
-BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n) {
+/* x becomes round(x / scale) + 1.5 * 2^23, whose low bits are what is stored; BKVI_DIM_MAX behind
+   it, the same of 128 (of 4 bits 16) times the rest. scale = max |x| / 127 (7), rounded up to bf16,
+   so that nothing is clipped; the floor keeps its inverse finite. */
+BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n, uint32_t type) {
+    const float most = bkvi_is_i4(type) ? 7.0f : 127.0f;
     const bkvi_vec magic = bkvi_v(set)(12582912.0f), zero = bkvi_v(set)(0.0f);
-    bkvi_vec most = bkvi_v(set)(1.0e-28f), inverse;
+    const bkvi_vec top = bkvi_v(set)(12582912.0f + most); /* a rest of 1/2 might be 8 / 16 */
+    bkvi_vec largest = bkvi_v(set)(1.0e-28f), inverse;
     uint32_t i, bits;
     for (i = 0; i < n; i += BKVI_WIDTH) {
         bkvi_vec a = bkvi_v(load)(x + i);
-        most = bkvi_v(max)(most, bkvi_v(max)(a, zero - a));
+        largest = bkvi_v(max)(largest, bkvi_v(max)(a, zero - a));
     }
-    bits = (bkvi_bits(bkvi_v(top)(most) / 127.0f) + 0xFFFFu) >> 16;
+    bits = (bkvi_bits(bkvi_v(top)(largest) / most) + 0xFFFFu) >> 16;
     bkvi_put16(scale, (uint16_t)bits);
     inverse = bkvi_v(set)(1.0f / bkvi_float(bits << 16));
     for (i = 0; i < n; i += BKVI_WIDTH) {
         bkvi_vec a = bkvi_v(load)(x + i), q = bkvi_v(fma)(a, inverse, magic);
         a = bkvi_v(fma)(a, inverse, magic - q);
+        a = bkvi_v(fma)(a, bkvi_v(set)(1.0f / bkvi_rest_unit(type)), magic);
         bkvi_v(store)(x + i, q);
-        bkvi_v(store)(x + BKVI_DIM_MAX + i, bkvi_v(fma)(a, bkvi_v(set)(128.0f), magic));
+        bkvi_v(store)(x + BKVI_DIM_MAX + i, bkvi_v(pick_gt)(top, a, a, top));
     }
 }
 
-/* Stores a caller's row, elements `step` apart: 1 for a value (then padded with zeros to whole
-   sixteens), 16 for a column of a key panel. BKV_I8: `rest` in the same way, and the scale; where
-   the row is `work` itself, it is rotated already. */
+/* Stores a caller's row, units `step` apart: 1 for a value (then padded with zeros), 16 for a column
+   of a key panel. Integers: `rest` in the same way, and the scale; where the row is `work` itself, it
+   is rotated already. */
 static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, unsigned char *scale,
                         uint32_t kv_type, const unsigned char *src, uint32_t type, size_t stride,
                         uint32_t n, float *work) {
     size_t bytes = bkvi_type_bytes(kv_type);
-    uint32_t i, lane, padded = step == 1 ? bkvi_round_up(n, BKVI_LANES) : n;
-    if (bkvi_is_i8(kv_type)) {
+    uint32_t i, lane;
+    if (bkvi_is_int(kv_type)) {
+        const uint32_t padded = bkvi_round_up(n, bkvi_is_i4(kv_type) ? 2 * BKVI_LANES : BKVI_LANES);
+        const uint32_t whole = step == 1 ? padded : n, units = bkvi_units(kv_type, whole);
         if (src != (unsigned char *)work) {
+            memset(work, 0, padded * sizeof *work);
             for (i = 0; i < n; i += BKVI_LANES) bkvi_k(row)(work + i, src, type, stride, i, n);
-            bkvi_k(rotate)(work, padded);
+            bkvi_k(rotate)(work, whole);
         }
-        bkvi_k(quantise)(work, scale, padded);
-        for (i = 0; i < padded; i++) {
-            dst[i * step] = (unsigned char)bkvi_bits(work[i]);
-            if (rest) rest[i * step] = (unsigned char)bkvi_bits(work[BKVI_DIM_MAX + i]);
+        bkvi_k(quantise)(work, scale, padded, kv_type);
+        for (i = 0; i < units; i++) {
+            dst[i * step] = bkvi_packed(work + i, units, kv_type);
+            if (rest) rest[i * step] = bkvi_packed(work + BKVI_DIM_MAX + i, units, kv_type);
         }
         return;
     }
@@ -2336,11 +2404,15 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, un
 /* A stored row as floats; of BKV_I8 scaled and rotated back. */
 static void bkvi_k(fetch)(float *x, const unsigned char *src, uint32_t type, size_t stride,
                           uint32_t n, const unsigned char *scale, const unsigned char *rest) {
+    const uint32_t units = bkvi_units(type, n);
     uint32_t i;
-    for (i = 0; i < n; i += BKVI_LANES) bkvi_k(row)(x + i, src, type, stride, i, n);
-    if (!bkvi_is_i8(type)) return;
+    for (i = 0; i < n && !bkvi_is_int(type); i += BKVI_LANES)
+        bkvi_k(row)(x + i, src, type, stride, i, n);
+    if (!bkvi_is_int(type)) return;
     for (i = 0; i < n; i++) {
-        if (rest) x[i] += (float)(int8_t)rest[i * stride] * (1.0f / 128.0f); /* exact */
+        const uint32_t high = bkvi_high(type, i, units), at = (i - high * units) * (uint32_t)stride;
+        x[i] = bkvi_integer(type + high, src[at]);
+        if (rest) x[i] += bkvi_integer(type + high, rest[at]) * bkvi_rest_unit(type); /* exact */
         x[i] *= bkvi_float((uint32_t)bkvi_get16(scale) << 16);
     }
     bkvi_k(rotate)(x, n);
@@ -2383,7 +2455,7 @@ BKVI_NOINLINE void bkvi_k(raise)(float *x, uint32_t n, float shift) {
    coefficients of step i: c[i * c_step + r], or c[r * c_row + i] if c_row (then n is rounded up to
    a multiple of 4); acc: rows `acc_row` floats apart, set to 0 if `fresh`. ahead: memory to
    prefetch at the pace of x, or NULL (small builds do not). */
-BKVI_INLINE void bkvi_k(tile_fma)(const int type, const int rows, const int vecs,
+BKVI_INLINE void bkvi_k(tile_fma)(const int type, int high, const int rows, const int vecs,
                                   const unsigned char *x, size_t step, size_t apart, uint32_t n,
                                   const float *c, const size_t c_row, size_t c_step,
                                   const int fresh, float *acc_mem, size_t acc_row,
@@ -2408,8 +2480,9 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, const int rows, const int vecs
             BKVI_TILES for (t = 0; t < rows * regs; t++) {
                 const int r = by_row ? t / regs : t % rows, v = by_row ? t % regs : t / rows;
                 if (r == 0) {
-                    a[v] = bkvi_v(get)(type, x + ((size_t)(v / REGS) * apart +
-                                                  (size_t)(v % REGS) * BKVI_WIDTH) * es);
+                    const size_t at = (size_t)(v / REGS) * apart + (size_t)(v % REGS) * BKVI_WIDTH;
+                    a[v] = bkvi_is_i4((uint32_t)type) ? bkvi_v(load_i4)(x + at, high ? 24 : 28)
+                                                      : bkvi_v(get)(type, x + at * es);
                     if (BKVI_ARCH_X86 && !BALANCEKV_SIMDE && type == BKV_F32 && rows > 1 && !WAITS)
                         BKVI_ROUND(a[v]); /* or gcc loads it anew for every FMA: 20-25 % */
                 }
@@ -2481,12 +2554,13 @@ static float bkvi_k(largest)(const float *x) {
    panels, then lanes i + i+8, i+4, i+2, i+1. */
 BKVI_NOINLINE float bkvi_k(pack)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block,
                                  int values, uint32_t dim, size_t stride) {
-    const int type = (int)BKVI_TYPE(h->c->cfg.kv_type);
-    const size_t es = bkvi_type_bytes((uint32_t)type);
+    const uint32_t type = bkvi_type(h->c, values), units = bkvi_units(type, dim);
+    const size_t es = bkvi_type_bytes(type);
     float *sums = block->tile, *turned = sums + 256, *mean = block->mean;
     uint32_t i, j, p, n, lane;
     memset(block->norm, 0, sizeof block->norm);
     for (i = 0; i < dim; i += BKVI_LANES, mean += BKVI_LANES) {
+        const uint32_t high = bkvi_high(type, i, units), view = type + high, at = i - high * units;
         float *first = block->panels + (size_t)i * BKVI_LANES, *to = first;
         n = bkvi_min(BKVI_LANES, dim - i) * BKVI_LANES;
         memset(sums, 0, 256 * sizeof *sums);
@@ -2494,11 +2568,11 @@ BKVI_NOINLINE float bkvi_k(pack)(const bkvi_head *h, const uint32_t *slots, bkvi
             const uint32_t slot = slots[p / 4] + p % 4 * BKVI_LANES;
             const unsigned char *from = bkvi_part(h, BKVI_K + values, slot);
             const unsigned char *scale = bkvi_part(h, BKVI_K_SCALE + values, slot);
-            if (values) bkvi_k(turn)(to, BKVI_LANES, from + i * es, dim, (uint32_t)type);
-            for (j = 0; j < n && (!values || type == BKV_I8); j += BKVI_WIDTH) {
+            if (values) bkvi_k(turn)(to, BKVI_LANES, from + at * es, units, view);
+            for (j = 0; j < n && (!values || bkvi_is_int(type)); j += BKVI_WIDTH) {
                 bkvi_vec x = values ? bkvi_v(load)(to + j)
-                                    : bkvi_v(get)(type, from + (i * BKVI_LANES + j) * es);
-                if (type == BKV_I8) x = x * bkvi_v(load_bf16)(scale + j % BKVI_LANES * 2);
+                                    : bkvi_v(get)((int)view, from + (at * BKVI_LANES + j) * es);
+                if (bkvi_is_int(type)) x = x * bkvi_v(load_bf16)(scale + j % BKVI_LANES * 2);
                 bkvi_v(store)(to + j, x);
             }
         }
@@ -2533,7 +2607,7 @@ BKVI_NOINLINE void bkvi_k(sums)(float *to, uint32_t width, const float *x, size_
                                 size_t apart, uint32_t n, const float *c, size_t c_step) {
     uint32_t i;
     for (i = 0; i < width / BKVI_LANES; i += BKVI_VECS(1))
-        bkvi_k(tile_fma)(BKV_F32, 1, BKVI_VECS(1), (const unsigned char *)(x + i * apart), step,
+        bkvi_k(tile_fma)(BKV_F32, 0, 1, BKVI_VECS(1), (const unsigned char *)(x + i * apart), step,
                          apart, n, c, 0, c_step, 0, to + i * BKVI_LANES, BKVI_BLOCK, NULL);
 }
 
@@ -2640,7 +2714,7 @@ BKVI_INLINE void bkvi_k(rows)(bkvi_block *block, const int vecs, uint32_t i, uin
     const float *c = block->panels + i * stride;
     uint32_t row;
 #define BKVI_PRODUCTS(rows)                                                                        \
-    bkvi_k(tile_fma)(BKV_F32, rows, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,   \
+    bkvi_k(tile_fma)(BKV_F32, 0, rows, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,   \
                      block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL)
     if (BKVI_SMALL) memset(block->tile, 0, 4 * BKVI_LANES * BKVI_PAGE);
     for (row = 0; row < BKVI_LANES && BKVI_SMALL; row++)
@@ -2764,13 +2838,16 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
    total(): never inline, or a product on its way to memory may be fused with a later addition. */
 BKVI_NOINLINE void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, uint32_t first,
                                  uint32_t n) {
-    const uint32_t type = BKVI_TYPE(h->c->cfg.kv_type);
-    const unsigned char *from = bkvi_part(h, BKVI_V, slot) + first * h->c->elem_bytes;
-    uint32_t i, scale = 0x3F80; /* 1 as bf16 */
-    if (bkvi_is_i8(type)) scale = bkvi_get16(bkvi_part(h, BKVI_V_SCALE, slot));
-    for (i = 0; i < n; i += BKVI_WIDTH)
-        bkvi_v(store)(to + i, bkvi_v(get)((int)type, from + i * h->c->elem_bytes) *
-                                  bkvi_v(set)(bkvi_float(scale << 16)));
+    const uint32_t type = bkvi_type(h->c, 1), units = bkvi_units(type, bkvi_v_dim(h->c));
+    const unsigned char *from = bkvi_part(h, BKVI_V, slot);
+    uint32_t i, high, scale = 0x3F80; /* 1 as bf16 */
+    if (bkvi_is_int(type)) scale = bkvi_get16(bkvi_part(h, BKVI_V_SCALE, slot));
+    for (i = first; i < first + n; i += BKVI_WIDTH, to += BKVI_WIDTH) {
+        high = bkvi_high(type, i, units);
+        bkvi_v(store)(to, bkvi_v(get)((int)(type + high),
+                                      from + (i - high * units) * h->c->elem_bytes) *
+                              bkvi_v(set)(bkvi_float(scale << 16)));
+    }
 }
 
 /* Regression: what the tokens that go leave unanswered moves the values of those that stay, unless
@@ -2781,7 +2858,7 @@ BKVI_NOINLINE void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, u
    the quotient that attention is. Half steps are its ridge. */
 static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
     const int vecs = BKVI_VECS(BKVI_TILE_ROWS);
-    const uint32_t v_dim = bkvi_v_dim(h->c), type = BKVI_TYPE(h->c->cfg.kv_type);
+    const uint32_t v_dim = bkvi_v_dim(h->c), type = bkvi_type(h->c, 1);
     const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE / 32.0f;
     float *v = block->matrix, *among = v + BKVI_BLOCK * BKVI_PAGE; /* 64 dimensions; H_ik */
     float *row = block->kernel, *d = row + BKVI_PAGE * BKVI_BLOCK; /* H_ij (s_j - r_i) */
@@ -2821,7 +2898,7 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
                 if (BKVI_SMALL)
                     bkvi_k(sums)(to, BKVI_LANES, v + j, BKVI_PAGE, 0, BKVI_BLOCK, c, 1);
                 else
-                    bkvi_k(tile_fma)(BKV_F32, BKVI_TILE_ROWS, vecs, (unsigned char *)(v + j),
+                    bkvi_k(tile_fma)(BKV_F32, 0, BKVI_TILE_ROWS, vecs, (unsigned char *)(v + j),
                                      BKVI_PAGE, BKVI_LANES, BKVI_BLOCK, c, BKVI_BLOCK, 0, 0, to,
                                      BKVI_PAGE, NULL);
             }
@@ -2856,8 +2933,8 @@ BKVI_INLINE void bkvi_k(times)(float *x, const unsigned char *scale) {
    and c v^2, where c = s^2 (1 - 1 / w), s the weights that softmax has come to. Adds a block's. */
 BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *span,
                                  const bkv_cache *c) {
-    const uint32_t v_dim_pad = bkvi_v_dim(c);
-    const size_t row = v_dim_pad * c->elem_bytes;
+    const uint32_t v_dim_pad = bkvi_v_dim(c), type = bkvi_type(c, 1);
+    const uint32_t units = bkvi_units(type, v_dim_pad);
     bkvi_vec x, y, one = bkvi_v(set)(1.0f), most = one, first, second;
     float by[BKVI_PAGE], *to = sums + BKVI_LANES;
     uint32_t i, j, scale = 0x3F80; /* 1 as bf16 */
@@ -2872,11 +2949,12 @@ BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *s
         bkvi_v(store)(lanes, bkvi_v(fma)(x, y, bkvi_v(load)(lanes)));
     }
     for (j = 0; j < v_dim_pad; j += BKVI_WIDTH, to += BKVI_WIDTH) {
-        const unsigned char *v = span->v + j * c->elem_bytes;
+        const uint32_t high = bkvi_high(type, j, units);
+        const unsigned char *v = span->v + (j - high * units) * c->elem_bytes;
         first = bkvi_v(load)(to), second = bkvi_v(load)(to + v_dim_pad);
-        for (i = 0; i < BKVI_PAGE; i++, v += row) {
+        for (i = 0; i < BKVI_PAGE; i++, v += c->each[BKVI_V]) {
             if (span->v_scale) scale = bkvi_get16(span->v_scale + 2 * (size_t)i);
-            x = bkvi_v(get)((int)BKVI_TYPE(c->cfg.kv_type), v);
+            x = bkvi_v(get)((int)(type + high), v);
             x = x * bkvi_v(set)(bkvi_float(scale << 16));
             y = bkvi_v(set)(by[i]);
             first = bkvi_v(fma)(x, y, first);
@@ -2977,40 +3055,53 @@ BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t
 
 /* A tile of rows over one block: scores, softmax, sum of values. Meanwhile keys and values of the
    next one come to the second level of the cache, line by line: a run of prefetches would stall. */
-BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
+BKVI_INLINE void bkvi_k(attend_tile)(const int kv_type, const int rows, const bkv_cache *c,
                                      bkvi_tiles *t, const bkvi_span *span, uint32_t first) {
+    const int k_type = (int)bkvi_part_type((uint32_t)kv_type, 0);
+    const int v_type = (int)bkvi_part_type((uint32_t)kv_type, 1);
     const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = bkvi_v_dim(c);
-    const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)dim * BKVI_LANES;
-    const uint32_t vecs = v_dim_pad / BKVI_LANES, n_scores = (uint32_t)rows * BKVI_PAGE;
+    const uint32_t k_units = bkvi_units((uint32_t)k_type, dim);
+    const uint32_t v_units = bkvi_units((uint32_t)v_type, v_dim_pad);
+    const size_t es = bkvi_type_bytes((uint32_t)kv_type), panel = (size_t)k_units * BKVI_LANES;
+    const uint32_t vecs = v_units / BKVI_LANES, n_scores = (uint32_t)rows * BKVI_PAGE;
     float *q = t->q + (size_t)first * dim, *out = t->out + (size_t)first * v_dim_pad;
     const unsigned char *x;
     uint32_t i, slots, panels;
+    int high; /* the second half of elements */
 #define BKVI_SCORES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= panels; i += n)                                        \
-    bkvi_k(tile_fma)(type, rows, n, x + i * panel * es, BKVI_LANES, panel, dim, q, 0,              \
-                     (size_t)rows, type != BKV_I8, t->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,  \
-                     span->next_k ? span->next_k + i * panel * es : NULL)
+    bkvi_k(tile_fma)(k_type, high, rows, n, x + i * panel * es, BKVI_LANES, panel,                 \
+                     high ? dim - k_units : bkvi_min(dim, k_units),                                \
+                     q + (high ? k_units * (size_t)rows : 0), 0, (size_t)rows, k_type < BKV_I8,    \
+                     t->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,                                \
+                     span->next_k && !high ? span->next_k + i * panel * es : NULL)
 #define BKVI_VALUES(n)                                                                             \
     for (; n <= BKVI_VECS(rows) && i + n <= vecs; i += n)                                          \
-    bkvi_k(tile_fma)(type, rows, n, x + (size_t)i * BKVI_LANES * es, v_dim_pad, BKVI_LANES, slots, \
-                     t->scores, BKVI_PAGE, 0, 0, out + (size_t)i * BKVI_LANES, v_dim_pad,          \
-                     span->next_v ? span->next_v + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
-    if (type == BKV_I8) memset(t->scores, 0, n_scores * sizeof(float));
+    bkvi_k(tile_fma)(v_type, high, rows, n, x + (size_t)i * BKVI_LANES * es, v_units, BKVI_LANES,  \
+                     slots, t->scores, BKVI_PAGE, 0, 0,                                            \
+                     out + (high ? v_units : 0) + (size_t)i * BKVI_LANES, v_dim_pad,               \
+                     span->next_v && !high ? span->next_v + (size_t)i * BKVI_LANES * BKVI_PAGE * es \
+                                           : NULL)
+    if (k_type >= BKV_I8) memset(t->scores, 0, n_scores * sizeof(float));
     for (x = span->k_rest ? span->k_rest : span->k; x; x = x == span->k ? NULL : span->k) {
-        if (type == BKV_I8 && span->k_rest && x == span->k)
-            bkvi_k(scaled)(t->scores, t->scores, n_scores, 1.0f / 128.0f);
+        if (k_type >= BKV_I8 && span->k_rest && x == span->k)
+            bkvi_k(scaled)(t->scores, t->scores, n_scores, bkvi_rest_unit((uint32_t)k_type));
         slots = x == span->k ? span->slots : span->rests;
         panels = (slots + BKVI_LANES - 1) / BKVI_LANES;
-        i = 0;
-        BKVI_SCORES(4); BKVI_SCORES(2); BKVI_SCORES(1);
+        for (high = 0; high <= (k_type >= BKV_I4); high++) {
+            i = 0;
+            BKVI_SCORES(4); BKVI_SCORES(2); BKVI_SCORES(1);
+        }
     }
     for (i = 0; i < (uint32_t)rows; i++) bkvi_k(soften)(t, span, first, first + i, c);
     for (x = span->v; x; x = x == span->v ? span->v_rest : NULL) {
-        if (type == BKV_I8 && x != span->v)
-            bkvi_k(scaled)(t->scores, t->scores, n_scores, 1.0f / 128.0f);
+        if (v_type >= BKV_I8 && x != span->v)
+            bkvi_k(scaled)(t->scores, t->scores, n_scores, bkvi_rest_unit((uint32_t)v_type));
         slots = x == span->v ? span->slots : span->rests;
-        i = 0;
-        BKVI_VALUES(4); BKVI_VALUES(2); BKVI_VALUES(1);
+        for (high = 0; high <= (v_type >= BKV_I4); high++) {
+            i = 0;
+            BKVI_VALUES(4); BKVI_VALUES(2); BKVI_VALUES(1);
+        }
     }
 #undef BKVI_SCORES
 #undef BKVI_VALUES
@@ -3026,7 +3117,8 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
 #define BKVI_EACH_TILE(X) BKVI_EACH_ROWS(X, BALANCEKV_KV_TYPE)
 #else
 #define BKVI_EACH_TILE(X)                                                                          \
-    BKVI_EACH_ROWS(X, 1) BKVI_EACH_ROWS(X, 2) BKVI_EACH_ROWS(X, 3) BKVI_EACH_ROWS(X, 4)
+    BKVI_EACH_ROWS(X, 1) BKVI_EACH_ROWS(X, 2) BKVI_EACH_ROWS(X, 3) BKVI_EACH_ROWS(X, 4)            \
+    BKVI_EACH_ROWS(X, 5) BKVI_EACH_ROWS(X, 6)
 #endif
 #define BKVI_X(type, rows)                                                                         \
     BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                       \
@@ -3070,7 +3162,7 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
     const float softcap = c->cfg.softcap;
     const float scale = c->cfg.scale * (softcap > 0.0f ? 2.0f * BKVI_LOG2E / softcap : BKVI_LOG2E);
     bkvi_tiles *t = (bkvi_tiles *)(void *)h->scratch;
-    float *work = bkvi_is_i8(c->cfg.kv_type) ? t->work : NULL;
+    float *work = bkvi_is_int(c->cfg.kv_type) ? t->work : NULL;
     const uint32_t last_fill = h->used ? h->fill : (h->sinks - 1) % BKVI_PAGE + 1;
     uint32_t begin, b, r, i, doubted = 0xFFFFFFFFu; /* row whose error is estimated */
     if (h->halvings && h->fill == BKVI_PAGE && !h->drafts) /* the last token; heads take turns */
@@ -3208,8 +3300,11 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef bkvi_k
 #undef bkvi_vec
 #undef bkvi_words
+#undef bkvi_ints
 #undef BKVI_OP
 #undef BKVI_STORE
+#undef BKVI_INTS
+#undef BKVI_VECTORS
 #undef BKVI_I
 #undef BKVI_M
 #undef BKVI_2

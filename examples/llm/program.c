@@ -90,7 +90,8 @@ static const word methods[] = {{"balancekv", BKV_RULE_DEFAULT},
                                {"window", BKV_RULE_WINDOW},
                                {NULL, 0}};
 static const word kv_types[] = {
-    {"f32", BKV_F32}, {"f16", BKV_F16}, {"bf16", BKV_BF16}, {"i8", BKV_I8}, {NULL, 0}};
+    {"f32", BKV_F32}, {"f16", BKV_F16}, {"bf16", BKV_BF16}, {"i8", BKV_I8},
+    {"k8v4", BKV_K8V4}, {"i4", BKV_I4}, {NULL, 0}};
 static const word weight_types[] = {
     {"f16", GGML_TYPE_F16}, {"bf16", GGML_TYPE_BF16}, {"f32", GGML_TYPE_F32}, {NULL, 0}};
 
