@@ -78,10 +78,12 @@
      below 1 KiB. The library calls mem{cpy,set,move} and nothing else.
    Storage. f32, f16 and bf16 round every element. BKV_I8 turns each key and value by Hadamard
      matrices, which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head;
-     of the first 16 sinks and the newest page, from which most of the error would come, a second
-     byte that holds the rest, if there are 512 slots. Queries and outputs are turned along.
+     of the first 16 sinks and the newest page, from which most of the error would come, as many
+     bits again that hold the rest, if there are 512 slots. Queries and outputs are turned along.
      Beside softmax over what was given, |out| is off by <= 0.02 * max |v| (normal numbers, logits
-     to about 10; tests/test_attend.c); on traces of a model 0.002 of |out| in the mean.
+     to about 10; tests/test_attend.c); on traces of a model 0.002 of |out| in the mean. BKV_K8V4
+     has 4 bits for values, BKV_I4 for all: 0.024 and 0.062 on those traces, but 9 and 16 tokens
+     where BKV_I8 has 7, which a language model's answers gain more by (examples/llm/README.md).
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
      heads; all nth calls must be made, with equal arguments, before the next operation on the cache
      starts. (0, 1) does everything. The result does not depend on nth.
@@ -178,7 +180,7 @@ extern "C" {
     X(BKV_E_NULL, -1, "a required pointer is NULL")                                                \
     X(BKV_E_HEADS, -2, "n_kv_heads must be 1..4096 and n_q_heads 1..16 times as many")             \
     X(BKV_E_HEAD_DIM, -3, "head_dim and value_dim must be 1..512 (and BALANCEKV_HEAD_DIM if set)") \
-    X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, _F16, _BF16, _I8, _K8V4, _I4 (and compiled in)") \
+    X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, _F16, _BF16, _I8, _K8V4, _I4, and compiled in") \
     X(BKV_E_BUDGET, -5, "budget is smaller than sinks + window + two pages of 64, or above 2^24")  \
     X(BKV_E_RULE, -6, "unknown rule or importance, or rounds above 64")                            \
     X(BKV_E_PARAM, -7, "temp, scale or softcap is out of range")                                   \
@@ -204,8 +206,8 @@ typedef enum bkv_result {
         BKV_RESULT_FORCE_INT = 0x7fffffff
 } bkv_result;
 
-/* Element types of tensors and of the cache; the second line of the cache alone, see §1: bytes, keys
-   of bytes with values of 4 bits, all of 4 bits. 0 is not a type. */
+/* Element types of tensors and of the cache; and of the cache alone (see §1): 8 bits, 8 for keys and
+   4 for values, 4 bits. 0 is not a type. */
 enum { BKV_F32 = BALANCEKV_F32, BKV_F16 = BALANCEKV_F16, BKV_BF16 = BALANCEKV_BF16 };
 enum { BKV_I8 = BALANCEKV_I8, BKV_K8V4 = BALANCEKV_K8V4, BKV_I4 = BALANCEKV_I4 };
 
@@ -254,7 +256,7 @@ typedef struct bkv_config {
 /* bkv_size() as a constant expression, for static arrays: of what bkv_config_default() gives, with
    this kv_type, n_q_heads not 0. Checks nothing, bkv_init() does. See examples/freestanding.c. */
 #define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
-    (256 + 64 + 142336 + 512 * BKV_SIZE_PAD(head_dim, (kv_type) < BALANCEKV_K8V4 ? 16 : 32) + /* scratch */     \
+    (256 + 64 + 142336 + 512 * BKV_SIZE_PAD(head_dim, (kv_type) < BALANCEKV_K8V4 ? 16 : 32) +      \
      BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(budget) / 16 * 16, kv_type,                \
                    BKV_SIZE_K(head_dim, kv_type), BKV_SIZE_V(head_dim, kv_type),                   \
                    BKV_SIZE_PAD(head_dim, 16)) *                                                   \
@@ -268,7 +270,8 @@ typedef struct bkv_config {
 #define BKV_SIZE_K(dim, type) /* bytes of a key */                                                 \
     ((type) == BALANCEKV_I4 ? BKV_SIZE_PAD(dim, 32) / 2 : (size_t)(dim)*BKV_SIZE_ELEM(type))
 #define BKV_SIZE_V(dim, type) /* bytes of a value */                                               \
-    ((type) < BALANCEKV_K8V4 ? BKV_SIZE_PAD(dim, 16) * BKV_SIZE_ELEM(type) : BKV_SIZE_PAD(dim, 32) / 2)
+    ((type) < BALANCEKV_K8V4 ? BKV_SIZE_PAD(dim, 16) * BKV_SIZE_ELEM(type)                         \
+                             : BKV_SIZE_PAD(dim, 32) / 2)
 #define BKV_SIZE_ELEM(type) ((type) == BALANCEKV_F32 ? 4 : (type) < BALANCEKV_I8 ? 2 : 1)
 #define BKV_SIZE_PAD(n, unit) (((size_t)(n) + (unit)-1) / (unit) * (unit))
 
@@ -2366,16 +2369,17 @@ BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n, 
 }
 
 /* Stores a caller's row, units `step` apart: 1 for a value (then padded with zeros), 16 for a column
-   of a key panel. Integers: `rest` in the same way, and the scale; where the row is `work` itself, it
-   is rotated already. */
+   of a key panel. Integers: `rest` in the same way, and the scale; a row that is `work` itself is
+   rotated already. */
 static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, unsigned char *scale,
                         uint32_t kv_type, const unsigned char *src, uint32_t type, size_t stride,
                         uint32_t n, float *work) {
     size_t bytes = bkvi_type_bytes(kv_type);
     uint32_t i, lane;
     if (bkvi_is_int(kv_type)) {
-        const uint32_t padded = bkvi_round_up(n, bkvi_is_i4(kv_type) ? 2 * BKVI_LANES : BKVI_LANES);
-        const uint32_t whole = step == 1 ? padded : n, units = bkvi_units(kv_type, whole);
+        const uint32_t unit = bkvi_is_i4(kv_type) ? 2 * BKVI_LANES : BKVI_LANES;
+        const uint32_t padded = bkvi_round_up(n, unit), whole = step == 1 ? padded : n;
+        const uint32_t units = bkvi_units(kv_type, whole);
         if (src != (unsigned char *)work) {
             memset(work, 0, padded * sizeof *work);
             for (i = 0; i < n; i += BKVI_LANES) bkvi_k(row)(work + i, src, type, stride, i, n);
@@ -2455,7 +2459,7 @@ BKVI_NOINLINE void bkvi_k(raise)(float *x, uint32_t n, float shift) {
    coefficients of step i: c[i * c_step + r], or c[r * c_row + i] if c_row (then n is rounded up to
    a multiple of 4); acc: rows `acc_row` floats apart, set to 0 if `fresh`. ahead: memory to
    prefetch at the pace of x, or NULL (small builds do not). */
-BKVI_INLINE void bkvi_k(tile_fma)(const int type, int high, const int rows, const int vecs,
+BKVI_INLINE void bkvi_k(tile_fma)(const int type, uint32_t high, const int rows, const int vecs,
                                   const unsigned char *x, size_t step, size_t apart, uint32_t n,
                                   const float *c, const size_t c_row, size_t c_step,
                                   const int fresh, float *acc_mem, size_t acc_row,
@@ -2714,8 +2718,8 @@ BKVI_INLINE void bkvi_k(rows)(bkvi_block *block, const int vecs, uint32_t i, uin
     const float *c = block->panels + i * stride;
     uint32_t row;
 #define BKVI_PRODUCTS(rows)                                                                        \
-    bkvi_k(tile_fma)(BKV_F32, 0, rows, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES, 1,   \
-                     block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL)
+    bkvi_k(tile_fma)(BKV_F32, 0, rows, vecs, x, BKVI_LANES, stride, dim, c + row, 0, BKVI_LANES,   \
+                     1, block->tile + row * BKVI_PAGE, BKVI_PAGE, NULL)
     if (BKVI_SMALL) memset(block->tile, 0, 4 * BKVI_LANES * BKVI_PAGE);
     for (row = 0; row < BKVI_LANES && BKVI_SMALL; row++)
         bkvi_k(sums)(block->tile + row * BKVI_PAGE, BKVI_LANES, (const float *)(const void *)x,
@@ -3053,57 +3057,61 @@ BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t
     if (span->v_scale) bkvi_k(times)(s, span->v_scale);
 }
 
-/* A tile of rows over one block: scores, softmax, sum of values. Meanwhile keys and values of the
-   next one come to the second level of the cache, line by line: a run of prefetches would stall. */
-BKVI_INLINE void bkvi_k(attend_tile)(const int kv_type, const int rows, const bkv_cache *c,
-                                     bkvi_tiles *t, const bkvi_span *span, uint32_t first) {
-    const int k_type = (int)bkvi_part_type((uint32_t)kv_type, 0);
-    const int v_type = (int)bkvi_part_type((uint32_t)kv_type, 1);
-    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = bkvi_v_dim(c);
-    const uint32_t k_units = bkvi_units((uint32_t)k_type, dim);
-    const uint32_t v_units = bkvi_units((uint32_t)v_type, v_dim_pad);
-    const size_t es = bkvi_type_bytes((uint32_t)kv_type), panel = (size_t)k_units * BKVI_LANES;
-    const uint32_t vecs = v_units / BKVI_LANES, n_scores = (uint32_t)rows * BKVI_PAGE;
-    float *q = t->q + (size_t)first * dim, *out = t->out + (size_t)first * v_dim_pad;
-    const unsigned char *x;
-    uint32_t i, slots, panels;
-    int high; /* the second half of elements */
+/* Scores of rests become their share of scores, or scores those of the rests. */
+BKVI_INLINE void bkvi_k(rest)(float *scores, int rows, int type) {
+    bkvi_k(scaled)(scores, scores, (uint32_t)rows * BKVI_PAGE, bkvi_rest_unit((uint32_t)type));
+}
+
+/* Scores of a tile of rows over one block; its sum of values. Meanwhile keys and values of the next
+   one come to the second level of the cache, line by line: a run of prefetches would stall. Of 4
+   bits the low halves of the bytes are one product, the high ones another. */
+BKVI_INLINE void bkvi_k(score)(const int type, const int rows, const bkv_cache *c, bkvi_tiles *t,
+                               const bkvi_span *span, uint32_t first) {
+    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), units = bkvi_units((uint32_t)type, dim);
+    const size_t panel = units * BKVI_LANES * bkvi_type_bytes((uint32_t)type);
+    const float *q = t->q + (size_t)first * dim;
+    const unsigned char *k = span->k_rest ? span->k_rest : span->k, *next;
+    uint32_t i, high, from, end, slots;
 #define BKVI_SCORES(n)                                                                             \
-    for (; n <= BKVI_VECS(rows) && i + n <= panels; i += n)                                        \
-    bkvi_k(tile_fma)(k_type, high, rows, n, x + i * panel * es, BKVI_LANES, panel,                 \
-                     high ? dim - k_units : bkvi_min(dim, k_units),                                \
-                     q + (high ? k_units * (size_t)rows : 0), 0, (size_t)rows, k_type < BKV_I8,    \
-                     t->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,                                \
-                     span->next_k && !high ? span->next_k + i * panel * es : NULL)
-#define BKVI_VALUES(n)                                                                             \
-    for (; n <= BKVI_VECS(rows) && i + n <= vecs; i += n)                                          \
-    bkvi_k(tile_fma)(v_type, high, rows, n, x + (size_t)i * BKVI_LANES * es, v_units, BKVI_LANES,  \
-                     slots, t->scores, BKVI_PAGE, 0, 0,                                            \
-                     out + (high ? v_units : 0) + (size_t)i * BKVI_LANES, v_dim_pad,               \
-                     span->next_v && !high ? span->next_v + (size_t)i * BKVI_LANES * BKVI_PAGE * es \
-                                           : NULL)
-    if (k_type >= BKV_I8) memset(t->scores, 0, n_scores * sizeof(float));
-    for (x = span->k_rest ? span->k_rest : span->k; x; x = x == span->k ? NULL : span->k) {
-        if (k_type >= BKV_I8 && span->k_rest && x == span->k)
-            bkvi_k(scaled)(t->scores, t->scores, n_scores, bkvi_rest_unit((uint32_t)k_type));
-        slots = x == span->k ? span->slots : span->rests;
-        panels = (slots + BKVI_LANES - 1) / BKVI_LANES;
-        for (high = 0; high <= (k_type >= BKV_I4); high++) {
+    for (; n <= BKVI_VECS(rows) && i + n <= (slots + BKVI_LANES - 1) / BKVI_LANES; i += n)         \
+    bkvi_k(tile_fma)(type, high, rows, n, k + i * panel, BKVI_LANES, (size_t)units *BKVI_LANES,    \
+                     end - from, q + from * (size_t)rows, 0, (size_t)rows, type < BKV_I8,          \
+                     t->scores + (size_t)i * BKVI_LANES, BKVI_PAGE, next ? next + i * panel : next)
+    if (type >= BKV_I8) memset(t->scores, 0, (size_t)rows * BKVI_PAGE * sizeof(float));
+    for (; k; k = k == span->k ? NULL : span->k) {
+        slots = k == span->k ? span->slots : span->rests;
+        if (type >= BKV_I8 && span->k_rest && k == span->k) bkvi_k(rest)(t->scores, rows, type);
+        for (high = 0; high <= (type >= BKV_I4); high++) {
+            from = bkvi_min(dim, high * units), end = bkvi_min(dim, from + units);
+            next = high ? NULL : span->next_k;
             i = 0;
             BKVI_SCORES(4); BKVI_SCORES(2); BKVI_SCORES(1);
         }
     }
-    for (i = 0; i < (uint32_t)rows; i++) bkvi_k(soften)(t, span, first, first + i, c);
-    for (x = span->v; x; x = x == span->v ? span->v_rest : NULL) {
-        if (v_type >= BKV_I8 && x != span->v)
-            bkvi_k(scaled)(t->scores, t->scores, n_scores, bkvi_rest_unit((uint32_t)v_type));
-        slots = x == span->v ? span->slots : span->rests;
-        for (high = 0; high <= (v_type >= BKV_I4); high++) {
+#undef BKVI_SCORES
+}
+BKVI_INLINE void bkvi_k(sum_up)(const int type, const int rows, const bkv_cache *c, bkvi_tiles *t,
+                                const bkvi_span *span, uint32_t first) {
+    const uint32_t v_dim_pad = bkvi_v_dim(c), units = bkvi_units((uint32_t)type, v_dim_pad);
+    const size_t apart = BKVI_LANES * bkvi_type_bytes((uint32_t)type);
+    const unsigned char *v, *next;
+    float *out;
+    uint32_t i, high, slots;
+#define BKVI_VALUES(n)                                                                             \
+    for (; n <= BKVI_VECS(rows) && i + n <= units / BKVI_LANES; i += n)                            \
+    bkvi_k(tile_fma)(type, high, rows, n, v + i * apart, units, BKVI_LANES, slots, t->scores,      \
+                     BKVI_PAGE, 0, 0, out + (size_t)i * BKVI_LANES, v_dim_pad,                     \
+                     next ? next + i * apart * BKVI_PAGE : next)
+    for (v = span->v; v; v = v == span->v ? span->v_rest : NULL) {
+        slots = v == span->v ? span->slots : span->rests;
+        if (type >= BKV_I8 && v != span->v) bkvi_k(rest)(t->scores, rows, type);
+        for (high = 0; high <= (type >= BKV_I4); high++) {
+            out = t->out + (size_t)first * v_dim_pad + high * units;
+            next = high ? NULL : span->next_v;
             i = 0;
             BKVI_VALUES(4); BKVI_VALUES(2); BKVI_VALUES(1);
         }
     }
-#undef BKVI_SCORES
 #undef BKVI_VALUES
 }
 
@@ -3113,18 +3121,21 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int kv_type, const int rows, const bk
 #else
 #define BKVI_EACH_ROWS(X, type) X(type, 1) X(type, 2) X(type, 3) X(type, 4)
 #endif
-#ifdef BALANCEKV_KV_TYPE
-#define BKVI_EACH_TILE(X) BKVI_EACH_ROWS(X, BALANCEKV_KV_TYPE)
-#else
+#ifndef BALANCEKV_KV_TYPE
 #define BKVI_EACH_TILE(X)                                                                          \
     BKVI_EACH_ROWS(X, 1) BKVI_EACH_ROWS(X, 2) BKVI_EACH_ROWS(X, 3) BKVI_EACH_ROWS(X, 4)            \
-    BKVI_EACH_ROWS(X, 5) BKVI_EACH_ROWS(X, 6)
+    BKVI_EACH_ROWS(X, 6)
+#elif BALANCEKV_KV_TYPE == BALANCEKV_K8V4
+#define BKVI_EACH_TILE(X) BKVI_EACH_ROWS(X, 4) BKVI_EACH_ROWS(X, 6)
+#else
+#define BKVI_EACH_TILE(X) BKVI_EACH_ROWS(X, BALANCEKV_KV_TYPE)
 #endif
-#define BKVI_X(type, rows)                                                                         \
-    BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                       \
+#define BKVI_TILE(name, type, rows)                                                                \
+    BKVI_NOINLINE void BKVI_FN(bkvi_##name##_##type##_##rows)(                                     \
         const bkv_cache *c, bkvi_tiles *t, const bkvi_span *span, uint32_t first) {                \
-        bkvi_k(attend_tile)(type, rows, c, t, span, first);                                        \
+        bkvi_k(name)(type, rows, c, t, span, first);                                               \
     }
+#define BKVI_X(type, rows) BKVI_TILE(score, type, rows) BKVI_TILE(sum_up, type, rows)
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
 
@@ -3209,9 +3220,17 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
             for (r = 0; r < n; r += tile_rows) {
                 tile_rows = bkvi_min(size, n - r);
                 if (r || (span.last && !beyond)) span.next_k = span.next_v = NULL;
-                switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
+                switch (bkvi_type(c, 0) * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
-    case (type)*8 + (rows): BKVI_FN(bkvi_attend_##type##_##rows)(c, t, &span, r); break;
+    case (type)*8 + (rows): BKVI_FN(bkvi_score_##type##_##rows)(c, t, &span, r); break;
+                    BKVI_EACH_TILE(BKVI_X)
+#undef BKVI_X
+                default: break;
+                }
+                for (i = r; i < r + tile_rows; i++) bkvi_k(soften)(t, &span, r, i, c);
+                switch (bkvi_type(c, 1) * 8 + tile_rows) {
+#define BKVI_X(type, rows)                                                                         \
+    case (type)*8 + (rows): BKVI_FN(bkvi_sum_up_##type##_##rows)(c, t, &span, r); break;
                     BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
                 default: break;
