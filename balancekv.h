@@ -35,8 +35,7 @@
      §12 >>kernels   the inner loops, written once over §11     (compiled once per backend)
      §13 >>licence
 
-   ----------------------------------------------------------------------------------------------
-   §1 MANUAL                                                                             >>manual
+   ---- §1 MANUAL --------------------------------------------------------------------- >>manual
 
    Words
      token    one (key, value) pair of one KV head, the key as the runtime caches it (after RoPE)
@@ -64,26 +63,20 @@
      of weight, of use, of what the queries' means expect, and of keys unlike the others), and weigh
      w / p from then on. Tokens then change places while that shortens the error of the draw under
          K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
-     the kernel of the paper. What is left of it moves the values of those that stay by chance
-     (bench/QUALITY.md), never a key. BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
-     Learning: attention moves a running mean of each query head, += 0.01 (q - mean), and the use of
-     the tokens of the two newest pages, += p^2, p their share. Without: BKV_IMPORTANCE_KEY.
-     Pins: tokens of a call with BKV_PIN stay as they are in every halving, 32 of a block at most
-     (not under BKV_RULE_WINDOW).
-     Error: bkv_error() is a running mean of |out - exact| / |exact|, estimated once a page as
-         sqrt(sum_i p_i^2 (1 - 1 / w_i) |v_i - out|^2) / |out|,     p_i the share of attention.
+     the kernel of the paper. What is left of it moves the values of those that stay by chance, never
+     a key. BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
+     Learning: attention moves a running mean of each query head, and the use of the tokens of the
+     two newest pages. Pins: 32 of a block at most, not under BKV_RULE_WINDOW.
+     Error: bkv_error() is a running mean of |out - exact| / |exact|, estimated once a page.
 
    Memory. bkv_size() bytes, state and n_threads * scratch. The state holds no pointer: it may be
      copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
      below 1 KiB. The library calls mem{cpy,set,move} and nothing else.
-   Storage. f32, f16 and bf16 round every element. BKV_I8 turns each key and value by Hadamard
-     matrices, which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head;
-     of the first 16 sinks and the newest page, from which most of the error would come, as many
-     bits again that hold the rest, if there are 512 slots. Queries and outputs are turned along.
-     Beside softmax over what was given, |out| is off by <= 0.02 * max |v| (normal numbers, logits
-     to about 10; tests/test_attend.c); on traces of a model 0.002 of |out| in the mean. BKV_K8V4
-     has 4 bits for values, BKV_I4 for all: 0.024 and 0.062 on those traces, but 9 and 16 tokens
-     where BKV_I8 has 7, which a language model's answers gain more by (examples/llm/README.md).
+   Storage. f32, f16 and bf16 round every element. BKV_I8 turns keys and values by Hadamard matrices,
+     which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head; BKV_K8V4 has
+     4 bits for values, BKV_I4 for all. The first 16 sinks and the newest page have as many bits again
+     for what rounding left, if there are 512 slots. On traces of a model |out| is off by 0.002, 0.024
+     and 0.062 in the mean, but where BKV_I8 has 7 tokens they have 9 and 16 (docs/method.md).
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
      heads; all nth calls must be made, with equal arguments, before the next operation on the cache
      starts. (0, 1) does everything. The result does not depend on nth.
@@ -94,15 +87,11 @@
      16 float lanes, one correctly rounded fused multiply-add, one reduction tree, own 2^x (1 ulp).
      Where the CPU has no such instruction (WASM, x86 without FMA, ARMv7 before VFPv4) it is made of
      doubles, exactly. BALANCEKV_FMA=0 is a second class of bits, as equal everywhere: product and
-     sum round by themselves. States go from one class to the other, bits do not.
-     Equal hashes on x86-64, i686, AArch64, ARMv7, riscv64, ppc64le, s390x, wasm32: tests/MATRIX.md.
-     States lie in memory in the machine's byte order, saved ones are little-endian. Not under
-     -ffast-math, nor where denormals are flushed (ARMv7's NEON). While exact, |out - softmax in
-     double| <= 2e-5 * max |v| for f32 storage and logits within +-30 (tests/test_attend.c).
-   ---------------------------------------------------------------------------------------------- */
+     sum round by themselves. States go from one class to the other, bits do not. Not under
+     -ffast-math, nor where denormals are flushed (ARMv7's NEON). tests/MATRIX.md has the machines.
+*/
 
-/* ------------------------------------------------------------------------------------------------
-   §2 CONFIG                                                                               >>config
+/* ---- §2 CONFIG --------------------------------------------------------------------- >>config
 
    BALANCEKV_IMPLEMENTATION   Affects: compiles the functions.  Define in exactly one file.
    BALANCEKV_STATIC           Affects: all functions become static, private to this file.
@@ -126,8 +115,7 @@
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
 
    No switch changes a public type, so files compiled with different switches can be linked; none
-   but BALANCEKV_FMA changes a bit of the results.
-   ---------------------------------------------------------------------------------------------- */
+   but BALANCEKV_FMA changes a bit of the results. */
 #ifndef BKVI_PASS /* the file includes itself for §11 and §12; everything else is read once */
 #ifndef BALANCEKV_H
 #define BALANCEKV_H
@@ -145,9 +133,7 @@
 #define BALANCEKV_K8V4 5
 #define BALANCEKV_I4 6
 
-/* ------------------------------------------------------------------------------------------------
-   §3 PUBLIC API                                                                              >>api
-   ---------------------------------------------------------------------------------------------- */
+/* ---- §3 PUBLIC API -------------------------------------------------------------------- >>api */
 #include <stddef.h>
 #include <stdint.h>
 
@@ -472,10 +458,8 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #if defined(BALANCEKV_IMPLEMENTATION) && !defined(BALANCEKV_IMPLEMENTED)
 #define BALANCEKV_IMPLEMENTED
 
-/* ------------------------------------------------------------------------------------------------
-   §4 PLATFORM                                                                           >>platform
-   The only section that names compilers and CPUs; the rest of the file asks BKVI_*.
-   ---------------------------------------------------------------------------------------------- */
+/* ---- §4 PLATFORM ----------------------------------------------------------------- >>platform
+   The only section that names compilers and CPUs; the rest of the file asks BKVI_*. */
 #if __STDC_HOSTED__
 #include <string.h>
 #else /* no C library: the program brings mem*, and by these names the compiler knows them */
@@ -661,9 +645,7 @@ static const float BKVI_LEARN = 0.01f; /* share of a query in its running mean *
 static const float BKVI_PINNED = 1e38f; /* a use that marks a pin: no share changes it */
 static const uint64_t BKVI_GOLDEN = 0x9E3779B97F4A7C15u;
 
-/* ------------------------------------------------------------------------------------------------
-   §5 SCALAR                                                                               >>scalar
-   ---------------------------------------------------------------------------------------------- */
+/* ---- §5 SCALAR --------------------------------------------------------------------- >>scalar */
 /* The state may stand at any address, so single words go through memcpy. */
 #define BKVI_X(name, type)                                                                         \
     BKVI_INLINE type bkvi_get##name(const unsigned char *p) {                                      \
@@ -806,10 +788,8 @@ BKVI_INLINE uint16_t bkvi_to_f16(float x) {
 }
 #endif
 
-/* ------------------------------------------------------------------------------------------------
-   §6 DISPATCH                                                                           >>dispatch
-   A backend is a set of functions, made by one pass over §11 and §12.
-   ---------------------------------------------------------------------------------------------- */
+/* ---- §6 DISPATCH ----------------------------------------------------------------- >>dispatch
+   A backend is a set of functions, made by one pass over §11 and §12. */
 typedef struct bkvi_head bkvi_head;
 
 /* What a halving works with; the start of the scratch. */
@@ -898,12 +878,10 @@ static uint32_t bkvi_pick_backend(uint32_t wanted) {
     return b;
 }
 
-/* ------------------------------------------------------------------------------------------------
-   §7 HALVING                                                                             >>halving
+/* ---- §7 HALVING ------------------------------------------------------------------- >>halving
    Choosing 64 of the 128 tokens of two neighbouring pages, and their new weights. The rules are
    stated in tests/golden/README.md; what costs time (importance and kernel, exchanges, refit) is
-   bkvi_gram, bkvi_exchange and bkvi_refit in §12.
-   ---------------------------------------------------------------------------------------------- */
+   bkvi_gram, bkvi_exchange and bkvi_refit in §12. */
 static uint32_t bkvi_importance(const bkv_config *cfg) {
     return cfg->importance == BKV_NONE ? 0 : cfg->importance;
 }
@@ -979,8 +957,7 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
         bkvi_kernels_of(cfg->backend).refit(h, slots, block);
 }
 
-/* ------------------------------------------------------------------------------------------------
-   §8 STREAM                                                                               >>stream
+/* ---- §8 STREAM --------------------------------------------------------------------- >>stream
    State: a header of 64 words (magic, version, config), then one region per KV head:
        16 words    tokens seen, halvings (both low, high), sinks, pages in use, newest page's fill,
                    drafts, sum (mod 2^32) of drafts and the words of weights, positions and
@@ -994,8 +971,7 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
        keys        panels of 16 slots, each [head_dim][16]: <q, k> needs no sum across lanes
        values      rows [v_dim_pad]
    Every part starts at a multiple of 64 bytes; slots without a token are all zero. Then, not part
-   of the state, scratch per thread.
-   ---------------------------------------------------------------------------------------------- */
+   of the state, scratch per thread. */
 static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
     return c->mem + BKVI_HEADER_BYTES + (size_t)head * c->head_bytes;
 }
@@ -1236,14 +1212,12 @@ static void bkvi_put_run(bkvi_head *h, uint32_t slot, bkv_tensor *const *in, siz
         h->fill += n;
 }
 
-/* ------------------------------------------------------------------------------------------------
-   §9 ATTEND                                                                               >>attend
+/* ---- §9 ATTEND --------------------------------------------------------------------- >>attend
    One mechanism for decode and prefill: `rows` of (token, query head) run over the blocks of a KV
    head: sinks in steps of 64 slots, then the pages in the order of memory (by age they outran the
    prefetchers: 1.7x on Zen 4), the two newest last. Within a block
    (bkvi_attend in §12): scores for a tile of rows, online softmax in base 2 with weights, weighted
-   sum of values. Tokens of one run see the last block up to their own slot.
-   ---------------------------------------------------------------------------------------------- */
+   sum of values. Tokens of one run see the last block up to their own slot. */
 /* The rows that attend works on at once; its scratch, of which a halving needs more. */
 typedef struct bkvi_tiles {
     float lanes[BKVI_ROWS * BKVI_LANES];    /* [rows][16] sums of weights, lane by lane */
@@ -1281,9 +1255,7 @@ static uint32_t bkvi_block_slot(const bkvi_head *h, uint32_t b, uint32_t *n_slot
     return h->c->sink_slots + BKVI_PAGE * b;
 }
 
-/* ------------------------------------------------------------------------------------------------
-   §10 PUBLIC FUNCTIONS                                                                    >>public
-   ---------------------------------------------------------------------------------------------- */
+/* ---- §10 PUBLIC FUNCTIONS ---------------------------------------------------------- >>public */
 /* Resolves every default and computes the layout; c->mem is left to the caller. */
 static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     bkv_config *r = &c->cfg;
@@ -1985,8 +1957,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 #endif /* !BKVI_PASS */
 
 #ifdef BKVI_PASS
-/* ------------------------------------------------------------------------------------------------
-   §11 VEC                                                                                    >>vec
+/* ---- §11 VEC -------------------------------------------------------------------------- >>vec
    bkvi_vec, a register of BKVI_WIDTH float lanes (1, 4, 8 or 16), and operations bkvi_v(name) on
    it, read once per pass; + - * / are the compiler's. All data of §12 comes in sixteens and every
    loop steps by whole registers, so that no result depends on the width. A product must never flow
@@ -2003,8 +1974,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
      max(a, b), pick_gt(a, b, x, y)    per lane a > b ? a : b, a > b ? x : y
      any_gt(a, b), top(a)              some lane a > b; the largest lane
      pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, n <= 127; 0 if n = -127
-     zip(a, b)                         a0 b0 a1 b1 .. in a, the rest in b
-   ---------------------------------------------------------------------------------------------- */
+     zip(a, b)                         a0 b0 a1 b1 .. in a, the rest in b */
 #define bkvi_v(op) BKVI_FN(bkvi_v_##op)
 #define bkvi_k(name) BKVI_FN(bkvi_##name)
 #define bkvi_vec BKVI_FN(bkvi_vec)
@@ -2264,11 +2234,9 @@ BKVI_INLINE float bkvi_v(top)(bkvi_vec x) {
 #define BKVI_VECS(rows) ((rows) == 1 ? 4 : (rows) < (BKVI_WIDTH == 8 ? 4 : 3) ? 2 : 1)
 #endif
 
-/* ------------------------------------------------------------------------------------------------
-   §12 KERNELS                                                                            >>kernels
+/* ---- §12 KERNELS ------------------------------------------------------------------ >>kernels
    Written once over §11. `const int` parameters are constants at every call, so that the functions
-   fold into one loop per case.
-   ---------------------------------------------------------------------------------------------- */
+   fold into one loop per case. */
 static const float bkvi_k(count)[16] = {0,  -1, -2,  -3,  -4,  -5,  -6,  -7,
                                         -8, -9, -10, -11, -12, -13, -14, -15};
 
@@ -3338,8 +3306,6 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_PASS
 #endif /* BKVI_PASS */
 
-/* ------------------------------------------------------------------------------------------------
-   §13 LICENCE                                                                            >>licence
+/* ---- §13 LICENCE ------------------------------------------------------------------ >>licence
    SPDX-License-Identifier: MIT OR Unlicense. Copyright (c) 2026 the balancekv.h authors.
-   Choose: public domain (unlicense.org), or the MIT License. Both texts are in LICENSE.
-   ---------------------------------------------------------------------------------------------- */
+   Choose: public domain (unlicense.org), or the MIT License. Both texts are in LICENSE. */

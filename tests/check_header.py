@@ -45,7 +45,7 @@ def check_contents(tally, lines):
                                            for line in lines) if match]
     banners, section, sections = [], "0", []
     for line in lines:
-        match = re.match(r"\s+§(\d+) \S.*\s>>(\w+)$", line)
+        match = re.match(r"(?:/\*|  ) ---- §(\d+) \S.*- >>(\w+)(?: \*/)?$", line)
         if match:
             banners.append(match.groups())
             section = match.group(1)
