@@ -63,8 +63,8 @@
      of weight, of use, of what the queries' means expect, and of keys unlike the others), and weigh
      w / p from then on. Tokens then change places while that shortens the error of the draw under
          K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
-     the kernel of the paper. What is left of it moves the values of those that stay by chance, never
-     a key. BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
+     the kernel of the paper. What is left of it moves the values of those that stay by chance.
+     BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
      Learning: attention moves a running mean of each query head, and the use of the tokens of the
      two newest pages. Pins: 32 of a block at most, not under BKV_RULE_WINDOW.
      Error: bkv_error() is a running mean of |out - exact| / |exact|, estimated once a page.
@@ -72,11 +72,11 @@
    Memory. bkv_size() bytes, state and n_threads * scratch. The state holds no pointer: it may be
      copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
      below 1 KiB. The library calls mem{cpy,set,move} and nothing else.
-   Storage. f32, f16 and bf16 round every element. BKV_I8 turns keys and values by Hadamard matrices,
-     which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head; BKV_K8V4 has
-     4 bits for values, BKV_I4 for all. The first 16 sinks and the newest page have as many bits again
-     for what rounding left, if there are 512 slots. On traces of a model |out| is off by 0.002, 0.024
-     and 0.062 in the mean, but where BKV_I8 has 7 tokens they have 9 and 16 (docs/method.md).
+   Storage. f32, f16 and bf16 round every element. BKV_I8 turns keys and values by Hadamard
+     matrices, which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head;
+     BKV_K8V4 has 4 bits for values, BKV_I4 for all. The first 16 sinks and the newest page have as
+     many bits again for what rounding left, if there are 512 slots. On traces of a model |out| is
+     off by 0.002, 0.024, 0.062 in the mean, but instead of 7 tokens they hold 9 and 16.
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
      heads; all nth calls must be made, with equal arguments, before the next operation on the cache
      starts. (0, 1) does everything. The result does not depend on nth.
@@ -192,8 +192,8 @@ typedef enum bkv_result {
         BKV_RESULT_FORCE_INT = 0x7fffffff
 } bkv_result;
 
-/* Element types of tensors and of the cache; and of the cache alone (see §1): 8 bits, 8 for keys and
-   4 for values, 4 bits. 0 is not a type. */
+/* Element types of tensors and of the cache; then of the cache alone, see §1: integers of 8 bits,
+   of 8 for keys and 4 for values, of 4. 0 is not a type. */
 enum { BKV_F32 = BALANCEKV_F32, BKV_F16 = BALANCEKV_F16, BKV_BF16 = BALANCEKV_BF16 };
 enum { BKV_I8 = BALANCEKV_I8, BKV_K8V4 = BALANCEKV_K8V4, BKV_I4 = BALANCEKV_I4 };
 
@@ -676,19 +676,12 @@ BKVI_INLINE int bkvi_is_int(uint32_t type) {
     return BKVI_TYPE((uint32_t)BKV_I8) >= BKV_I8 && type >= BKV_I8;
 }
 BKVI_INLINE int bkvi_is_i4(uint32_t type) { return bkvi_is_int(type) && type >= BKV_I4; }
-/* What a rest is counted in, of a step. */
-BKVI_INLINE float bkvi_rest_unit(uint32_t type) {
-    return bkvi_is_i4(type) ? 1.0f / 16.0f : 1.0f / 128.0f;
-}
-/* A byte of integers as a number, and the byte of numbers plus 1.5 * 2^23 (the second one `units`
-   behind it). */
-static float bkvi_integer(uint32_t type, uint32_t byte) {
-    const int right = bkvi_is_i4(type) ? 28 : 24;
-    return (float)((int32_t)(byte << (type == BKV_I4 ? 28 : 24)) >> right);
-}
-static unsigned char bkvi_packed(const float *x, uint32_t units, uint32_t type) {
-    const uint32_t low = bkvi_bits(x[0]);
-    return (unsigned char)(bkvi_is_i4(type) ? (low & 15u) | bkvi_bits(x[units]) << 4 : low);
+/* The parts of a step in which what rounding leaves is counted. */
+BKVI_INLINE float bkvi_parts(uint32_t type) { return bkvi_is_i4(type) ? 14.0f : 128.0f; }
+/* A stored byte, or digit of one, as a number. */
+static float bkvi_integer(uint32_t type, unsigned char byte) {
+    const int x = (int8_t)byte, high = ((x + 136) >> 4) - 8;
+    return (float)(!bkvi_is_i4(type) ? x : type == BKV_I4 ? x - 16 * high : high);
 }
 
 /* memcmp() == 0, which clang would turn into a call of bcmp(). */
@@ -987,8 +980,9 @@ BKVI_INLINE uint32_t bkvi_v_dim(const bkv_cache *c) {
     const uint32_t unit = bkvi_is_i4(bkvi_type(c, 1)) ? 2 * BKVI_LANES : BKVI_LANES;
     return bkvi_round_up(BKVI_DIM(c->cfg.value_dim), unit);
 }
-/* Units in which a key or value of n elements is stored: elements, or, of 4 bits, bytes, whose low
-   halves are the first elements and whose high halves (type BKVI_HIGH) are those from `units` on. */
+/* Units in which a key or value of n elements is stored: elements, or, of 4 bits, bytes, 16 times a
+   high digit plus a low one, each -7..7: low are the first elements, high (type BKVI_HIGH) those
+   from `units` on. */
 BKVI_INLINE uint32_t bkvi_units(uint32_t type, uint32_t n) {
     return bkvi_is_i4(type) ? bkvi_round_up(n, 2 * BKVI_LANES) / 2 : n;
 }
@@ -1965,8 +1959,6 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
      load, store                       lanes from and to floats
      load_f32, store_f32               the same at any address: of the state or a caller
      load_f16, _bf16, _i8, store_f16   the same, converted; to nearest even
-     bytes, floats                     signed bytes as integers of 32 bits; those as floats
-     load_i4(p, left)                  halves of bytes: left = 28 the low, 24 the high ones
      fused(x, y, z)                    x * y + z, rounded once; fma() is that, or BALANCEKV_FMA=0
      fma_at(c, i, first, x, y)         c[i] * x + y, i a constant; may read up to c[i | 3]; `first`
                                        of those that share x
@@ -1979,7 +1971,6 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 #define bkvi_k(name) BKVI_FN(bkvi_##name)
 #define bkvi_vec BKVI_FN(bkvi_vec)
 #define bkvi_words BKVI_FN(bkvi_words)
-#define bkvi_ints BKVI_FN(bkvi_ints)
 #define BKVI_WIDTH ((uint32_t)(sizeof(bkvi_vec) / sizeof(float)))
 #define BKVI_TILES BKVI_UNROLL /* loops over the registers of a tile */
 
@@ -1991,11 +1982,6 @@ BKVI_TARGET("avx512f,avx2,fma,f16c")
 
 #define BKVI_OP(name, arguments, result)                                                           \
     BKVI_INLINE bkvi_vec bkvi_v(name) arguments { return (bkvi_vec)(result); }
-#define BKVI_INTS(name, arguments, result)                                                         \
-    BKVI_INLINE bkvi_ints bkvi_v(name) arguments { return (bkvi_ints)(result); }
-#define BKVI_VECTORS                                                                               \
-    typedef uint32_t bkvi_words __attribute__((vector_size(sizeof(bkvi_vec))));                    \
-    typedef int32_t bkvi_ints __attribute__((vector_size(sizeof(bkvi_vec))));
 #define BKVI_STORE(name, statement)                                                                \
     BKVI_INLINE void bkvi_v(name)(void *p, bkvi_vec x) { statement; }
 #define BKVI_2 (bkvi_vec a, bkvi_vec b)
@@ -2011,8 +1997,6 @@ BKVI_TARGET("avx512f,avx2,fma,f16c")
 #if BKVI_PASS == BALANCEKV_SIMD_SCALAR
 #define BKVI_FN(name) name##_scalar
 typedef float bkvi_vec;
-typedef uint32_t bkvi_words;
-typedef int32_t bkvi_ints;
 #undef BKVI_TILES
 #define BKVI_TILES /* nothing to keep in registers */
 BKVI_OP(set, (float x), x)
@@ -2021,8 +2005,7 @@ BKVI_OP(load_f32, (const void *p), bkvi_getf((const unsigned char *)p))
 BKVI_OP(load_f16, (const void *p), bkvi_from_f16(bkvi_get16((const unsigned char *)p)))
 BKVI_OP(load_bf16, (const void *p),
         bkvi_float((uint32_t)bkvi_get16((const unsigned char *)p) << 16))
-BKVI_INTS(bytes, (const void *p), *(const int8_t *)p)
-BKVI_OP(floats, (bkvi_ints x), (float)x)
+BKVI_OP(load_i8, (const void *p), (float)*(const int8_t *)p)
 BKVI_OP(fused, BKVI_3, bkvi_fma(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), bkvi_sqrt(x))
 BKVI_OP(max, BKVI_2, a > b ? a : b)
@@ -2037,15 +2020,14 @@ BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) { (void)a, (void)b; }
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX2
 #define BKVI_FN(name) name##_avx2
 typedef __m256 bkvi_vec;
-BKVI_VECTORS
 BKVI_OP(set, (float x), _mm256_set1_ps(x))
 BKVI_OP(load, (const void *p), _mm256_loadu_ps((const float *)p))
 BKVI_OP(load_f16, (const void *p), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)))
 BKVI_OP(load_bf16, (const void *p),
         _mm256_castsi256_ps(
             _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16)))
-BKVI_INTS(bytes, (const void *p), _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)))
-BKVI_OP(floats, (bkvi_ints x), _mm256_cvtepi32_ps((__m256i)x))
+BKVI_OP(load_i8, (const void *p),
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))))
 BKVI_OP(fused, BKVI_3, _mm256_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm256_sqrt_ps(x))
 BKVI_OP(max, BKVI_2, _mm256_max_ps(a, b))
@@ -2064,7 +2046,6 @@ BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_FN(name) name##_avx512
 typedef BKVI_M(__m512) bkvi_vec;
-BKVI_VECTORS
 BKVI_OP(set, (float x), BKVI_M(_mm512_set1_ps)(x))
 BKVI_OP(load, (const void *p), BKVI_M(_mm512_loadu_ps)(p))
 #if !BALANCEKV_SIMDE
@@ -2072,8 +2053,8 @@ BKVI_OP(load_f16, (const void *p), _mm512_cvtph_ps(_mm256_loadu_si256((const __m
 BKVI_OP(load_bf16, (const void *p),
         _mm512_castsi512_ps(
             _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16)))
-BKVI_INTS(bytes, (const void *p), _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)))
-BKVI_OP(floats, (bkvi_ints x), _mm512_cvtepi32_ps((__m512i)x))
+BKVI_OP(load_i8, (const void *p),
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))))
 BKVI_STORE(store_f16,
            _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtps_ph((__mmask16)0xFFFF, x, 0)))
 BKVI_OP(fused, BKVI_3, _mm512_fmadd_ps(x, y, z))
@@ -2096,7 +2077,6 @@ BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
 #else /* NEON. Loads and stores by bytes: the only ones that ask for no alignment in C. */
 #define BKVI_FN(name) name##_neon
 typedef float bkvi_vec __attribute__((vector_size(16)));
-BKVI_VECTORS
 #define BKVI_F(x) ((BKVI_I(float32x4_t))(x)) /* SIMDe's may be integers (WASM) */
 BKVI_OP(set, (float x), BKVI_I(vdupq_n_f32)(x))
 BKVI_OP(load, (const void *p), BKVI_I(vreinterpretq_f32_u8)(BKVI_I(vld1q_u8)((const uint8_t *)p)))
@@ -2104,10 +2084,9 @@ BKVI_OP(load, (const void *p), BKVI_I(vreinterpretq_f32_u8)(BKVI_I(vld1q_u8)((co
 BKVI_OP(load_f16, (const void *p), vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)p))))
 BKVI_OP(load_bf16, (const void *p),
         vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)p)), 16)))
-BKVI_INTS(bytes, (const void *p),
-          vmovl_s16(vget_low_s16(vmovl_s8(
-              vreinterpret_s8_u32(vdup_n_u32(bkvi_get32((const unsigned char *)p)))))))
-BKVI_OP(floats, (bkvi_ints x), vcvtq_f32_s32(x))
+BKVI_OP(load_i8, (const void *p),
+        vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(
+            vreinterpret_s8_u32(vdup_n_u32(bkvi_get32((const unsigned char *)p))))))))
 BKVI_STORE(store_f16, vst1_u8((uint8_t *)p, vreinterpret_u8_f16(vcvt_f16_f32(x))))
 BKVI_OP(sqrt, (bkvi_vec x), vsqrtq_f32(x))
 BKVI_OP(fused, BKVI_3, vfmaq_f32(z, x, y))
@@ -2127,6 +2106,7 @@ BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
 #endif
 
 #if BKVI_PASS != BALANCEKV_SIMD_SCALAR
+typedef uint32_t bkvi_words __attribute__((vector_size(sizeof(bkvi_vec))));
 BKVI_OP(load_f32, (const void *p), bkvi_v(load)(p))
 BKVI_STORE(store_f32, bkvi_v(store)(p, x))
 BKVI_OP(pow2, (bkvi_vec r), ((bkvi_words)r << 23) + 0x3F800000u)
@@ -2141,12 +2121,11 @@ BKVI_INLINE bkvi_words bkvi_v(widen)(const void *p) {
     return __builtin_convertvector(h, bkvi_words);
 }
 BKVI_OP(load_bf16, (const void *p), bkvi_v(widen)(p) << 16)
-BKVI_INLINE bkvi_ints bkvi_v(bytes)(const void *p) {
+BKVI_INLINE bkvi_vec bkvi_v(load_i8)(const void *p) {
     bkvi_bytes x;
     memcpy(&x, p, sizeof x);
-    return __builtin_convertvector(x, bkvi_ints);
+    return __builtin_convertvector(x, bkvi_vec);
 }
-BKVI_OP(floats, (bkvi_ints x), __builtin_convertvector(x, bkvi_vec))
 #if BKVI_HAVE_NEON && defined(SIMDE_X86_F16C_NATIVE)
 BKVI_OP(load_f16, (const void *p), simde_mm_cvtph_ps(simde_mm_loadl_epi64((const simde__m128i *)p)))
 #else
@@ -2178,10 +2157,6 @@ BKVI_INLINE bkvi_vec bkvi_v(fused) BKVI_3 {
 #endif
 #undef BKVI_F
 
-BKVI_OP(load_i8, (const void *p), bkvi_v(floats)(bkvi_v(bytes)(p)))
-BKVI_INLINE bkvi_vec bkvi_v(load_i4)(const void *p, int left) {
-    return bkvi_v(floats)((bkvi_ints)((bkvi_words)bkvi_v(bytes)(p) << left) >> 28);
-}
 BKVI_INLINE bkvi_vec bkvi_v(fma) BKVI_3 {
 #if BALANCEKV_FMA
     return bkvi_v(fused)(x, y, z);
@@ -2240,9 +2215,15 @@ BKVI_INLINE float bkvi_v(top)(bkvi_vec x) {
 static const float bkvi_k(count)[16] = {0,  -1, -2,  -3,  -4,  -5,  -6,  -7,
                                         -8, -9, -10, -11, -12, -13, -14, -15};
 
+/* The low or the high digits of bytes, see bkvi_units; exact. */
+BKVI_INLINE bkvi_vec bkvi_v(load_i4)(const void *p, uint32_t high) {
+    const bkvi_vec magic = bkvi_v(set)(12582912.0f); /* 1.5 * 2^23: adding it rounds to integers */
+    bkvi_vec x = bkvi_v(load_i8)(p), y = bkvi_v(fma)(x, bkvi_v(set)(1.0f / 16.0f), magic) - magic;
+    return high ? y : bkvi_v(fma)(y, bkvi_v(set)(-16.0f), x);
+}
 /* A register of elements of a tensor or cache type, or BKVI_HIGH. */
 BKVI_INLINE bkvi_vec bkvi_v(get)(const int type, const void *p) {
-    if (bkvi_is_i4((uint32_t)type)) return bkvi_v(load_i4)(p, type == BKV_I4 ? 28 : 24);
+    if (bkvi_is_i4((uint32_t)type)) return bkvi_v(load_i4)(p, type != BKV_I4);
     return type == BKV_F32   ? bkvi_v(load_f32)(p)
            : type == BKV_F16 ? bkvi_v(load_f16)(p)
            : type == BKV_I8  ? bkvi_v(load_i8)(p)
@@ -2312,12 +2293,11 @@ BKVI_NOINLINE void bkvi_k(rotate)(float *x, uint32_t n) {
 }
 
 /* x becomes round(x / scale) + 1.5 * 2^23, whose low bits are what is stored; BKVI_DIM_MAX behind
-   it, the same of 128 (of 4 bits 16) times the rest. scale = max |x| / 127 (7), rounded up to bf16,
+   it, the same of 128 (of 4 bits 14) times the rest. scale = max |x| / 127 (7), rounded up to bf16,
    so that nothing is clipped; the floor keeps its inverse finite. */
 BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n, uint32_t type) {
     const float most = bkvi_is_i4(type) ? 7.0f : 127.0f;
     const bkvi_vec magic = bkvi_v(set)(12582912.0f), zero = bkvi_v(set)(0.0f);
-    const bkvi_vec top = bkvi_v(set)(12582912.0f + most); /* a rest of 1/2 might be 8 / 16 */
     bkvi_vec largest = bkvi_v(set)(1.0e-28f), inverse;
     uint32_t i, bits;
     for (i = 0; i < n; i += BKVI_WIDTH) {
@@ -2330,15 +2310,14 @@ BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n, 
     for (i = 0; i < n; i += BKVI_WIDTH) {
         bkvi_vec a = bkvi_v(load)(x + i), q = bkvi_v(fma)(a, inverse, magic);
         a = bkvi_v(fma)(a, inverse, magic - q);
-        a = bkvi_v(fma)(a, bkvi_v(set)(1.0f / bkvi_rest_unit(type)), magic);
         bkvi_v(store)(x + i, q);
-        bkvi_v(store)(x + BKVI_DIM_MAX + i, bkvi_v(pick_gt)(top, a, a, top));
+        bkvi_v(store)(x + BKVI_DIM_MAX + i, bkvi_v(fma)(a, bkvi_v(set)(bkvi_parts(type)), magic));
     }
 }
 
-/* Stores a caller's row, units `step` apart: 1 for a value (then padded with zeros), 16 for a column
-   of a key panel. Integers: `rest` in the same way, and the scale; a row that is `work` itself is
-   rotated already. */
+/* Stores a caller's row, units `step` apart: 1 for a value (then padded with zeros), 16 for a
+   column of a key panel. Integers: `rest` in the same way, and the scale; a row that is `work`
+   itself is rotated already. */
 static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, unsigned char *scale,
                         uint32_t kv_type, const unsigned char *src, uint32_t type, size_t stride,
                         uint32_t n, float *work) {
@@ -2355,8 +2334,12 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, un
         }
         bkvi_k(quantise)(work, scale, padded, kv_type);
         for (i = 0; i < units; i++) {
-            dst[i * step] = bkvi_packed(work + i, units, kv_type);
-            if (rest) rest[i * step] = bkvi_packed(work + BKVI_DIM_MAX + i, units, kv_type);
+            const float *second = work + BKVI_DIM_MAX + i;
+            uint32_t byte = bkvi_bits(work[i]), more = bkvi_bits(*second);
+            if (bkvi_is_i4(kv_type)) byte += bkvi_bits(work[i + units]) << 4;
+            if (bkvi_is_i4(kv_type)) more += bkvi_bits(second[units]) << 4;
+            dst[i * step] = (unsigned char)byte;
+            if (rest) rest[i * step] = (unsigned char)more;
         }
         return;
     }
@@ -2383,9 +2366,9 @@ static void bkvi_k(fetch)(float *x, const unsigned char *src, uint32_t type, siz
     if (!bkvi_is_int(type)) return;
     for (i = 0; i < n; i++) {
         const uint32_t high = bkvi_high(type, i, units), at = (i - high * units) * (uint32_t)stride;
-        x[i] = bkvi_integer(type + high, src[at]);
-        if (rest) x[i] += bkvi_integer(type + high, rest[at]) * bkvi_rest_unit(type); /* exact */
-        x[i] *= bkvi_float((uint32_t)bkvi_get16(scale) << 16);
+        x[i] = bkvi_integer(type + high, src[at]) * bkvi_parts(type); /* exact, as is the sum */
+        if (rest) x[i] += bkvi_integer(type + high, rest[at]);
+        x[i] = x[i] * (1.0f / bkvi_parts(type)) * bkvi_float((uint32_t)bkvi_get16(scale) << 16);
     }
     bkvi_k(rotate)(x, n);
 }
@@ -2453,7 +2436,7 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, uint32_t high, const int rows,
                 const int r = by_row ? t / regs : t % rows, v = by_row ? t % regs : t / rows;
                 if (r == 0) {
                     const size_t at = (size_t)(v / REGS) * apart + (size_t)(v % REGS) * BKVI_WIDTH;
-                    a[v] = bkvi_is_i4((uint32_t)type) ? bkvi_v(load_i4)(x + at, high ? 24 : 28)
+                    a[v] = bkvi_is_i4((uint32_t)type) ? bkvi_v(load_i4)(x + at, high)
                                                       : bkvi_v(get)(type, x + at * es);
                     if (BKVI_ARCH_X86 && !BALANCEKV_SIMDE && type == BKV_F32 && rows > 1 && !WAITS)
                         BKVI_ROUND(a[v]); /* or gcc loads it anew for every FMA: 20-25 % */
@@ -2583,7 +2566,8 @@ BKVI_NOINLINE void bkvi_k(sums)(float *to, uint32_t width, const float *x, size_
                          apart, n, c, 0, c_step, 0, to + i * BKVI_LANES, BKVI_BLOCK, NULL);
 }
 
-BKVI_INLINE void bkvi_k(scaled)(float *to, const void *x, uint32_t n, float factor) {
+/* Never inline, as value(). */
+BKVI_NOINLINE void bkvi_k(scaled)(float *to, const void *x, uint32_t n, float factor) {
     const unsigned char *from = (const unsigned char *)x;
     uint32_t i;
     for (i = 0; i < n; i += BKVI_WIDTH, from += 4 * BKVI_WIDTH)
@@ -3025,65 +3009,50 @@ BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t
     if (span->v_scale) bkvi_k(times)(s, span->v_scale);
 }
 
-/* Scores of rests become their share of scores, or scores those of the rests. */
-BKVI_INLINE void bkvi_k(rest)(float *scores, int rows, int type) {
-    bkvi_k(scaled)(scores, scores, (uint32_t)rows * BKVI_PAGE, bkvi_rest_unit((uint32_t)type));
-}
-
-/* Scores of a tile of rows over one block; its sum of values. Meanwhile keys and values of the next
-   one come to the second level of the cache, line by line: a run of prefetches would stall. Of 4
-   bits the low halves of the bytes are one product, the high ones another. */
-BKVI_INLINE void bkvi_k(score)(const int type, const int rows, const bkv_cache *c, bkvi_tiles *t,
-                               const bkvi_span *span, uint32_t first) {
-    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), units = bkvi_units((uint32_t)type, dim);
-    const size_t panel = units * BKVI_LANES * bkvi_type_bytes((uint32_t)type);
-    const float *q = t->q + (size_t)first * dim;
-    const unsigned char *k = span->k_rest ? span->k_rest : span->k, *next;
-    uint32_t i, high, from, end, slots;
-#define BKVI_SCORES(n)                                                                             \
-    for (; n <= BKVI_VECS(rows) && i + n <= (slots + BKVI_LANES - 1) / BKVI_LANES; i += n)         \
-    bkvi_k(tile_fma)(type, high, rows, n, k + i * panel, BKVI_LANES, (size_t)units *BKVI_LANES,    \
-                     end - from, q + from * (size_t)rows, 0, (size_t)rows, type < BKV_I8,          \
-                     t->scores + (size_t)i * BKVI_LANES, BKVI_PAGE, next ? next + i * panel : next)
-    if (type >= BKV_I8) memset(t->scores, 0, (size_t)rows * BKVI_PAGE * sizeof(float));
-    for (; k; k = k == span->k ? NULL : span->k) {
-        slots = k == span->k ? span->slots : span->rests;
-        if (type >= BKV_I8 && span->k_rest && k == span->k) bkvi_k(rest)(t->scores, rows, type);
+/* Scores of a tile of rows over one block, or its sum of values. Meanwhile keys and values of the
+   next one come to the second level of the cache, line by line: a run of prefetches would stall.
+   What rounding left is a product of its own, before that of the keys, behind that of the values,
+   with the scores scaled between; so are the high digits of 4 bits. */
+BKVI_INLINE void bkvi_k(multiply)(const int type, const int values, const int rows,
+                                  const bkv_cache *c, bkvi_tiles *t, const bkvi_span *span,
+                                  uint32_t first) {
+    const uint32_t length = values ? bkvi_v_dim(c) : BKVI_DIM(c->cfg.head_dim);
+    const uint32_t units = bkvi_units((uint32_t)type, length), all = (uint32_t)rows * BKVI_PAGE;
+    const size_t es = bkvi_type_bytes((uint32_t)type), step = values ? units : BKVI_LANES;
+    const size_t apart = values ? BKVI_LANES : (size_t)units * BKVI_LANES;
+    const unsigned char *rest = values ? span->v_rest : span->k_rest, *x, *next;
+    float *scores = t->scores, *side = (values ? t->out : t->q) + (size_t)first * length;
+    uint32_t i, high, from, n, slots, tiles;
+    int pass;
+#define BKVI_PRODUCTS(vecs)                                                                        \
+    for (; vecs <= BKVI_VECS(rows) && i + vecs <= tiles; i += vecs)                                \
+    bkvi_k(tile_fma)(type, high, rows, vecs, x + i * apart * es, step, apart, n,                   \
+                     values ? scores : side + from * (size_t)rows, values ? BKVI_PAGE : 0,         \
+                     (size_t)rows, !values && type < BKV_I8,                                       \
+                     (values ? side + from : scores) + (size_t)i * BKVI_LANES,                     \
+                     values ? length : BKVI_PAGE,                                                  \
+                     next ? next + i * apart * es * (values ? BKVI_PAGE : 1) : next)
+    if (!values && type >= BKV_I8) memset(scores, 0, all * sizeof *scores);
+    for (pass = 0; pass < 2; pass++) {
+        const int is_rest = pass == values;
+        if (is_rest && (type < BKV_I8 || !rest)) continue;
+        if (pass && type >= BKV_I8 && rest)
+            bkvi_k(scaled)(scores, scores, all, 1.0f / bkvi_parts((uint32_t)type));
+        x = is_rest ? rest : values ? span->v : span->k;
+        slots = is_rest ? span->rests : span->slots;
+        tiles = values ? units / BKVI_LANES : (slots + BKVI_LANES - 1) / BKVI_LANES;
         for (high = 0; high <= (type >= BKV_I4); high++) {
-            from = bkvi_min(dim, high * units), end = bkvi_min(dim, from + units);
-            next = high ? NULL : span->next_k;
+            from = high ? bkvi_min(units, length) : 0;
+            n = values ? slots : bkvi_min(units, length - from);
+            next = is_rest || high ? NULL : values ? span->next_v : span->next_k;
             i = 0;
-            BKVI_SCORES(4); BKVI_SCORES(2); BKVI_SCORES(1);
+            BKVI_PRODUCTS(4); BKVI_PRODUCTS(2); BKVI_PRODUCTS(1);
         }
     }
-#undef BKVI_SCORES
-}
-BKVI_INLINE void bkvi_k(sum_up)(const int type, const int rows, const bkv_cache *c, bkvi_tiles *t,
-                                const bkvi_span *span, uint32_t first) {
-    const uint32_t v_dim_pad = bkvi_v_dim(c), units = bkvi_units((uint32_t)type, v_dim_pad);
-    const size_t apart = BKVI_LANES * bkvi_type_bytes((uint32_t)type);
-    const unsigned char *v, *next;
-    float *out;
-    uint32_t i, high, slots;
-#define BKVI_VALUES(n)                                                                             \
-    for (; n <= BKVI_VECS(rows) && i + n <= units / BKVI_LANES; i += n)                            \
-    bkvi_k(tile_fma)(type, high, rows, n, v + i * apart, units, BKVI_LANES, slots, t->scores,      \
-                     BKVI_PAGE, 0, 0, out + (size_t)i * BKVI_LANES, v_dim_pad,                     \
-                     next ? next + i * apart * BKVI_PAGE : next)
-    for (v = span->v; v; v = v == span->v ? span->v_rest : NULL) {
-        slots = v == span->v ? span->slots : span->rests;
-        if (type >= BKV_I8 && v != span->v) bkvi_k(rest)(t->scores, rows, type);
-        for (high = 0; high <= (type >= BKV_I4); high++) {
-            out = t->out + (size_t)first * v_dim_pad + high * units;
-            next = high ? NULL : span->next_v;
-            i = 0;
-            BKVI_VALUES(4); BKVI_VALUES(2); BKVI_VALUES(1);
-        }
-    }
-#undef BKVI_VALUES
+#undef BKVI_PRODUCTS
 }
 
-/* One function per type and row count, so that each has the registers to itself. */
+/* One function each, so that it has the registers to itself. */
 #if BKVI_SMALL
 #define BKVI_EACH_ROWS(X, type) X(type, 1)
 #else
@@ -3098,15 +3067,15 @@ BKVI_INLINE void bkvi_k(sum_up)(const int type, const int rows, const bkv_cache 
 #else
 #define BKVI_EACH_TILE(X) BKVI_EACH_ROWS(X, BALANCEKV_KV_TYPE)
 #endif
-#define BKVI_TILE(name, type, rows)                                                                \
+#define BKVI_ONE(name, type, values, rows)                                                         \
     BKVI_NOINLINE void BKVI_FN(bkvi_##name##_##type##_##rows)(                                     \
         const bkv_cache *c, bkvi_tiles *t, const bkvi_span *span, uint32_t first) {                \
-        bkvi_k(name)(type, rows, c, t, span, first);                                               \
+        bkvi_k(multiply)(type, values, rows, c, t, span, first);                                   \
     }
-#define BKVI_X(type, rows) BKVI_TILE(score, type, rows) BKVI_TILE(sum_up, type, rows)
+#define BKVI_X(type, rows) BKVI_ONE(score, type, 0, rows) BKVI_ONE(sum, type, 1, rows)
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
-
+#undef BKVI_ONE
 /* One scaled query, elements `width` apart, rotated if there is work; its mean, if any, learns. */
 BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
                                       const unsigned char *row, const bkv_tensor *q, uint32_t dim,
@@ -3193,15 +3162,13 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
     case (type)*8 + (rows): BKVI_FN(bkvi_score_##type##_##rows)(c, t, &span, r); break;
                     BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
-                default: break;
                 }
                 for (i = r; i < r + tile_rows; i++) bkvi_k(soften)(t, &span, r, i, c);
                 switch (bkvi_type(c, 1) * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
-    case (type)*8 + (rows): BKVI_FN(bkvi_sum_up_##type##_##rows)(c, t, &span, r); break;
+    case (type)*8 + (rows): BKVI_FN(bkvi_sum_##type##_##rows)(c, t, &span, r); break;
                     BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
-                default: break;
                 }
             }
         }
@@ -3287,11 +3254,8 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef bkvi_k
 #undef bkvi_vec
 #undef bkvi_words
-#undef bkvi_ints
 #undef BKVI_OP
 #undef BKVI_STORE
-#undef BKVI_INTS
-#undef BKVI_VECTORS
 #undef BKVI_I
 #undef BKVI_M
 #undef BKVI_2
