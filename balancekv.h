@@ -55,19 +55,15 @@
      Weights stand in the numerator AND in the denominator. With softcap c > 0 the logit is
      c * tanh(s_i / c). While nothing was halved all w_i are 1 and this is exact attention.
 
-   The method, at length in docs/method.md, to the last tie in tests/golden/README.md.
-     Stream: tokens fill the sinks, then page after page, and never move until they are halved. When
-     no page is free, ONE halving frees one: two neighbours older than the window, the least halved,
-     the oldest. So at least the newest `window` tokens are exact at any time.
-     BKV_RULE_SAMPLE: 64 of the 128 tokens stay, with chances p in proportion to importance (shares
-     of weight, of use, of what the queries' means expect, and of keys unlike the others), and weigh
-     w / p from then on. Tokens then change places while that shortens the error of the draw under
-         K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c),
-     the kernel of the paper. What is left of it moves the values of those that stay by chance.
-     BKV_RULE_WINDOW keeps the newer 64: a plain sliding window.
-     Learning: attention moves a running mean of each query head, and the use of the tokens of the
-     two newest pages. Pins: 32 of a block at most, not under BKV_RULE_WINDOW.
-     Error: bkv_error() is a running mean of |out - exact| / |exact|, estimated once a page.
+   The method, at length in docs/method.md, to the last tie in tests/golden/README.md. Tokens fill
+     the sinks, then page after page. When no page is free, ONE halving frees one: two neighbours
+     older than the window, the least halved, the oldest. BKV_RULE_SAMPLE: 64 of the 128 tokens stay,
+     with chances p in proportion to importance (shares of weight, of use, of what the queries' means
+     expect, and of keys unlike the others), and weigh w / p from then on. Tokens then change places
+     while that shortens the error of the draw under the kernel of the paper,
+         K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c);
+     what is left of it moves the values of those that stay by chance. Attention teaches a cache the
+     queries' means and the uses of its two newest pages. BKV_RULE_WINDOW keeps the newer 64.
 
    Memory. bkv_size() bytes, state and n_threads * scratch. The state holds no pointer: it may be
      copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
@@ -204,9 +200,10 @@ enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
    KEY alone needs no queries; values move only under QUERY. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
 
-/* Flags of bkv_append() and bkv_prefill(). PIN the call's tokens, see §1. DRAFT: tokens on trial
-   (speculative decoding). While the newest tokens are drafts, attention teaches the cache nothing,
-   so that bkv_truncate() leaves no trace of them; the next token without it accepts those left. */
+/* Flags of bkv_append() and bkv_prefill(). PIN: every halving leaves these tokens as they are, 32
+   of a block at most, but under BKV_RULE_WINDOW. DRAFT: tokens on trial (speculative decoding).
+   While the newest tokens are drafts, attention teaches the cache nothing, so that bkv_truncate()
+   leaves no trace of them; the next token without it accepts those left. */
 enum { BKV_PIN = 1, BKV_DRAFT = 2 };
 
 /* Backends. All give the same bits. BKV_BACKEND_AUTO takes the fastest that this CPU has. */
@@ -411,7 +408,8 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bk
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i,
                                                 bkv_token_info *info);
 
-/* Estimate of the relative error of a KV head's outputs, see §1. Returns BKV_E_NULL, _INDEX. */
+/* Estimate of |out - exact| / |exact| of a KV head, a running mean renewed once a page, see
+   docs/method.md. Returns BKV_E_NULL, _INDEX. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_error(const bkv_cache *c, uint32_t head, float *error);
 
 /* What the cache holds. Returns BKV_E_NULL. Cost: one pass over weights and page tables. */
@@ -549,7 +547,6 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #define BKVI_HAVE_SCALAR (BKVI_WIDEST == BALANCEKV_SIMD_SCALAR || BALANCEKV_DISPATCH)
 #if BALANCEKV_SIMDE && BKVI_HAVE_NEON
 #include <simde/arm/neon.h>
-#include <simde/x86/f16c.h>
 #elif BALANCEKV_SIMDE
 #include <simde/x86/avx512.h>
 #elif BKVI_HAVE_NEON
@@ -989,9 +986,6 @@ BKVI_INLINE uint32_t bkvi_units(uint32_t type, uint32_t n) {
 BKVI_INLINE uint32_t bkvi_high(uint32_t type, uint32_t i, uint32_t units) {
     return bkvi_is_i4(type) && i >= units;
 }
-BKVI_INLINE uint32_t bkvi_key_units(const bkv_cache *c) {
-    return bkvi_units(bkvi_type(c, 0), BKVI_DIM(c->cfg.head_dim));
-}
 static bkvi_head bkvi_head_get(const bkv_cache *c, uint32_t head, uint32_t ith) {
     unsigned char *mem = bkvi_head_mem(c, head), *scratch = c->mem + c->state_bytes;
     bkvi_head h;
@@ -1064,7 +1058,7 @@ static void bkvi_move_slot(const bkvi_head *h, uint32_t to, uint32_t from, float
             memcpy(bkvi_part(h, i, to), bkvi_part(h, i, from), 2);
         memcpy(bkvi_part(h, BKVI_V, to), bkvi_part(h, BKVI_V, from), h->c->each[BKVI_V]);
         bkvi_copy(bkvi_part(h, BKVI_K, to), step, bkvi_part(h, BKVI_K, from), step,
-                  bkvi_key_units(h->c), es);
+                  (uint32_t)(h->c->each[BKVI_K] / es), es);
     }
     bkvi_putf(bkvi_part(h, BKVI_WEIGHT, to), weight);
 }
@@ -1094,7 +1088,8 @@ static void bkvi_clear(const bkvi_head *h, uint32_t slot, uint32_t n) {
     uint32_t i;
     for (i = 0; i < sizeof own; i++) memset(bkvi_part(h, own[i], slot), 0, n * h->c->each[own[i]]);
     if (n == 1)
-        bkvi_copy(bkvi_part(h, BKVI_K, slot), BKVI_LANES * es, zero, 0, bkvi_key_units(h->c), es);
+        bkvi_copy(bkvi_part(h, BKVI_K, slot), BKVI_LANES * es, zero, 0,
+                  (uint32_t)(h->c->each[BKVI_K] / es), es);
     else
         memset(bkvi_part(h, BKVI_K, slot), 0, n * h->c->each[BKVI_K]);
 }
@@ -1305,7 +1300,8 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
         c->rests = bkvi_min(c->sink_slots, BKVI_LANES) + BKVI_PAGE;
     for (i = 0; i < BKVI_END; i++, end = (end + 63) & ~(uint64_t)63) {
         const uint32_t scale = r->kv_type >= BKV_I8 ? 2 : 0, es = (uint32_t)c->elem_bytes;
-        const uint32_t k = bkvi_key_units(c), v = bkvi_units(bkvi_type(c, 1), bkvi_v_dim(c));
+        const uint32_t k = bkvi_units(bkvi_type(c, 0), r->head_dim);
+        const uint32_t v = bkvi_units(bkvi_type(c, 1), bkvi_v_dim(c));
         const uint32_t n = c->slots, query = 4 * bkvi_round_up(r->head_dim, BKVI_LANES);
         const uint32_t each[] = {4, 8, 4, 4, 4, query, scale, scale, k, v, k * es, v * es};
         const uint32_t count[] = {16, pages, n, n, n, c->group, n, n, c->rests, c->rests, n, n};
@@ -1545,7 +1541,8 @@ static void bkvi_take_back(bkvi_head *h, uint32_t n) {
         h->sum -= bkvi_sum(h, slot, 1);
         bkvi_clear(h, slot, 1);
         if (bkvi_rest(h, BKVI_K, slot)) {
-            bkvi_copy(bkvi_rest(h, BKVI_K, slot), BKVI_LANES, &zero, 0, bkvi_key_units(h->c), 1);
+            bkvi_copy(bkvi_rest(h, BKVI_K, slot), BKVI_LANES, &zero, 0,
+                      (uint32_t)h->c->each[BKVI_K_REST], 1);
             memset(bkvi_rest(h, BKVI_V, slot), 0, h->c->each[BKVI_V_REST]);
         }
         if (!h->used)
@@ -1984,8 +1981,6 @@ BKVI_TARGET("avx512f,avx2,fma,f16c")
     BKVI_INLINE bkvi_vec bkvi_v(name) arguments { return (bkvi_vec)(result); }
 #define BKVI_STORE(name, statement)                                                                \
     BKVI_INLINE void bkvi_v(name)(void *p, bkvi_vec x) { statement; }
-#define BKVI_2 (bkvi_vec a, bkvi_vec b)
-#define BKVI_3 (bkvi_vec x, bkvi_vec y, bkvi_vec z)
 #define BKVI_4 (bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y)
 #if BALANCEKV_SIMDE /* prefixed names: simde_vdupq_n_f32, simde_mm512_set1_ps */
 #define BKVI_I(name) simde_##name
@@ -2006,12 +2001,12 @@ BKVI_OP(load_f16, (const void *p), bkvi_from_f16(bkvi_get16((const unsigned char
 BKVI_OP(load_bf16, (const void *p),
         bkvi_float((uint32_t)bkvi_get16((const unsigned char *)p) << 16))
 BKVI_OP(load_i8, (const void *p), (float)*(const int8_t *)p)
-BKVI_OP(fused, BKVI_3, bkvi_fma(x, y, z))
+BKVI_OP(fused, (bkvi_vec x, bkvi_vec y, bkvi_vec z), bkvi_fma(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), bkvi_sqrt(x))
-BKVI_OP(max, BKVI_2, a > b ? a : b)
+BKVI_OP(max, (bkvi_vec a, bkvi_vec b), a > b ? a : b)
 BKVI_OP(pick_gt, BKVI_4, a > b ? x : y)
 BKVI_OP(pow2, (bkvi_vec r), bkvi_float((bkvi_bits(r) << 23) + 0x3F800000u))
-BKVI_INLINE int bkvi_v(any_gt) BKVI_2 { return a > b; }
+BKVI_INLINE int bkvi_v(any_gt)(bkvi_vec a, bkvi_vec b) { return a > b; }
 BKVI_INLINE void bkvi_v(store)(float *p, bkvi_vec x) { *p = x; }
 BKVI_STORE(store_f32, bkvi_putf((unsigned char *)p, x))
 BKVI_STORE(store_f16, bkvi_put16((unsigned char *)p, bkvi_to_f16(x)))
@@ -2028,11 +2023,11 @@ BKVI_OP(load_bf16, (const void *p),
             _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16)))
 BKVI_OP(load_i8, (const void *p),
         _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))))
-BKVI_OP(fused, BKVI_3, _mm256_fmadd_ps(x, y, z))
+BKVI_OP(fused, (bkvi_vec x, bkvi_vec y, bkvi_vec z), _mm256_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm256_sqrt_ps(x))
-BKVI_OP(max, BKVI_2, _mm256_max_ps(a, b))
+BKVI_OP(max, (bkvi_vec a, bkvi_vec b), _mm256_max_ps(a, b))
 BKVI_OP(pick_gt, BKVI_4, _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ)))
-BKVI_INLINE int bkvi_v(any_gt) BKVI_2 {
+BKVI_INLINE int bkvi_v(any_gt)(bkvi_vec a, bkvi_vec b) {
     return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
 }
 BKVI_STORE(store, _mm256_storeu_ps((float *)p, x))
@@ -2057,13 +2052,15 @@ BKVI_OP(load_i8, (const void *p),
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))))
 BKVI_STORE(store_f16,
            _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtps_ph((__mmask16)0xFFFF, x, 0)))
-BKVI_OP(fused, BKVI_3, _mm512_fmadd_ps(x, y, z))
+BKVI_OP(fused, (bkvi_vec x, bkvi_vec y, bkvi_vec z), _mm512_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm512_sqrt_ps(x))
 #endif
-BKVI_OP(max, BKVI_2, BKVI_M(_mm512_max_ps)(a, b))
+BKVI_OP(max, (bkvi_vec a, bkvi_vec b), BKVI_M(_mm512_max_ps)(a, b))
 BKVI_OP(pick_gt, BKVI_4,
         BKVI_M(_mm512_mask_blend_ps)(BKVI_M(_mm512_cmp_ps_mask)(a, b, 30 /* > */), y, x))
-BKVI_INLINE int bkvi_v(any_gt) BKVI_2 { return BKVI_M(_mm512_cmp_ps_mask)(a, b, 30) != 0; }
+BKVI_INLINE int bkvi_v(any_gt)(bkvi_vec a, bkvi_vec b) {
+    return BKVI_M(_mm512_cmp_ps_mask)(a, b, 30) != 0;
+}
 BKVI_STORE(store, BKVI_M(_mm512_storeu_ps)(p, x))
 BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
     const BKVI_M(__m512i) low = BKVI_M(_mm512_setr_epi32)(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
@@ -2089,12 +2086,12 @@ BKVI_OP(load_i8, (const void *p),
             vreinterpret_s8_u32(vdup_n_u32(bkvi_get32((const unsigned char *)p))))))))
 BKVI_STORE(store_f16, vst1_u8((uint8_t *)p, vreinterpret_u8_f16(vcvt_f16_f32(x))))
 BKVI_OP(sqrt, (bkvi_vec x), vsqrtq_f32(x))
-BKVI_OP(fused, BKVI_3, vfmaq_f32(z, x, y))
+BKVI_OP(fused, (bkvi_vec x, bkvi_vec y, bkvi_vec z), vfmaq_f32(z, x, y))
 #endif
-BKVI_OP(max, BKVI_2, BKVI_I(vmaxq_f32)(BKVI_F(a), BKVI_F(b)))
+BKVI_OP(max, (bkvi_vec a, bkvi_vec b), BKVI_I(vmaxq_f32)(BKVI_F(a), BKVI_F(b)))
 BKVI_OP(pick_gt, BKVI_4,
         BKVI_I(vbslq_f32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b)), BKVI_F(x), BKVI_F(y)))
-BKVI_INLINE int bkvi_v(any_gt) BKVI_2 {
+BKVI_INLINE int bkvi_v(any_gt)(bkvi_vec a, bkvi_vec b) {
     return BKVI_I(vmaxvq_u32)(BKVI_I(vcgtq_f32)(BKVI_F(a), BKVI_F(b))) != 0;
 }
 BKVI_STORE(store, BKVI_I(vst1q_u8)((uint8_t *)p, BKVI_I(vreinterpretq_u8_f32)(BKVI_F(x))))
@@ -2126,16 +2123,12 @@ BKVI_INLINE bkvi_vec bkvi_v(load_i8)(const void *p) {
     memcpy(&x, p, sizeof x);
     return __builtin_convertvector(x, bkvi_vec);
 }
-#if BKVI_HAVE_NEON && defined(SIMDE_X86_F16C_NATIVE)
-BKVI_OP(load_f16, (const void *p), simde_mm_cvtph_ps(simde_mm_loadl_epi64((const simde__m128i *)p)))
-#else
 BKVI_INLINE bkvi_vec bkvi_v(load_f16)(const void *p) { /* times 2^112; Inf and NaN keep theirs */
     bkvi_words all = bkvi_v(widen)(p) << 13, low = all & 0x0FFFE000u;
     bkvi_vec x = (bkvi_vec)low * 5.192296858534827628530496329e33f;
     return (bkvi_vec)((bkvi_words)x | ((bkvi_words)(x >= 65536.0f) & 0x7F800000u) |
                       (all ^ low) << 3);
 }
-#endif
 BKVI_INLINE void bkvi_v(store_f16)(void *p, bkvi_vec x) {
     bkvi_halves h;
     for (uint32_t i = 0; i < BKVI_WIDTH; i++) h[i] = bkvi_to_f16(x[i]);
@@ -2147,9 +2140,10 @@ BKVI_INLINE bkvi_vec bkvi_v(sqrt)(bkvi_vec x) {
 }
 #if BKVI_HAVE_NEON && (defined(SIMDE_X86_FMA_NATIVE) || defined(SIMDE_POWER_ALTIVEC_P6_NATIVE) ||  \
                        (defined(SIMDE_ARM_NEON_A32V7_NATIVE) && defined(BKVI_ARCH_ARM64)))
-BKVI_OP(fused, BKVI_3, simde_vfmaq_f32(BKVI_F(z), BKVI_F(x), BKVI_F(y)))
+BKVI_OP(fused, (bkvi_vec x, bkvi_vec y, bkvi_vec z),
+        simde_vfmaq_f32(BKVI_F(z), BKVI_F(x), BKVI_F(y)))
 #else
-BKVI_INLINE bkvi_vec bkvi_v(fused) BKVI_3 {
+BKVI_INLINE bkvi_vec bkvi_v(fused)(bkvi_vec x, bkvi_vec y, bkvi_vec z) {
     for (uint32_t i = 0; i < BKVI_WIDTH; i++) z[i] = bkvi_fma(x[i], y[i], z[i]);
     return z;
 }
@@ -2157,7 +2151,7 @@ BKVI_INLINE bkvi_vec bkvi_v(fused) BKVI_3 {
 #endif
 #undef BKVI_F
 
-BKVI_INLINE bkvi_vec bkvi_v(fma) BKVI_3 {
+BKVI_INLINE bkvi_vec bkvi_v(fma)(bkvi_vec x, bkvi_vec y, bkvi_vec z) {
 #if BALANCEKV_FMA
     return bkvi_v(fused)(x, y, z);
 #else
@@ -2885,8 +2879,8 @@ BKVI_INLINE void bkvi_k(times)(float *x, const unsigned char *scale) {
         bkvi_v(store)(x + i, bkvi_v(load)(x + i) * bkvi_v(load_bf16)(scale));
 }
 
-/* What a row's error is estimated from (§1): sums over the tokens of c, lane by lane, then of c v
-   and c v^2, where c = s^2 (1 - 1 / w), s the weights that softmax has come to. Adds a block's. */
+/* What a row's error is estimated from: sums over the tokens of c, lane by lane, then of c v and
+   c v^2, where c = s^2 (1 - 1 / w), s the weights that softmax has come to. Adds a block's. */
 BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *span,
                                  const bkv_cache *c) {
     const uint32_t v_dim_pad = bkvi_v_dim(c), type = bkvi_type(c, 1);
@@ -3113,6 +3107,7 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
     float *work = bkvi_is_int(c->cfg.kv_type) ? t->work : NULL;
     const uint32_t last_fill = h->used ? h->fill : (h->sinks - 1) % BKVI_PAGE + 1;
     uint32_t begin, b, r, i, doubted = 0xFFFFFFFFu; /* row whose error is estimated */
+    int values;
     if (h->halvings && h->fill == BKVI_PAGE && !h->drafts) /* the last token; heads take turns */
         doubted = (run->n - 1) * group + (uint32_t)(h->halvings % group);
     t->out = t->q + (size_t)BKVI_ROWS * dim;
@@ -3157,18 +3152,16 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
             for (r = 0; r < n; r += tile_rows) {
                 tile_rows = bkvi_min(size, n - r);
                 if (r || (span.last && !beyond)) span.next_k = span.next_v = NULL;
-                switch (bkvi_type(c, 0) * 8 + tile_rows) {
+                for (values = 0; values < 2; values++) {
+                    for (i = r; values && i < r + tile_rows; i++)
+                        bkvi_k(soften)(t, &span, r, i, c);
+                    switch (bkvi_type(c, values) * 16 + (uint32_t)values * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
-    case (type)*8 + (rows): BKVI_FN(bkvi_score_##type##_##rows)(c, t, &span, r); break;
-                    BKVI_EACH_TILE(BKVI_X)
+    case (type)*16 + (rows): BKVI_FN(bkvi_score_##type##_##rows)(c, t, &span, r); break;           \
+    case (type)*16 + 8 + (rows): BKVI_FN(bkvi_sum_##type##_##rows)(c, t, &span, r); break;
+                        BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
-                }
-                for (i = r; i < r + tile_rows; i++) bkvi_k(soften)(t, &span, r, i, c);
-                switch (bkvi_type(c, 1) * 8 + tile_rows) {
-#define BKVI_X(type, rows)                                                                         \
-    case (type)*8 + (rows): BKVI_FN(bkvi_sum_##type##_##rows)(c, t, &span, r); break;
-                    BKVI_EACH_TILE(BKVI_X)
-#undef BKVI_X
+                    }
                 }
             }
         }
@@ -3258,8 +3251,6 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_STORE
 #undef BKVI_I
 #undef BKVI_M
-#undef BKVI_2
-#undef BKVI_3
 #undef BKVI_4
 #undef BKVI_WIDTH
 #undef BKVI_FN
