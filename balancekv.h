@@ -57,10 +57,10 @@
 
    The method, at length in docs/method.md, to the last tie in tests/golden/README.md. Tokens fill
      the sinks, then page after page. When no page is free, ONE halving frees one: two neighbours
-     older than the window, the least halved, the oldest. BKV_RULE_SAMPLE: 64 of the 128 tokens stay,
-     with chances p in proportion to importance (shares of weight, of use, of what the queries' means
-     expect, and of keys unlike the others), and weigh w / p from then on. Tokens then change places
-     while that shortens the error of the draw under the kernel of the paper,
+     older than the window, the least halved, the oldest. BKV_RULE_SAMPLE: 64 of the 128 tokens
+     stay, with chances p in proportion to importance (shares of weight, of use, of what the means
+     of the queries expect, of keys unlike the others), and weigh w / p from then on. Tokens then
+     change places while that shortens the error of the draw under the kernel of the paper,
          K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c);
      what is left of it moves the values of those that stay by chance. Attention teaches a cache the
      queries' means and the uses of its two newest pages. BKV_RULE_WINDOW keeps the newer 64.
@@ -72,7 +72,7 @@
      matrices, which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head;
      BKV_K8V4 has 4 bits for values, BKV_I4 for all. The first 16 sinks and the newest page have as
      many bits again for what rounding left, if there are 512 slots. On traces of a model |out| is
-     off by 0.002, 0.024, 0.062 in the mean, but instead of 7 tokens they hold 9 and 16.
+     off by 0.002, 0.024, 0.062 in the mean, but instead of 7 tokens they hold 9 and 13.
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
      heads; all nth calls must be made, with equal arguments, before the next operation on the cache
      starts. (0, 1) does everything. The result does not depend on nth.
@@ -2217,11 +2217,11 @@ BKVI_INLINE bkvi_vec bkvi_v(load_i4)(const void *p, uint32_t high) {
 }
 /* A register of elements of a tensor or cache type, or BKVI_HIGH. */
 BKVI_INLINE bkvi_vec bkvi_v(get)(const int type, const void *p) {
-    if (bkvi_is_i4((uint32_t)type)) return bkvi_v(load_i4)(p, type != BKV_I4);
-    return type == BKV_F32   ? bkvi_v(load_f32)(p)
-           : type == BKV_F16 ? bkvi_v(load_f16)(p)
-           : type == BKV_I8  ? bkvi_v(load_i8)(p)
-                             : bkvi_v(load_bf16)(p);
+    return type == BKV_F32                ? bkvi_v(load_f32)(p)
+           : type == BKV_F16              ? bkvi_v(load_f16)(p)
+           : type == BKV_BF16             ? bkvi_v(load_bf16)(p)
+           : bkvi_is_i4((uint32_t)type) ? bkvi_v(load_i4)(p, type != BKV_I4)
+                                          : bkvi_v(load_i8)(p);
 }
 
 /* Elements i .. i+15 of a caller's row of n as floats, zeros behind its end, any stride. */
@@ -2789,14 +2789,14 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
 BKVI_NOINLINE void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, uint32_t first,
                                  uint32_t n) {
     const uint32_t type = bkvi_type(h->c, 1), units = bkvi_units(type, bkvi_v_dim(h->c));
-    const unsigned char *from = bkvi_part(h, BKVI_V, slot);
-    uint32_t i, high, scale = 0x3F80; /* 1 as bf16 */
+    const unsigned char *row = bkvi_part(h, BKVI_V, slot);
+    uint32_t i, scale = 0x3F80, high = bkvi_high(type, first, units); /* scale: 1 as bf16 */
+    const unsigned char *from = row + (first - high * units) * h->c->elem_bytes;
     if (bkvi_is_int(type)) scale = bkvi_get16(bkvi_part(h, BKVI_V_SCALE, slot));
-    for (i = first; i < first + n; i += BKVI_WIDTH, to += BKVI_WIDTH) {
-        high = bkvi_high(type, i, units);
-        bkvi_v(store)(to, bkvi_v(get)((int)(type + high),
-                                      from + (i - high * units) * h->c->elem_bytes) *
-                              bkvi_v(set)(bkvi_float(scale << 16)));
+    for (i = 0; i < n; i += BKVI_WIDTH, from += BKVI_WIDTH * h->c->elem_bytes) {
+        if (bkvi_is_i4(type) && first + i == units) from = row, high = 1;
+        bkvi_v(store)(to + i, bkvi_v(get)((int)(type + high), from) *
+                                  bkvi_v(set)(bkvi_float(scale << 16)));
     }
 }
 
@@ -3027,9 +3027,9 @@ BKVI_INLINE void bkvi_k(multiply)(const int type, const int values, const int ro
                      values ? length : BKVI_PAGE,                                                  \
                      next ? next + i * apart * es * (values ? BKVI_PAGE : 1) : next)
     if (!values && type >= BKV_I8) memset(scores, 0, all * sizeof *scores);
-    for (pass = 0; pass < 2; pass++) {
+    for (pass = type < BKV_I8 && !values; pass < (type < BKV_I8 && values ? 1 : 2); pass++) {
         const int is_rest = pass == values;
-        if (is_rest && (type < BKV_I8 || !rest)) continue;
+        if (is_rest && !rest) continue;
         if (pass && type >= BKV_I8 && rest)
             bkvi_k(scaled)(scores, scores, all, 1.0f / bkvi_parts((uint32_t)type));
         x = is_rest ? rest : values ? span->v : span->k;
