@@ -326,7 +326,8 @@ def bad_options(folder):
     yield ppl + ["--method", "best"], "--method: 'best' is none of balancekv, sample, window"
     yield ppl + ["--set", "temp"], "is not KEY=VALUE"
     yield ppl + ["--set", "tmp=1"], "--set: 'tmp=1' is none of"
-    yield ppl + ["--set", "kv_type=f8"], "--set kv_type: 'f8' is none of f32, f16, bf16, i8, k8v4, i4"
+    yield ppl + ["--set", "kv_type=f8"], \
+        "--set kv_type: 'f8' is none of f32, f16, bf16, i8, k8v4, i4"
     yield ppl + ["--ctx", "64", "--budget", "512", "--set", "temp=-1"], "temp"
     yield ppl + ["--threads", "0"], "--threads: '0' is not"
     yield ppl + ["--unpack", "int4"], "--unpack: 'int4' is none of"

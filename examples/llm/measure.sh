@@ -2,10 +2,10 @@
 # The tables of examples/llm/README.md:  sh examples/llm/measure.sh TEXT..
 # Perplexity of the texts (WINDOWS windows of each) and pass keys hidden in them, for every method
 # and share of the bytes of a full f16 cache. All methods store TYPE, but those with a type of their
-# own behind an @: METHODS="balancekv balancekv@i4". A TEXT `filler` stands for the filler of bkv-llm
-# passkey. Every run adds its lines to LOG, and what stands there is not run again: it may be stopped
-# at any time; several may share a LOG. When the header's results change, begin another one. Prints
-# tables in Markdown of all that LOG has; WHAT= only prints. Hours for everything on one core.
+# own behind an @: METHODS="balancekv balancekv@i4". A TEXT `filler` stands for the filler of
+# bkv-llm passkey. Every run adds its lines to LOG, and what stands there is not run again: it may be
+# stopped at any time; several may share a LOG. When the header's results change, begin another one.
+# Prints tables in Markdown of all that LOG has; WHAT= only prints. Hours for everything on one core.
 # Environment: METHODS, SHARES, CTX, TYPE, WINDOWS, DEPTHS, SEEDS, WHAT ("ppl passkey"), LOG,
 # THREADS, and BKV_LLM, the folder that setup.sh has made.
 set -eu
