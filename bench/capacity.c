@@ -30,14 +30,16 @@ static const shape shapes[] = {
 static const uint32_t lengths[] = {8192, 32768, 131072};
 static const uint32_t budgets[] = {512, 1024, 2048, 4096, 8192};
 static const uint64_t memories[] = {8, 64, 512}; /* GB of 2^30 bytes, all of them for caches */
-static const char *const types[] = {NULL, "f32", "f16", "bf16", "i8"}; /* by BKV_F32, .. */
+static const char *const types[] = {NULL, "f32",  "f16", "bf16",
+                                    "i8", "k8v4", "i4"}; /* by BKV_F32, .. */
 enum { TYPES = sizeof types / sizeof *types };
 #define COUNT(list) (sizeof(list) / sizeof *(list))
 
 static const char help[] =
-    "usage: capacity [--type f32|f16|bf16|i8] [--json]\n"
+    "usage: capacity [--type f32|f16|bf16|i8|k8v4|i4] [--json]\n"
     "Bytes of a session with balancekv.h at several budgets (slots per KV head), and with a cache\n"
-    "of every token in f16; sessions that fit in 8, 64 and 512 GB. --type: storage, default f16.\n"
+    "of every token in f16; sessions that fit in 8, 64 and 512 GB. --type: storage, default f16;\n"
+    "of another one also the slots that the bytes of so many slots of f16 give.\n"
     "--json: one JSON object a line.\n";
 
 static void fail(const char *format, ...) {
@@ -70,15 +72,25 @@ static uint64_t our_bytes(const shape *s, uint32_t budget, uint32_t type) {
     return (s->layers - s->window_layers) * (uint64_t)bkv_size(&cfg) + window_bytes(s, UINT32_MAX);
 }
 
+/* Slots of this type in the bytes that a layer takes with so many of f16. */
+static uint32_t slots_of(const shape *s, uint32_t budget, uint32_t type) {
+    bkv_config cfg = bkv_config_default(s->q_heads, s->kv_heads, s->dim, budget);
+    size_t bytes = bkv_size(&cfg);
+    cfg.kv_type = type, cfg.sinks = cfg.window = 0; /* those of its own slots */
+    return bkv_budget_for_bytes(&cfg, bytes);
+}
+
 static void print_json(const shape *s, const char *type, const char *kind, uint32_t n,
-                       uint64_t bytes) {
+                       uint64_t bytes, uint32_t slots) {
     printf("{\"model\": \"%s\", \"type\": \"%s\", \"%s\": %" PRIu32 ", \"bytes\": %" PRIu64
            ", \"sessions\": {",
            s->name, type, kind, n, bytes);
     for (size_t i = 0; i < COUNT(memories); i++)
         printf("%s\"%" PRIu64 "\": %" PRIu64, i ? ", " : "", memories[i],
                (memories[i] << 30) / bytes);
-    puts("}}");
+    fputs("}", stdout);
+    if (slots) printf(", \"slots_for_f16\": %" PRIu32, slots);
+    puts("}");
 }
 
 static void print_tables(uint32_t type) {
@@ -107,6 +119,14 @@ static void print_tables(uint32_t type) {
             puts("");
         }
     }
+    if (type == BKV_F16) return;
+    printf("\nSlots of %s in the bytes of so many of f16\n\n", types[type]);
+    for (const shape *s = shapes; s < shapes + COUNT(shapes); s++) {
+        printf("%-50s", s->name);
+        for (size_t i = 0; i < COUNT(budgets); i++)
+            printf("%12" PRIu32, slots_of(s, budgets[i], type));
+        puts("");
+    }
 }
 
 int main(int argc, char **argv) {
@@ -122,7 +142,7 @@ int main(int argc, char **argv) {
         } else if (!strcmp(argv[i], "--type")) {
             if (++i == argc) fail("--type needs a value; --help explains it");
             for (type = 1; type < TYPES && strcmp(argv[i], types[type]); type++) continue;
-            if (type == TYPES) fail("--type: '%s' is none of: f32 f16 bf16 i8", argv[i]);
+            if (type == TYPES) fail("--type: '%s' is none of: f32 f16 bf16 i8 k8v4 i4", argv[i]);
         } else {
             fail("unknown option '%s'; --help lists them", argv[i]);
         }
@@ -130,9 +150,10 @@ int main(int argc, char **argv) {
     if (!json) print_tables(type);
     for (const shape *s = shapes; json && s < shapes + COUNT(shapes); s++) {
         for (size_t i = 0; i < COUNT(lengths); i++)
-            print_json(s, "f16", "full_tokens", lengths[i], full_bytes(s, lengths[i]));
+            print_json(s, "f16", "full_tokens", lengths[i], full_bytes(s, lengths[i]), 0);
         for (size_t i = 0; i < COUNT(budgets); i++)
-            print_json(s, types[type], "budget", budgets[i], our_bytes(s, budgets[i], type));
+            print_json(s, types[type], "budget", budgets[i], our_bytes(s, budgets[i], type),
+                       slots_of(s, budgets[i], type));
     }
     return 0;
 }

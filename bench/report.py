@@ -253,7 +253,7 @@ def bars_of(path):
     for variant in ("weights", "softcap", "partial"):
         bar("the same, %s" % VARIANTS[variant], ">= 80 %",
             share("attend_hot", backend=wide, type="f16 " + variant, group=(3, 4, 7)))
-    for kind in ("f16", "bf16", "f32", "i8"):
+    for kind in dict.fromkeys(r["type"] for r in find("attend_cold") if " " not in r["type"]):
         bar("attend cold %s, group <= 4, of read (or FMA)" % kind, ">= 90 %",
             share("attend_cold", backend=wide, group=(2, 3, 4), type=kind))
     bar("attend cold f16 with weights, a softcap, as partials", ">= 90 %",

@@ -298,10 +298,14 @@ static uint32_t type_of(const char *name) {
     return strncmp(name, "f32", 3) == 0   ? BKV_F32
            : strncmp(name, "f16", 3) == 0 ? BKV_F16
            : strncmp(name, "i8", 2) == 0  ? BKV_I8
+           : strcmp(name, "k8v4") == 0    ? BKV_K8V4
+           : strcmp(name, "i4") == 0      ? BKV_I4
                                           : BKV_BF16;
 }
-static size_t bytes_of(const char *type) {
-    return type_of(type) == BKV_F32 ? 4 : type_of(type) == BKV_I8 ? 1 : 2;
+/* Bits of an element, in the mean of keys and values. */
+static size_t bits_of(const char *type) {
+    static const size_t bits[] = {0, 32, 16, 16, 8, 6, 4}; /* by BKV_F32, .. */
+    return bits[type_of(type)];
 }
 
 /* ---- shapes and data ---- */
@@ -382,10 +386,8 @@ static double *exact(const shape *s, const tokens *t, size_t n_queries, size_t s
 
 /* What attention in this storage type may be off by, on this data. */
 static double tolerance_of(const char *type) {
-    return type_of(type) == BKV_F32   ? 1e-5
-           : type_of(type) == BKV_F16 ? 1e-3
-           : type_of(type) == BKV_I8  ? 5e-2
-                                      : 1e-2;
+    static const double most[] = {0, 1e-5, 1e-3, 1e-2, 5e-2, 2e-1, 3e-1}; /* by BKV_F32, .. */
+    return most[type_of(type)];
 }
 static void check_error(const char *what, double error, const char *type) {
     if (error <= tolerance_of(type)) return;
@@ -681,7 +683,7 @@ static double sample_attend(void *self, size_t repeats) {
 
 /* Copies of K and V of all heads that fill `bytes`. */
 static size_t copies_in(size_t bytes, const shape *s, size_t n, const char *type) {
-    return bytes / (2 * n * s->kv_heads * s->d * bytes_of(type)) + 1;
+    return bytes / (2 * n * s->kv_heads * s->d * bits_of(type) / 8) + 1;
 }
 
 static void attend_row(const char *name, const shape *s, size_t n, const char *type, int cold) {
@@ -695,7 +697,7 @@ static void attend_row(const char *name, const shape *s, size_t n, const char *t
                       s->d,
                       n,
                       1,
-                      copies_in(pool_bytes, s, n, type),
+                      copies_in(pool_bytes, s, n, bits_of(type) < 16 ? "bf16" : type), /* theirs */
                       NULL,
                       NULL,
                       NULL,
@@ -704,7 +706,7 @@ static void attend_row(const char *name, const shape *s, size_t n, const char *t
     tokens t;
     pool *p[8];
     double *reference;
-    if (cold) r.bytes = rows * 2.0 * s->d * (double)bytes_of(type);
+    if (cold) r.bytes = rows * 2.0 * s->d * (double)bits_of(type) / 8.0;
     if (!wanted(&r)) return;
     progress("%s", label(&r));
     t = make_tokens(s, n, 1);
@@ -830,25 +832,26 @@ static void attend_variants(const char *name, int cold) {
             attend_variant(name, &shapes[s], opt.quick ? 1024 : 4096, types[i], cold);
 }
 
+static const char *const attend_types[] = {"f16", "bf16", "f32", "i8", "k8v4", "i4"};
+enum { N_TYPES = sizeof attend_types / sizeof *attend_types };
+
 static void case_attend_hot(const char *name) {
-    static const char *const types[] = {"f16", "bf16", "f32", "i8"};
     size_t i, s, n;
-    for (i = 0; i < 4; i++)
+    for (i = 0; i < N_TYPES; i++)
         for (s = 0; s < N_SHAPES; s++)
             for (n = 1024; n <= (opt.quick || i ? 1024 : 4096); n *= 4)
-                attend_row(name, &shapes[s], n, types[i], 0);
+                attend_row(name, &shapes[s], n, attend_types[i], 0);
     attend_variants(name, 0);
 }
 
 static void case_attend_cold(const char *name) {
-    static const char *const types[] = {"f16", "bf16", "f32", "i8"};
     size_t i, s, n;
     for (s = 0; s < N_SHAPES; s++)
         for (n = 1024; n <= (opt.quick ? 1024 : 65536); n *= 4)
             attend_row(name, &shapes[s], n, "f16", 1);
-    for (i = 1; i < 4; i++)
+    for (i = 1; i < N_TYPES; i++)
         for (s = 0; s < N_SHAPES; s++)
-            attend_row(name, &shapes[s], opt.quick ? 1024 : 4096, types[i], 1);
+            attend_row(name, &shapes[s], opt.quick ? 1024 : 4096, attend_types[i], 1);
     attend_variants(name, 1);
 }
 

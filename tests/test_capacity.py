@@ -63,18 +63,29 @@ def main():
         section = file.read().split("\n## Capacity\n", maxsplit=1)[1].split("\n## ")[0]
     shown = [line for line in section.splitlines() if line.split("|")[1:2] and line[2:3].isalpha()]
     rows = ["| " + " | ".join(line) + " |" for line in wide[:len(models)]]
-    rows += ["| %s, i8 | " % line.split()[0] + " | ".join(line.split()[1:]) + " |" for line in
-             output("--type", "i8").stdout.splitlines() if line.split("  ")[0] in models]
+    kinds, more, slots = ("f32", "f16", "i8", "k8v4", "i4"), {}, {}
+    for kind in kinds:
+        text = [line.split() for line in output("--type", kind).stdout.splitlines()]
+        wide = [line for line in text if line and line[0] in models]
+        rows += ["| %s, %s | " % (line[0], kind) + " | ".join(line[1:]) + " |" for line in wide]
+        ran = [json.loads(x) for x in output("--json", "--type", kind).stdout.splitlines()]
+        more[kind] = {(r["model"], r["budget"]): r["bytes"] for r in ran if "budget" in r}
+        slots[kind] = {(r["model"], r["budget"]): r["slots_for_f16"] for r in ran if "budget" in r}
+        tally.check(kind == "f16" or [line[1:] for line in wide[4 * len(models):]] == [
+            [str(slots[kind][model, n]) for n in (512, 1024, 2048, 4096, 8192)]
+            for model in models], "slots of %s in the bytes of f16: the text" % kind)
     tally.check(len(shown) >= 5, "README shows some models")
     for line in shown:
         tally.check(line in rows, "README has what is printed", line + "\n" + "\n".join(
             row for row in rows if row.split("|")[1] == line.split("|")[1]))
-    single, byte = ({(r["model"], r["budget"]): r["bytes"] for r in map(json.loads, output(
-        "--json", "--type", name).stdout.splitlines()) if "budget" in r} for name in ("f32", "i8"))
-    tally.check(all(single[key] > ours[key] > byte[key] for key in ours),
-                "f32 weighs more than f16, i8 less")
+    tally.check(more["f16"] == ours and all(slots["f16"][key] == key[1] for key in ours),
+                "the default is f16")
+    for large, small in zip(kinds, kinds[1:]):
+        tally.check(all(more[large][key] > more[small][key] and
+                        slots[large][key] < slots[small][key] for key in ours),
+                    "%s weighs more than %s" % (large, small))
     for options, text in ((["--type"], "--type needs a value; --help explains it"),
-                          (["--type", "f31"], "--type: 'f31' is none of: f32 f16 bf16 i8"),
+                          (["--type", "f31"], "--type: 'f31' is none of: f32 f16 bf16 i8 k8v4 i4"),
                           (["--budget"], "unknown option '--budget'; --help lists them"),
                           (["--json", "512"], "unknown option '512'; --help lists them")):
         ran = output(*options)

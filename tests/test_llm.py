@@ -95,7 +95,7 @@ def check_ppl(tally, program, model):
                   "--threads", 2)[0]
     tally.check(two.get("ppl") == seen["balancekv"], "threads change nothing", str(two))
     slots = {}
-    for kind in ("f32", "f16", "i8"):
+    for kind in ("f32", "f16", "i8", "k8v4", "i4"):
         for method in ("balancekv", "window", "keydiff"):
             share = measure(tally, program, "ppl", model, "--ctx", ctx, "--windows", 1, "--share",
                             "1/2", "--set", "kv_type=" + kind, "--method", method)[0]
@@ -104,7 +104,9 @@ def check_ppl(tally, program, model):
                         0.45 < share["bytes_kv"] / share["bytes_kv_full"] <= 0.5,
                         "--share of %s in %s" % (method, kind), str(share))
     tally.check(all(1.2 * slots["f32", x] < slots["f16", x] < slots["i8", x] / 1.2
-                    for x in ("balancekv", "window", "keydiff")),
+                    for x in ("balancekv", "window", "keydiff")) and
+                1.2 * slots["i8", "keydiff"] < slots["k8v4", "keydiff"] and
+                1.2 * slots["k8v4", "keydiff"] < slots["i4", "keydiff"],
                 "smaller types give more slots", str(slots))
     plain = run(program, "ppl", "--model", model, "--text", TEXT, "--ctx", 64, "--windows", 1)
     tally.check(re.fullmatch(r"balancekv in f16, budget 0, ctx 64, caches .* ppl [\d.]+, .*\n",
@@ -324,7 +326,8 @@ def bad_options(folder):
     yield ppl + ["--method", "best"], "--method: 'best' is none of balancekv, sample, window"
     yield ppl + ["--set", "temp"], "is not KEY=VALUE"
     yield ppl + ["--set", "tmp=1"], "--set: 'tmp=1' is none of"
-    yield ppl + ["--set", "kv_type=f8"], "--set kv_type: 'f8' is none of f32, f16, bf16, i8"
+    yield ppl + ["--set", "kv_type=f8"], \
+        "--set kv_type: 'f8' is none of f32, f16, bf16, i8, k8v4, i4"
     yield ppl + ["--ctx", "64", "--budget", "512", "--set", "temp=-1"], "temp"
     yield ppl + ["--threads", "0"], "--threads: '0' is not"
     yield ppl + ["--unpack", "int4"], "--unpack: 'int4' is none of"
@@ -371,6 +374,25 @@ def check_bad_input(tally, program, folder):
     tally.check(not os.path.exists(os.path.join(ROOT, "new")), "texts.sh makes nothing in the tree")
 
 
+def check_tables(tally, folder):
+    """measure.sh: methods without a type of their own store TYPE; nothing else tells runs apart."""
+    log = os.path.join(folder, "log.jsonl")
+    with open(log, "w", encoding="utf-8") as f:
+        for run_of, stored, rise in (("full 1", "f16", 0), ("balancekv 1/4", "i8", 0.01),
+                                     ("balancekv 1/4", "i4", 0.02)):
+            f.write(json.dumps({"run": "ppl 512 a %s 1 1 10 %s" % (run_of, stored), "text": "a",
+                                "command": "ppl", "ctx": 512, "ppl": 10 * (1 + rise),
+                                "nll": math.log(10 * (1 + rise))}) + "\n")
+    said = subprocess.run(
+        ["sh", os.path.join(ROOT, "examples", "llm", "measure.sh"), "a"], check=False,
+        env=dict(os.environ, LOG=log, WHAT="", CTX="512", SHARES="1/4", TYPE="i8",
+                 METHODS="balancekv balancekv@i4 balancekv@f16"), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, universal_newlines=True).stdout
+    tally.check([line for line in said.splitlines() if "| a |" in line] ==
+                ["| balancekv | a | +1.00 % |", "| balancekv@i4 | a | +2.00 % |"],
+                "measure.sh: a method with a type of its own", said)
+
+
 # ---- the real model ----------------------------------------------------------------------------
 def check_real(tally, program, model):
     got = measure(tally, program, "check", model, "--ctx", 128, "--method", "full")[0]
@@ -411,6 +433,7 @@ def main():
         check_generate(tally, program, tiny, folder)
         check_chat(tally, program, tiny, folder)
         check_bad_input(tally, program, folder)
+        check_tables(tally, folder)
     if os.path.exists(model):
         check_real(tally, program, model)
     else:

@@ -167,8 +167,8 @@ static int check(const char *step, uint32_t n) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const names[] = {"f32", "f16", "bf16", "i8", "f16, softcap 20"};
-    static const uint32_t types[] = {BKV_F32, BKV_F16, BKV_BF16, BKV_I8, BKV_F16};
+    static const char *const names[] = {"f32", "f16", "bf16", "i8", "k8v4", "f16, softcap 20"};
+    static const uint32_t types[] = {BKV_F32, BKV_F16, BKV_BF16, BKV_I8, BKV_K8V4, BKV_F16};
     char err[NPY_ERROR] = "the trace must have heads of 64, 3 of them on 1 KV head";
     int ok = 1;
     if (argc > 1 && (!npy_load_trace(&trace, argv[1], err) || trace.head_dim != DIM ||
@@ -181,11 +181,11 @@ int main(int argc, char **argv) {
     printf("|ggml - bkv_attend| / |bkv_attend|, all heads, by the types of the rows of K and V\n"
            "  %-12s %12s    %-11s%-11s%-11sf32, all weights 1\n",
            "", "rows written", "f32", "f16, V f32", "f16");
-    for (int c = 0; c < 5; c++) {
+    for (int c = 0; c < 6; c++) {
         bkv_config cfg = bkv_config_default(Q_HEADS, KV_HEADS, DIM, BUDGET);
         bkv_stats_info s;
         cfg.kv_type = types[c];
-        cfg.softcap = c == 4 ? 20.0f : 0.0f;
+        cfg.softcap = c == 5 ? 20.0f : 0.0f;
         cfg.importance = BKV_IMPORTANCE_KEY; /* a cache learns nothing from ggml's attention */
         void *mem = malloc(bkv_size(&cfg));
         GGML_ASSERT(bkv_init(&cache, &cfg, mem, bkv_size(&cfg)) == BKV_OK);

@@ -1,11 +1,11 @@
 #!/bin/sh
 # The tables of examples/llm/README.md:  sh examples/llm/measure.sh TEXT..
 # Perplexity of the texts (WINDOWS windows of each) and pass keys hidden in them, for every method
-# and share of the bytes of a full f16 cache; all methods store TYPE. A TEXT `filler` stands for
-# the filler of bkv-llm passkey. Every run adds its lines to LOG, and what stands there is not run
-# again: it may be stopped at any time; several may share a LOG. When the header's results change,
-# begin another one. Prints tables in Markdown of all that LOG has; WHAT= only prints. Hours for
-# everything on one core.
+# and share of the bytes of a full f16 cache. All methods store TYPE, but those with a type of their
+# own behind an @: METHODS="balancekv balancekv@i4". A TEXT `filler` stands for the filler of
+# bkv-llm passkey. Every run adds its lines to LOG, and what stands there is not run again: it may be
+# stopped at any time; several may share a LOG. When the header's results change, begin another one.
+# Prints tables in Markdown of all that LOG has; WHAT= only prints. Hours for everything on one core.
 # Environment: METHODS, SHARES, CTX, TYPE, WINDOWS, DEPTHS, SEEDS, WHAT ("ppl passkey"), LOG,
 # THREADS, and BKV_LLM, the folder that setup.sh has made.
 set -eu
@@ -33,8 +33,9 @@ touch "$log"
 
 once() { # command, tokens, text, method, share, seed, further options
     name=$(basename "$3" .txt | tr " " _)
-    run="$1 $2 $name $4 $5 $6 $windows $depths"
-    command=$1 tokens=$2 text=$3 method=$4 share=$5 seed=$6 stored=$type
+    command=$1 tokens=$2 text=$3 method=${4%@*} share=$5 seed=$6 stored=$type
+    run="$1 $2 $name $method $5 $6 $windows $depths"
+    case $4 in *@*) stored=${4##*@} ;; esac
     shift 6
     if [ "$method" = full ]; then stored=f16; else set -- --share "$share" "$@"; fi
     run="$run $stored"
@@ -52,7 +53,7 @@ once() { # command, tokens, text, method, share, seed, further options
 
 each() { # tokens, text, method, share
     for seed in $(seq "$seeds"); do
-        case $3-$seed in
+        case ${3%@*}-$seed in
         *-1 | balancekv* | sample* | uniform-* | walk-*) random=1 ;;
         *) random=0 ;; # a seed changes nothing but the keys
         esac
@@ -92,10 +93,11 @@ def mean(values):
 
 
 def pick(command, method, share, n):
-    """Of the runs, those of a method; full stands in run alone."""
+    """Of the runs, those of a method, or method@type; full stands in run alone."""
+    method, _, kind = method.partition("@")
+    kind = "f16" if method == "full" else kind or sys.argv[5]
     return [r for r in runs if r["command"] == command and r["ctx"] == int(n) and
-            r["run"].split()[3:5] == [method, share] and
-            r["run"].split()[-1] == ("f16" if method == "full" else sys.argv[5])]
+            r["run"].split()[3:5] == [method, share] and r["run"].split()[-1] == kind]
 
 
 def ppl(method, share, n, text):
