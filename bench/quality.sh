@@ -82,8 +82,10 @@ balancekv,walk,pair,window,knorm,keydiff,h2o,tova,expected
 # The slots of i8 are what bkv_budget_for_bytes() gives for the bytes of the others (head_dim 64).
 run storage "$traces" --seed "$seeds" --every 8 --budget 256,512,1024,2048 \
     --method balancekv:kv_type=f16
-run storage "$traces" --seed "$seeds" --every 8 --budget 464,880,1824,3728 \
-    --method balancekv:kv_type=i8
+for x in i8=464,880,1824,3728 k8v4=544,1152,2368,4816 i4=784,1648,3360,6784; do # equal bytes
+    run storage "$traces" --seed "$seeds" --every 8 --budget "${x#*=}" \
+        --method "balancekv:kv_type=${x%=*}"
+done
 settings=balancekv
 for x in temp=0.03 temp=0.3 temp=1 importance=1 importance=2 importance=4 importance=6 \
     importance=none rounds=none rounds=1 rounds=4 sinks=none sinks=128 window=64 window=128 \

@@ -4,7 +4,7 @@
     tables.py means FILE        method x budget: mean error over the traces, interval over the seeds
     tables.py traces FILE       trace x budget: balancekv, walk and the best other method
     tables.py ratio FILE        a first layer at rate 1/2: balanced against uniform
-    tables.py storage FILE      two methods at equal bytes, by budget
+    tables.py storage FILE      methods at equal bytes, by budget
     tables.py settings FILE     each method's ratio to the first one: geometric mean over the traces
     tables.py tokens FILE       method x tokens
     tables.py update TEXT DIR   writes the tables of DIR/*.json between the marks of a text
@@ -113,7 +113,7 @@ def ratio(path):
 
 
 def storage(path):
-    """The budgets of a pair of methods in their order: those of the same place have equal bytes."""
+    """The budgets of each method in their order: those of the same place have equal bytes."""
     rows, lines, errors = read(path), [], []
     for m in dict.fromkeys(r["method"] for r in rows):
         here = [r for r in rows if r["method"] == m]
@@ -124,8 +124,9 @@ def storage(path):
         for what, form, values in (("state, KiB", "%.0f", [x / 1024 for x in kib]),
                                    ("slots", "%d", budgets), ("error", "%s", map(short, error))):
             lines.append(["`%s`: %s" % (m, what)] + [form % x for x in values])
-    lines.append(["second error / first"] +
-                 ["%.2f" % (b / a) if a else "" for a, b in zip(*errors)])
+        if errors[1:]:
+            lines.append(["`%s`: error / first" % m] +
+                         ["%.2f" % (b / a) if a else "" for a, b in zip(errors[0], error)])
     seeds = len({r["seed"] for r in rows})
     return table(["mean of %d traces, %d seeds" % (len({r["trace"] for r in rows}), seeds)] +
                  [""] * len(errors[0]), lines)

@@ -726,7 +726,7 @@ def check_reports(tally, program, folder, work):
     storage = script("tables.py", "storage", pair).splitlines()
     want = [sum(error["walk", t, b] for t in (name, name + "+" + name)) /
             sum(error["balancekv", t, b] for t in (name, name + "+" + name)) for b in (256, 320)]
-    tally.check(storage[-1] == "| second error / first | %.2f | %.2f |" % tuple(want),
+    tally.check(storage[-1] == "| `walk`: error / first | %.2f | %.2f |" % tuple(want),
                 "two methods at equal bytes", "\n".join(storage) + str(want))
     with open(text, "w", encoding="utf-8") as f:
         f.write("a\n<!-- means stream -->\nold\n<!-- end -->\nb\n"
