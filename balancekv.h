@@ -3138,6 +3138,7 @@ BKVI_INLINE void bkvi_k(sum_up)(const int type, const int rows, const bkv_cache 
 #define BKVI_X(type, rows) BKVI_TILE(score, type, rows) BKVI_TILE(sum_up, type, rows)
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
+#undef BKVI_TILE
 
 /* One scaled query, elements `width` apart, rotated if there is work; its mean, if any, learns. */
 BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
