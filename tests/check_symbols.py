@@ -9,6 +9,7 @@ Ends with a table of code bytes and the largest stack frame of each configuratio
 import os
 import re
 import tempfile
+from itertools import product
 
 from bad_config import (IMPLEMENTATION, STATIC, USER, WARNINGS, Tally, backend_flags,
                         compile_text, compilers, knows_cxx, on_x86, run)
@@ -142,7 +143,7 @@ def check_program(tally, compiler, name, sources, directory):
 
 
 # Where -ffp-contract=fast may fuse a product with an addition: the product is exact, so no bit hangs
-# on it. Twice a number in settle; a 128th of a byte in fetch, which bkv_export calls.
+# on it. Twice a number in settle; a 128th or 16th of an integer in fetch, which bkv_export calls.
 EXACT = re.compile(r"bkvi_(settle|fetch)_|bkv_export$")
 
 
@@ -150,12 +151,15 @@ def check_fused(tally, compiler, directory):
     """In the class BALANCEKV_FMA=0 every product is rounded by itself, whatever the compiler may do.
     Pinned and -O3, as short loops, once unrolled, are where a product comes next to an addition."""
     path = os.path.join(directory, "fused.s")
-    for simd in ([("SCALAR", ["-mavx2", "-mfma", "-mf16c"]), ("AVX2", ["-mavx2", "-mfma", "-mf16c"]),
-                  ("AVX512", ["-march=skylake-avx512"])] if on_x86() else []):
+    avx2, avx512 = ["-mavx2", "-mfma", "-mf16c"], ["-march=skylake-avx512"]
+    simds = [("SCALAR", avx2), ("AVX2", avx2), ("AVX512", avx512)] if on_x86() else []
+    for simd, kv_type in product(simds, ("I8", "K8V4", "I4")):
+        where = "%s, %s, %s" % (compiler, simd[0], kv_type)
         result = compile_text(compiler, simd[1] + [
             "-std=gnu99", "-O3", "-ffp-contract=fast", "-S", "-o", path, "-DBALANCEKV_FMA=0",
             "-DBALANCEKV_DISPATCH=0", "-DBALANCEKV_SIMD=BALANCEKV_SIMD_" + simd[0],
-            "-DBALANCEKV_HEAD_DIM=16", "-DBALANCEKV_KV_TYPE=BALANCEKV_I8"] + IMPLEMENTATION, INCLUDE)
+            "-DBALANCEKV_HEAD_DIM=16", "-DBALANCEKV_KV_TYPE=BALANCEKV_" + kv_type]
+            + IMPLEMENTATION, INCLUDE)
         fused, name = [], ""
         with open(path, encoding="utf-8") as file:
             for line in file if result.returncode == 0 else []:
@@ -163,8 +167,8 @@ def check_fused(tally, compiler, directory):
                 name = label[1] if label else name
                 if re.search(r"\tvfn?m(add|sub)", line) and not EXACT.match(name):
                     fused.append(name + line)
-        tally.check(result.returncode == 0, "%s compiles %s" % (compiler, simd[0]), result.stdout)
-        tally.check_none("%s, %s: fused where BALANCEKV_FMA=0 rounds" % (compiler, simd[0]), fused)
+        tally.check(result.returncode == 0, where + ": compiles", result.stdout)
+        tally.check_none(where + ": fused where BALANCEKV_FMA=0 rounds", fused)
 
 
 def main():

@@ -187,7 +187,7 @@ static void operation(bkv_cache *c, size_t *block_bytes) {
     } else if (what == 9) {
         uint64_t n = before.tokens_seen - below(90) % (before.tokens_seen + 1);
         bkv_result r = bkv_truncate(c, n);
-        REQUIRE(r == BKV_OK || (r == BKV_E_ROLLBACK && (before.halvings || g->kv_type == BKV_I8)));
+        REQUIRE(r == BKV_OK || (r == BKV_E_ROLLBACK && (before.halvings || g->kv_type >= BKV_I8)));
         REQUIRE(bkv_stats(c, &before) == BKV_OK && (r != BKV_OK || before.tokens_seen == n));
     } else if (what == 10) {
         uint32_t budget = below(before.slots + 1);
@@ -224,7 +224,7 @@ static void operation(bkv_cache *c, size_t *block_bytes) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static const uint32_t types[] = {BKV_F32, BKV_F16, BKV_BF16, BKV_I8};
+    static const uint32_t types[] = {BKV_F32, BKV_F16, BKV_BF16, BKV_I8, BKV_K8V4, BKV_I4};
     bkv_config cfg;
     bkv_cache c;
     size_t bytes;
@@ -236,7 +236,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     cfg.n_q_heads = cfg.n_kv_heads * (1 + next_byte() % 4);
     cfg.head_dim = 1 + next_byte() % MOST_DIM;
     cfg.value_dim = next_byte() % (MOST_DIM + 1);
-    cfg.kv_type = types[next_byte() % 4];
+    cfg.kv_type = types[next_byte() % 6];
     cfg.budget = 192 + below(500);
     cfg.sinks = next_byte() % 30;
     cfg.window = next_byte() % 3 ? 0 : 64;

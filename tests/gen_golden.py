@@ -12,7 +12,7 @@ two, so that f32, f16 and bf16 hold them exactly. The model works in double and 
 hence a decision that hangs on rounding may fall either way. Every decision of `sample` is
 therefore measured, and a case in which one comes closer to its threshold than MARGIN, relative
 to the largest term of the comparison, is refused: it needs another data seed. So is one in which
-the rounding of a refitted value to bytes hangs on less than ROUNDING of its largest element.
+the rounding of a refitted value to integers hangs on less than ROUNDING of its largest element.
 """
 import math
 import os
@@ -23,11 +23,12 @@ import numpy as np
 
 OUTPUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "cases.h")
 MARGIN = 1e-5
-ROUNDING = 1e-6  # of refitted values to bytes: there are thousands of them
+ROUNDING = 1e-6  # of refitted values to integers: there are thousands of them
 N_QUERIES = 2  # per checkpoint
 PAGE, PINS, FEW = 64, 32, 512
 SAMPLE, WINDOW = "sample", "window"
 KEY, QUERY, USE = 1, 2, 4
+I8, K8V4, I4 = 4, 5, 6
 LEARN = 0.01  # the share of a query in the running mean
 NONE = 0xFFFFFFFF
 M64 = (1 << 64) - 1
@@ -35,10 +36,11 @@ G = 0x9E3779B97F4A7C15  # the increment of splitmix64
 
 # One row per case; a 0 is the library's default, as in bkv_config. `data` is the seed of the
 # inputs, `seed` that of the halvings; `every`: after how many tokens the cache attends (0: only at
-# the checkpoints); every `pin`-th token is pinned; `i8`: stored as bytes, else as they are; `at` are
-# the stream lengths at which it is examined.
+# the checkpoints); every `pin`-th token is pinned; `integers`: how they are stored, the
+# number of BKV_I8, BKV_K8V4 or BKV_I4, 0: as they are; `at` are the stream lengths at which it is
+# examined.
 FIELDS = ("rule importance rounds n_q_heads n_kv_heads head_dim value_dim budget sinks window "
-          "temp scale softcap seed data every pin i8 at").split()
+          "temp scale softcap seed data every pin integers at").split()
 CASES = [dict(zip(FIELDS, row)) for row in [
     (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 14, 1, 1, 0, 0, (340, 700)),
     (SAMPLE,  0,     0,    3, 1, 16, 8, 350, 0, 0, 0, 1, 20, 15, 1, 1, 0, 0, (400, 900)),
@@ -54,9 +56,11 @@ CASES = [dict(zip(FIELDS, row)) for row in [
     (SAMPLE,  0,     0,    2, 1, 16, 16, 400, 4, 64, 0, 1, 0, 28, 1, 1, 2, 0, (450, 1200)),
     (SAMPLE,  KEY,   0,    1, 1, 16, 8, 400, 4, 64, 0, 1, 0, 29, 1, 0, 5, 0, (450, 1200)),
     (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 5, 19, 1, 0, 0, 0, (337, 640)),
-    (SAMPLE,  0,     0,    4, 2, 8, 16, 560, 4, 0, 0, 0, 0, 30, 14, 1, 0, 1, (600, 700)),
-    (SAMPLE,  7,     0,    3, 1, 16, 24, 350, 40, 64, 0, 1, 20, 31, 4, 1, 3, 1, (400, 590)),
-    (WINDOW,  0,     0,    2, 1, 24, 8, 208, NONE, NONE, 0, 1, 0, 32, 1, 1, 0, 1, (193, 640)),
+    (SAMPLE,  0,     0,    4, 2, 8, 16, 560, 4, 0, 0, 0, 0, 30, 14, 1, 0, I8, (600, 700)),
+    (SAMPLE,  7,     0,    3, 1, 16, 24, 350, 40, 64, 0, 1, 20, 31, 4, 1, 3, I8, (400, 590)),
+    (WINDOW,  0,     0,    2, 1, 24, 8, 208, NONE, NONE, 0, 1, 0, 32, 1, 1, 0, I8, (193, 640)),
+    (SAMPLE,  0,     0,    3, 1, 20, 24, 272, 20, 0, 0, 1, 0, 33, 1, 1, 0, K8V4, (300, 450)),
+    (SAMPLE,  0,     0,    4, 2, 24, 8, 560, 20, 64, 0, 0, 20, 34, 1, 1, 3, I4, (600, 700)),
 ]]
 
 
@@ -100,7 +104,7 @@ def query_of(case, token, head):  # the offset gives the queries a mean, too
             + noise(case["data"], 4, 0, head, dim)) / 64.0
 
 
-# ---- storage as bytes ----------------------------------------------------------------------------
+# ---- storage as integers ------------------------------------------------------------------------
 def rotate(x):
     """x in powers of two, the largest first, times their Hadamard matrices, in f32."""
     x, at = x.astype(np.float32), 0
@@ -117,21 +121,24 @@ def rotate(x):
     return x
 
 
-def stored(x, padded, margins=None):
+def stored(x, integers, is_value, margins=None):
     """What is held of a key or value, padding included: without the rest, and with it. Of a value
     that a refit has moved the library's x is not quite this one, so the roundings are decisions."""
-    y = rotate(np.concatenate([x, np.zeros(padded - len(x))]))
-    least = np.maximum(np.abs(y).max(), np.float32(1e-28)) / np.float32(127)
+    four = integers == I4 or (integers == K8V4 and is_value)
+    most, parts, whole = (7, 16, 32) if four else (127, 128, 16)
+    y = rotate(np.concatenate([x, np.zeros(-len(x) % whole if is_value else 0)]))
+    least = np.maximum(np.abs(y).max(), np.float32(1e-28)) / np.float32(most)
     bits = (np.array([least], np.float32).view(np.uint32) + 0xFFFF) & 0xFFFF0000  # up to bf16
     below, step = np.array([bits - 0x10000, bits], np.uint32).view(np.float32)[:, 0]
     steps = y.astype(float) * float(np.float32(1) / step)
-    whole = np.rint(steps)
+    q = np.rint(steps)
     if margins is not None:
         decide(float(below), float(least), least, margins, ROUNDING)
         decide(float(least), float(step), least, margins, ROUNDING)
-        decide(np.abs(steps - whole).max(), 0.5, 127, margins, ROUNDING)
-    fine = whole + np.rint((steps - whole).astype(np.float32).astype(float) * 128) / 128
-    return [rotate(z * float(step)).astype(float) for z in (whole, fine)]
+        decide(np.abs(steps - q).max(), 0.5, most, margins, ROUNDING)
+    rest = np.rint((steps - q).astype(np.float32).astype(float) * parts)
+    fine = q + np.minimum(rest, most) / parts
+    return [rotate(z * float(step)).astype(float) for z in (q, fine)]
 
 
 # ---- the rules: which of 128 tokens stay, and with which weights -------------------------------
@@ -328,9 +335,10 @@ class Head:
             self.pages[-1][1].append(token)
             self.pages[-1][2].append(1.0)
         self.fine.append((key, value))
-        if self.case["i8"]:
+        integers = self.case["integers"]
+        if integers:
             (key, fine_key), (value, fine_value) = (
-                stored(key, len(key)), stored(value, -(-len(value) // 16) * 16))
+                stored(key, integers, 0), stored(value, integers, 1))
             self.fine[-1] = fine_key, fine_value
         self.keys.append(key)
         self.values.append(value)
@@ -354,8 +362,8 @@ class Head:
             halving_numbers(self.case["seed"], self.head, self.halvings), self.margins)
         assert len(stay) == PAGE
         for place, value in moved:
-            if self.case["i8"]:
-                value, _ = stored(value, len(value), self.margins)
+            if self.case["integers"]:
+                value, _ = stored(value, self.case["integers"], 1, self.margins)
             self.values[tokens[place]] = value
         level = max(levels[i], levels[i + 1]) + (rule != WINDOW)
         self.pages[i:i + 2] = [(level, list(tokens[stay]), list(kept))]
@@ -444,7 +452,7 @@ def render():
             + ["BKV_NONE" if case[name] == NONE else "%du" % case[name] for name in FIELDS[1:10]]
             + ["%sf" % float(case[name]) for name in FIELDS[10:13]])
             + ",\n     0x%xu, %du, %du, %du, %du, {%s}},\n" % (
-                case["seed"], case["data"], case["every"], case["pin"], case["i8"],
+                case["seed"], case["data"], case["every"], case["pin"], case["integers"],
                 ", ".join("%du" % n for n in case["at"])))
     flat = [[x for r in runs for x in r[i]] for i in range(4)]
     return ("/* Made by gen_golden.py, read by test_golden.c; not to be edited. */\n"

@@ -156,7 +156,7 @@ static void configs(void) {
     REFUSE(value_dim, 513, BKV_E_HEAD_DIM);
     ACCEPT(head_dim, 512);
     ACCEPT(value_dim, 0);
-    REFUSE(kv_type, 5, BKV_E_KV_TYPE);
+    REFUSE(kv_type, 7, BKV_E_KV_TYPE);
     REFUSE(kv_type, UINT32_MAX, BKV_E_KV_TYPE);
     REFUSE(rule, 5, BKV_E_RULE);
     REFUSE(rule, UINT32_MAX, BKV_E_RULE);
@@ -271,18 +271,18 @@ static void defaults(void) {
 }
 
 /* BKV_SIZE is a constant, and bkv_size() of the same shape. */
-static unsigned char constant_size[BKV_SIZE(9, 3, 80, 512, BKV_I8)];
+static unsigned char constant_size[BKV_SIZE(9, 3, 80, 512, BKV_K8V4)];
 
 static void constant_sizes(void) {
     bkv_config cfg = bkv_config_default(9, 3, 80, 512);
-    cfg.kv_type = BKV_I8;
+    cfg.kv_type = BKV_K8V4;
     CHECK(sizeof constant_size == bkv_size(&cfg) && !constant_size[0]);
     for (uint32_t dim = 1; dim <= 512; dim += dim < 20 ? 1 : 19)
         for (uint32_t budget = 144; budget < 20000; budget += budget < 300 ? 9 : budget / 2)
-            for (uint32_t i = 0; i < 3 * 4; i++) {
+            for (uint32_t i = 0; i < 2 * N_STORAGE; i++) {
                 const uint32_t kv_heads = 1 + i * 5 % 7, q_heads = kv_heads * (1 + i * 7 % 16);
                 cfg = bkv_config_default(q_heads, kv_heads, dim, budget);
-                cfg.kv_type = BKV_F32 + i % 4;
+                cfg.kv_type = storage_types[i % N_STORAGE];
                 CHECKF(bkv_size(&cfg) == BKV_SIZE(q_heads, kv_heads, dim, budget, cfg.kv_type),
                        "%u query heads, %u KV heads of %u, budget %u, type %u", (unsigned)q_heads,
                        (unsigned)kv_heads, (unsigned)dim, (unsigned)budget, (unsigned)cfg.kv_type);
@@ -599,7 +599,7 @@ static void any_alignment(void) {
     for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++) {
         bkv_config cfg = f.cfg;
         cfg.rule = rule;
-        cfg.kv_type = storage_types[rule % 4];
+        cfg.kv_type = storage_types[3 * rule - 1];
         size_t bytes = bkv_size(&cfg);
         unsigned char *block = (unsigned char *)checked(malloc(bytes + 3 * 64));
         unsigned char *base = block + (64 - (uintptr_t)block % 64);

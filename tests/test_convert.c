@@ -1,7 +1,7 @@
 /* Conversions of keys, values and queries, through the public functions alone: of a single token
    the softmax is 1, so attend() gives its value back bit for bit, and with a one-hot query the
    largest logit is one element of its key, up to the rounding of a logit. Every pattern of the
-   16-bit types and every rounding tie is tried; I8, which rounds rows, is held against test.h. */
+   16-bit types and every rounding tie is tried; integers, rows of them, are held against test.h. */
 #include "test.h"
 
 enum { LANES = 17, GROUP = 16, VALUE_DIM = 512 }; /* one full vector and a rest; whole rows */
@@ -155,7 +155,7 @@ static void keys_of(uint32_t type, uint32_t kv_type, uint32_t backend, const lis
                 double row[LANES], want, largest = 0;
                 expected(row, l, n, LANES, type, kv_type, 0);
                 want = row[h % GROUP + part];
-                for (size_t i = 0; i < LANES && kv_type == BKV_I8; i++) /* a sum over the row */
+                for (size_t i = 0; i < LANES && kv_type >= BKV_I8; i++) /* a sum over the row */
                     largest = fmax(largest, fabs(row[i]));
                 CHECKF(same_logit(max[h], want, largest), "key: %s in %s on %s: %.9g, not %.9g",
                        type_name(type), type_name(kv_type), bkv_backend_name(backend),

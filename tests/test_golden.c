@@ -2,9 +2,9 @@
 
    tests/golden/cases.h holds what the float64 NumPy model of gen_golden.py keeps of a stream, with
    which weights and uses, and what attention over it gives. Each case is replayed on every backend
-   and with every storage type but I8: the inputs are exact in all of them, so the results must
-   agree until a refit's values are rounded to f16 or bf16, and a halving decides by those. I8 has
-   cases of its own, whose model rounds as tests/golden/README.md says. */
+   and with every type of floats: the inputs are exact in all of them, so the results must agree
+   until a refit's values are rounded to f16 or bf16, and a halving decides by those. The types of
+   integers have cases of their own, whose model rounds as tests/golden/README.md says. */
 #include "test.h"
 
 typedef struct golden_case {
@@ -14,7 +14,7 @@ typedef struct golden_case {
     uint64_t seed, data; /* of the halvings; of the inputs */
     uint32_t every;      /* tokens from one attend to the next; 0: only at checkpoints */
     uint32_t pin;        /* every so many tokens one is pinned; 0: none */
-    uint32_t i8;         /* 1: answers of BKV_I8; 0: of every other type */
+    uint32_t integers;   /* the kv_type, BKV_I8 or above; 0: each type of floats */
     uint32_t at[2];      /* checkpoints: tokens seen */
 } golden_case;
 
@@ -98,10 +98,10 @@ static void skip(const bkv_cache *c, const golden_case *g, golden_answers *a) {
 }
 
 /* What 16 bits make of a value below 2, as all are that one refit has moved; 0: nothing, as they
-   hold the inputs and no refit is due, f32 holds all, and the model of I8 rounds as well. */
+   hold the inputs and no refit is due, f32 holds all, and the model of integers rounds as well. */
 static double rounding_of(const golden_case *g, uint32_t kv_type) {
     const uint32_t parts = g->importance == BKV_NONE ? 0 : g->importance ? g->importance : 7;
-    if (g->i8 || g->rule != BKV_RULE_SAMPLE || g->rounds == BKV_NONE ||
+    if (g->integers || g->rule != BKV_RULE_SAMPLE || g->rounds == BKV_NONE ||
         !(parts & BKV_IMPORTANCE_QUERY))
         return 0;
     return kv_type == BKV_F16 ? 1.0 / 2048 : kv_type == BKV_BF16 ? 1.0 / 256 : 0;
@@ -113,7 +113,7 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
     unsigned errors_before = test_errors;
     bkv_config cfg = bkv_config_default(g->n_q_heads, g->n_kv_heads, g->head_dim, g->budget);
     cfg.value_dim = g->value_dim;
-    cfg.kv_type = g->i8 ? (uint32_t)BKV_I8 : kv_type;
+    cfg.kv_type = g->integers ? g->integers : kv_type;
     cfg.sinks = g->sinks;
     cfg.window = g->window;
     cfg.rule = g->rule;
@@ -149,7 +149,7 @@ static golden_answers replay(const golden_case *g, uint32_t backend, uint32_t kv
     }
     if (test_errors != errors_before)
         printf("    ... in case %u, %s, %s\n", (unsigned)(g - golden_cases),
-               bkv_backend_name(backend), type_name(kv_type));
+               bkv_backend_name(backend), type_name(cfg.kv_type));
     cache_free(&c);
     return a;
 }

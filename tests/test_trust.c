@@ -3,21 +3,22 @@
    BALANCEKV_KV_TYPE and BALANCEKV_HEAD_DIM, `exported_rows` tests a copy of one shape. */
 #include "test.h"
 
-enum { N_KV = 2, GROUP = 2, N_Q = N_KV * GROUP, BUDGET = 272, I8_BUDGET = BKVI_FEW + 16 };
+enum { N_KV = 2, GROUP = 2, N_Q = N_KV * GROUP, BUDGET = 272, REST_BUDGET = BKVI_FEW + 16 };
 #ifdef BALANCEKV_HEAD_DIM
 enum { DIM = BALANCEKV_HEAD_DIM, VALUE_DIM = BALANCEKV_HEAD_DIM };
 #else
 enum { DIM = 10, VALUE_DIM = 18 };
 #endif
 
-/* What there is to store in: bytes without rests, and with. */
+/* What there is to store in: integers without rests, and with. */
 static const struct {
     uint32_t kv_type, budget;
 } kinds[] = {
 #ifdef BALANCEKV_KV_TYPE
     {BALANCEKV_KV_TYPE, BUDGET}
 #else
-    {BKV_F32, BUDGET}, {BKV_F16, BUDGET}, {BKV_BF16, BUDGET}, {BKV_I8, BUDGET}, {BKV_I8, I8_BUDGET}
+    {BKV_F32, BUDGET}, {BKV_F16, BUDGET},     {BKV_BF16, BUDGET},      {BKV_I4, REST_BUDGET},
+    {BKV_I8, BUDGET},  {BKV_I8, REST_BUDGET}, {BKV_K8V4, REST_BUDGET}, {BKV_I4, BUDGET}
 #endif
 };
 
@@ -200,9 +201,9 @@ static void shrinks_in_place(void) {
         CHECKF(is.slots <= budget && is.slots + 64 > budget && is.bytes <= was.bytes,
                "%u slots of %u", is.slots, budget);
         CHECK(bkv_size(&c.cfg) == is.bytes && is.tokens_seen == n);
-        /* Then it is the cache that was always small, but for queries that saw second bytes. */
+        /* Then it is the cache that was always small, but for queries that saw rests. */
         if (was.tokens_held <= is.slots &&
-            (cfg.kv_type != BKV_I8 || (was.slots < BKVI_FEW) == (is.slots < BKVI_FEW))) {
+            (cfg.kv_type < BKV_I8 || (was.slots < BKVI_FEW) == (is.slots < BKVI_FEW))) {
             bkv_config small = c.cfg;
             small.backend = 0;
             bkv_cache other = cache_new(&small);
@@ -321,7 +322,7 @@ static void validation_finds_every_flipped_bit(void) {
     static const size_t lengths[] = {0, 7, 90, 208, 700};
     for (size_t i = 0; i < 4 * COUNT(lengths); i++) {
         size_t n = lengths[i / 4];
-        bkv_config cfg = config(i % 2 ? BKV_I8 : BKV_F16);
+        bkv_config cfg = config(i % 2 ? storage_types[3 + i / 4 % 3] : BKV_F16);
         cfg.budget = 208;
         cfg.n_kv_heads = 1 + (uint32_t)i % 4 / 2;
         cfg.n_q_heads = GROUP * cfg.n_kv_heads;
@@ -434,12 +435,12 @@ static void exported_rows_in_parts(void) {
     uint32_t backends[8];
     size_t n_backends = test_backends(backends);
     for (size_t i = 0; i < COUNT(kinds); i++) {
-        static unsigned char first[I8_BUDGET * (DIM + VALUE_DIM) * 4];
+        static unsigned char first[REST_BUDGET * (DIM + VALUE_DIM) * 4];
         for (size_t b = 0; b < n_backends; b++) {
             bkv_config cfg = config_of(i);
             cfg.backend = backends[b];
             bkv_cache c = cache_new(&cfg);
-            static unsigned char k[I8_BUDGET * DIM * 4], v[I8_BUDGET * VALUE_DIM * 4];
+            static unsigned char k[REST_BUDGET * DIM * 4], v[REST_BUDGET * VALUE_DIM * 4];
             bkv_rows rows;
             append(&c, &s, 0, 900, 0);
             memset(&rows, 0, sizeof rows);
@@ -452,7 +453,7 @@ static void exported_rows_in_parts(void) {
             CHECK(!memcmp(first, k, sizeof k) && !memcmp(first + sizeof k, v, sizeof v));
             rows.type = 0;
             RESULT(bkv_export(&c, 0, &rows), BKV_E_TYPE);
-            rows.type = BKV_I8;
+            rows.type = BKV_I4;
             RESULT(bkv_export(&c, 0, &rows), BKV_E_TYPE);
             rows.type = BKV_F32, rows.v_stride = VALUE_DIM * 4 - 1;
             RESULT(bkv_export(&c, 0, &rows), BKV_E_STRIDE);
@@ -548,7 +549,7 @@ static void budget_for_bytes_inverts_size(void) {
         bkv_config cfg =
             bkv_config_default(4, 1 + random_below(4) * 3 / 2, 1 + random_below(200), 0);
         cfg.n_q_heads = cfg.n_kv_heads * (1 + random_below(8));
-        cfg.kv_type = storage_types[random_below(4)];
+        cfg.kv_type = storage_types[random_below(N_STORAGE)];
         cfg.window = random_below(2) ? 0 : 64 * (1 + random_below(3));
         size_t bytes = random_below(1u << (10 + random_below(20)));
         uint32_t budget = bkv_budget_for_bytes(&cfg, bytes);
@@ -583,7 +584,7 @@ static void configs_stay_in_bounds(void) {
             cfg.n_kv_heads = 1 + random_below(HEADS);
             cfg.n_q_heads = cfg.n_kv_heads * (1 + random_below(4));
             cfg.head_dim = 1 + random_below(MOST_DIM), cfg.value_dim = 1 + random_below(MOST_DIM);
-            cfg.kv_type = storage_types[random_below(4)];
+            cfg.kv_type = storage_types[random_below(N_STORAGE)];
             cfg.budget = 192 + random_below(400), cfg.sinks = random_below(40);
             cfg.window = random_below(2) ? 0 : 64;
             cfg.n_threads = 1 + random_below(3);
@@ -633,7 +634,7 @@ static void soak(void) {
             for (size_t i = 0; i < VALUE_DIM; i++)
                 tensor_set(&s.v, t, h, i, 1 + 0.3 * tensor_get(&s.v, t, h, i));
     unsigned passes = amount(SHORT, 2442, "passes of 4096 tokens through one cache");
-    for (size_t type = 1; type < 4; type += 2) { /* f16, i8 */
+    for (size_t type = 1; type < N_STORAGE; type += 2) { /* f16, i8, i4 */
         bkv_config cfg = config(storage_types[type]);
         cfg.budget = 528;
         bkv_cache c = cache_new(&cfg);
@@ -719,7 +720,7 @@ static void limits_of_states(void) {
         RESULT(bkv_validate(&c), BKV_E_STATE);
         OK(bkv_reset(&c));
         append(&c, &s, 2, 5, 0);
-        if (cfg.kv_type == BKV_I8) {
+        if (cfg.kv_type >= BKV_I8) {
             at = c.mem + head + c.at[BKVI_K_SCALE];
             memcpy(was, at, 2);
             bkvi_put16(at, 0x7FC0);
