@@ -69,10 +69,9 @@
      copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
      below 1 KiB. The library calls mem{cpy,set,move} and nothing else.
    Storage. f32, f16 and bf16 round every element. BKV_I8 turns keys and values by Hadamard
-     matrices, which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head;
-     BKV_K8V4 has 4 bits for values, BKV_I4 for all. The first 16 sinks and the newest page have as
-     many bits again for what rounding left, if there are 512 slots. On traces of a model |out| is
-     off by 0.002, 0.024, 0.062 in the mean, but instead of 7 tokens they hold 9 and 13.
+     matrices, which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head,
+     BKV_I4 4 bits. From 512 slots on the first 16 sinks and the newest page, of 4 bits the newest
+     four, have as many bits again for what rounding left: most attention is there.
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
      heads; all nth calls must be made, with equal arguments, before the next operation on the cache
      starts. (0, 1) does everything. The result does not depend on nth.
@@ -101,7 +100,7 @@
    BALANCEKV_HEAD_DIM         Affects: code size. The one head_dim = value_dim this copy supports;
                               others give BKV_E_HEAD_DIM.  Values: 1..512.  Default: any.
    BALANCEKV_KV_TYPE          Affects: code size. The one kv_type supported; others: BKV_E_KV_TYPE.
-                              Values: BALANCEKV_F32, _F16, _BF16, _I8, _K8V4, _I4.  Default: any.
+                              Values: BALANCEKV_F32, _F16, _BF16, _I8, _I4.  Default: any.
    BALANCEKV_HEADER_NAME      Affects: the file's name if you rename it.  Default: "balancekv.h".
    BALANCEKV_SIMDE            Affects: 1 makes the block of BALANCEKV_SIMD (NEON, which is then the
                               default, or AVX512) from SIMDe's functions, for any CPU; simde/ must
@@ -126,8 +125,7 @@
 #define BALANCEKV_F16 2
 #define BALANCEKV_BF16 3
 #define BALANCEKV_I8 4
-#define BALANCEKV_K8V4 5
-#define BALANCEKV_I4 6
+#define BALANCEKV_I4 5
 
 /* ---- §3 PUBLIC API -------------------------------------------------------------------- >>api */
 #include <stddef.h>
@@ -162,7 +160,7 @@ extern "C" {
     X(BKV_E_NULL, -1, "a required pointer is NULL")                                                \
     X(BKV_E_HEADS, -2, "n_kv_heads must be 1..4096 and n_q_heads 1..16 times as many")             \
     X(BKV_E_HEAD_DIM, -3, "head_dim and value_dim must be 1..512 (and BALANCEKV_HEAD_DIM if set)") \
-    X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, _F16, _BF16, _I8, _K8V4, _I4, and compiled in") \
+    X(BKV_E_KV_TYPE, -4, "kv_type must be BKV_F32, _F16, _BF16, _I8 or _I4 (and compiled in)")     \
     X(BKV_E_BUDGET, -5, "budget is smaller than sinks + window + two pages of 64, or above 2^24")  \
     X(BKV_E_RULE, -6, "unknown rule or importance, or rounds above 64")                            \
     X(BKV_E_PARAM, -7, "temp, scale or softcap is out of range")                                   \
@@ -188,10 +186,9 @@ typedef enum bkv_result {
         BKV_RESULT_FORCE_INT = 0x7fffffff
 } bkv_result;
 
-/* Element types of tensors and of the cache; then of the cache alone, see §1: integers of 8 bits,
-   of 8 for keys and 4 for values, of 4. 0 is not a type. */
+/* Element types of tensors and of the cache; integers of the cache alone, see §1. 0 is no type. */
 enum { BKV_F32 = BALANCEKV_F32, BKV_F16 = BALANCEKV_F16, BKV_BF16 = BALANCEKV_BF16 };
-enum { BKV_I8 = BALANCEKV_I8, BKV_K8V4 = BALANCEKV_K8V4, BKV_I4 = BALANCEKV_I4 };
+enum { BKV_I8 = BALANCEKV_I8, BKV_I4 = BALANCEKV_I4 };
 
 /* Halving rules, see §1. BKV_RULE_DEFAULT is BKV_RULE_SAMPLE. */
 enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
@@ -220,7 +217,7 @@ typedef struct bkv_config {
     uint32_t n_kv_heads; /* KV heads, 1..4096; required */
     uint32_t head_dim;   /* elements of a key or query, 1..512; required */
     uint32_t value_dim;  /* elements of a value, 1..512; 0: head_dim */
-    uint32_t kv_type;    /* storage: BKV_F32, _F16, _BF16, _I8, _K8V4, _I4; 0: BKV_F16 */
+    uint32_t kv_type;    /* storage: BKV_F32, _F16, _BF16, _I8, _I4; 0: BKV_F16 */
     uint32_t budget;     /* slots per KV head, everything included, up to 2^24; required */
     uint32_t sinks;      /* first tokens kept exactly, rounded up to 16; 0: 4; or BKV_NONE */
     uint32_t window;     /* newest tokens kept exactly, rounded up to 64; 0: budget / 3 rounded
@@ -239,23 +236,24 @@ typedef struct bkv_config {
 /* bkv_size() as a constant expression, for static arrays: of what bkv_config_default() gives, with
    this kv_type, n_q_heads not 0. Checks nothing, bkv_init() does. See examples/freestanding.c. */
 #define BKV_SIZE(n_q_heads, n_kv_heads, head_dim, budget, kv_type)                                 \
-    (256 + 64 + 142336 + 512 * BKV_SIZE_PAD(head_dim, (kv_type) < BALANCEKV_K8V4 ? 16 : 32) +      \
+    (256 + 64 + 142336 + 512 * BKV_SIZE_ROW(head_dim, kv_type) + /* header, scratch */             \
      BKV_SIZE_HEAD((n_q_heads) / (n_kv_heads), (size_t)(budget) / 16 * 16, kv_type,                \
-                   BKV_SIZE_K(head_dim, kv_type), BKV_SIZE_V(head_dim, kv_type),                   \
-                   BKV_SIZE_PAD(head_dim, 16)) *                                                   \
+                   (kv_type) == BALANCEKV_I4 ? BKV_SIZE_ROW(head_dim, kv_type) : (head_dim),       \
+                   BKV_SIZE_ROW(head_dim, kv_type), BKV_SIZE_PAD(head_dim, 16)) *                  \
          (n_kv_heads))
+#define BKV_SIZE_ROW(dim, type) BKV_SIZE_PAD(dim, (type) == BALANCEKV_I4 ? 32 : 16)
 #define BKV_SIZE_HEAD(group, slots, type, k, v, query)                                             \
     (64 + BKV_SIZE_PAD(((slots)-16) / 64 * 8, 64) + 4 * (query) * (group) + 12 * (slots) +         \
-     ((type) < BALANCEKV_I8 ? 0 : BKV_SIZE_INT(slots, k, v)) + BKV_SIZE_PAD((slots) * (k), 64) +   \
-     (slots) * (v))
-#define BKV_SIZE_INT(slots, k, v) /* scales, and the rests of 16 sinks and a page */               \
-    (2 * BKV_SIZE_PAD((slots)*2, 64) + ((slots) < 512 ? 0 : BKV_SIZE_PAD((k)*80, 64) + (v)*80))
-#define BKV_SIZE_K(dim, type) /* bytes of a key */                                                 \
-    ((type) == BALANCEKV_I4 ? BKV_SIZE_PAD(dim, 32) / 2 : (size_t)(dim)*BKV_SIZE_ELEM(type))
-#define BKV_SIZE_V(dim, type) /* bytes of a value */                                               \
-    ((type) < BALANCEKV_K8V4 ? BKV_SIZE_PAD(dim, 16) * BKV_SIZE_ELEM(type)                         \
-                             : BKV_SIZE_PAD(dim, 32) / 2)
-#define BKV_SIZE_ELEM(type) ((type) == BALANCEKV_F32 ? 4 : (type) < BALANCEKV_I8 ? 2 : 1)
+     ((type) < BALANCEKV_I8 ? 0 : 2 * BKV_SIZE_PAD((slots)*2, 64)) + /* scales */                  \
+     BKV_SIZE_OF(k, BKV_SIZE_RESTS(slots, type), type) + BKV_SIZE_OF(k, slots, type) +             \
+     BKV_SIZE_OF(v, BKV_SIZE_RESTS(slots, type), type) + BKV_SIZE_OF(v, slots, type))
+#define BKV_SIZE_RESTS(slots, type)                                                                \
+    ((type) < BALANCEKV_I8 || (slots) < 512 ? 0 : (type) == BALANCEKV_I8 ? 80                      \
+                                                : (slots) < 576 ? 208 : 272)
+#define BKV_SIZE_OF(dim, slots, type) /* bytes, of half a byte each of BKV_I4 */                   \
+    BKV_SIZE_PAD((size_t)(dim) * (slots) / 2 * ((type) == BALANCEKV_F32  ? 8                       \
+                                                : (type) < BALANCEKV_I8  ? 4                       \
+                                                : (type) == BALANCEKV_I8 ? 2 : 1), 64)
 #define BKV_SIZE_PAD(n, unit) (((size_t)(n) + (unit)-1) / (unit) * (unit))
 
 /* A tensor of the caller's: element (token t, head h, index i) is at
@@ -518,7 +516,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 #ifndef BALANCEKV_KV_TYPE
 #define BKVI_TYPE(t) (t)
 #elif (BALANCEKV_KV_TYPE + 0) < BALANCEKV_F32 || (BALANCEKV_KV_TYPE + 0) > BALANCEKV_I4
-#error "balancekv.h: BALANCEKV_KV_TYPE must be BALANCEKV_F32, _F16, _BF16, _I8, _K8V4 or _I4"
+#error "balancekv.h: BALANCEKV_KV_TYPE must be BALANCEKV_F32, _F16, _BF16, _I8 or _I4"
 #else
 #define BKVI_TYPE(t) ((uint32_t)(BALANCEKV_KV_TYPE) + 0u * (t))
 #endif
@@ -965,16 +963,9 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
 static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
     return c->mem + BKVI_HEADER_BYTES + (size_t)head * c->head_bytes;
 }
-/* The type of keys, or of values. */
-BKVI_INLINE uint32_t bkvi_part_type(uint32_t type, int values) {
-    return type != BKV_K8V4 ? type : values ? (uint32_t)BKV_I4 : (uint32_t)BKV_I8;
-}
-BKVI_INLINE uint32_t bkvi_type(const bkv_cache *c, int values) {
-    return bkvi_part_type(BKVI_TYPE(c->cfg.kv_type), values);
-}
 /* value_dim, padded to whole sixteens, of 4 bits two of them. */
 BKVI_INLINE uint32_t bkvi_v_dim(const bkv_cache *c) {
-    const uint32_t unit = bkvi_is_i4(bkvi_type(c, 1)) ? 2 * BKVI_LANES : BKVI_LANES;
+    const uint32_t unit = bkvi_is_i4(BKVI_TYPE(c->cfg.kv_type)) ? 2 * BKVI_LANES : BKVI_LANES;
     return bkvi_round_up(BKVI_DIM(c->cfg.value_dim), unit);
 }
 /* Units in which a key or value of n elements is stored: elements, or, of 4 bits, bytes, 16 times a
@@ -1038,13 +1029,19 @@ static uint32_t bkvi_page_slot(const bkvi_head *h, uint32_t i) {
 }
 
 /* What rounding left of a slot's key (part BKVI_K) or value, or NULL: the first sixteen sinks and
-   the newest page have it, of BKV_I8 and of caches that are large enough. */
+   the newest pages have it, of integers and of caches that are large enough. The pages take turns:
+   as many were begun as are in use and were halved. */
 static unsigned char *bkvi_rest(const bkvi_head *h, int part, uint32_t slot) {
-    const uint32_t sinks = h->c->rests - BKVI_PAGE, is_sink = slot < h->c->sink_slots;
-    if (!bkvi_is_int(h->c->cfg.kv_type) || !h->c->rests || !(is_sink || h->used)) return NULL;
-    if (!is_sink) slot -= bkvi_page_slot(h, h->used - 1);
-    if (slot >= (is_sink ? sinks : (uint32_t)BKVI_PAGE)) return NULL;
-    return bkvi_part(h, part - BKVI_K + BKVI_K_REST, is_sink ? slot : sinks + slot);
+    const uint32_t sinks = h->c->rests % BKVI_PAGE, pages = h->c->rests / BKVI_PAGE;
+    uint32_t i, at = slot, turn;
+    if (!bkvi_is_int(BKVI_TYPE(h->c->cfg.kv_type)) || !pages) return NULL;
+    part += BKVI_K_REST - BKVI_K;
+    if (slot < h->c->sink_slots) return slot < sinks ? bkvi_part(h, part, slot) : NULL;
+    for (i = h->used; i > 0 && i + pages > h->used; i--) {
+        at = slot - bkvi_page_slot(h, i - 1), turn = (uint32_t)((h->halvings + i) % pages);
+        if (at < BKVI_PAGE) return bkvi_part(h, part, sinks + BKVI_PAGE * turn + at);
+    }
+    return NULL;
 }
 
 /* Slot `to` becomes a copy of slot `from`, with a new weight. */
@@ -1189,7 +1186,7 @@ static void bkvi_put_run(bkvi_head *h, uint32_t slot, bkv_tensor *const *in, siz
         for (i = 0; i < 2; i++)
             kernels.put(bkvi_part(h, BKVI_K + i, slot), i ? 1 : BKVI_LANES,
                         bkvi_rest(h, BKVI_K + i, slot), bkvi_part(h, BKVI_K_SCALE + i, slot),
-                        bkvi_type(c, i), bkvi_at(in[i], first + t, h->index), in[i]->type,
+                        BKVI_TYPE(c->cfg.kv_type), bkvi_at(in[i], first + t, h->index), in[i]->type,
                         in[i]->elem_stride, BKVI_DIM(i ? c->cfg.value_dim : c->cfg.head_dim),
                         h->scratch);
     }
@@ -1296,12 +1293,13 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (!r->n_threads) r->n_threads = 1;
     if (r->n_threads > 1024) return BKV_E_THREADS;
     if (!(r->backend = bkvi_pick_backend(r->backend))) return BKV_E_BACKEND;
-    if (r->kv_type >= BKV_I8 && c->slots >= BKVI_FEW)
-        c->rests = bkvi_min(c->sink_slots, BKVI_LANES) + BKVI_PAGE;
+    if (r->kv_type >= BKV_I8 && c->slots >= BKVI_FEW) /* what may be halved has no rests */
+        c->rests = bkvi_min(c->sink_slots, BKVI_LANES) +
+                   BKVI_PAGE * bkvi_min(r->kv_type == BKV_I4 ? 4 : 1, window + 1);
     for (i = 0; i < BKVI_END; i++, end = (end + 63) & ~(uint64_t)63) {
         const uint32_t scale = r->kv_type >= BKV_I8 ? 2 : 0, es = (uint32_t)c->elem_bytes;
-        const uint32_t k = bkvi_units(bkvi_type(c, 0), r->head_dim);
-        const uint32_t v = bkvi_units(bkvi_type(c, 1), bkvi_v_dim(c));
+        const uint32_t k = bkvi_units(BKVI_TYPE(c->cfg.kv_type), r->head_dim);
+        const uint32_t v = bkvi_units(BKVI_TYPE(c->cfg.kv_type), bkvi_v_dim(c));
         const uint32_t n = c->slots, query = 4 * bkvi_round_up(r->head_dim, BKVI_LANES);
         const uint32_t each[] = {4, 8, 4, 4, 4, query, scale, scale, k, v, k * es, v * es};
         const uint32_t count[] = {16, pages, n, n, n, c->group, n, n, c->rests, c->rests, n, n};
@@ -1829,7 +1827,7 @@ BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows)
                 if (i == 2)
                     *x = bkvi_log(w);
                 else
-                    kernels.fetch(x, bkvi_part(&h, BKVI_K + i, row), bkvi_type(c, i),
+                    kernels.fetch(x, bkvi_part(&h, BKVI_K + i, row), BKVI_TYPE(c->cfg.kv_type),
                                   (i ? 1 : BKVI_LANES) * c->elem_bytes, i ? bkvi_v_dim(c) : dim[0],
                                   bkvi_part(&h, BKVI_K_SCALE + i, row),
                                   bkvi_rest(&h, BKVI_K + i, row));
@@ -2504,7 +2502,7 @@ static float bkvi_k(largest)(const float *x) {
    panels, then lanes i + i+8, i+4, i+2, i+1. */
 BKVI_NOINLINE float bkvi_k(pack)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block,
                                  int values, uint32_t dim, size_t stride) {
-    const uint32_t type = bkvi_type(h->c, values), units = bkvi_units(type, dim);
+    const uint32_t type = BKVI_TYPE(h->c->cfg.kv_type), units = bkvi_units(type, dim);
     const size_t es = bkvi_type_bytes(type);
     float *sums = block->tile, *turned = sums + 256, *mean = block->mean;
     uint32_t i, j, p, n, lane;
@@ -2789,7 +2787,7 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
    total(): never inline, or a product on its way to memory may be fused with a later addition. */
 BKVI_NOINLINE void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, uint32_t first,
                                  uint32_t n) {
-    const uint32_t type = bkvi_type(h->c, 1), units = bkvi_units(type, bkvi_v_dim(h->c));
+    const uint32_t type = BKVI_TYPE(h->c->cfg.kv_type), units = bkvi_units(type, bkvi_v_dim(h->c));
     const unsigned char *row = bkvi_part(h, BKVI_V, slot);
     uint32_t i, scale = 0x3F80, high = bkvi_high(type, first, units); /* scale: 1 as bf16 */
     const unsigned char *from = row + (first - high * units) * h->c->elem_bytes;
@@ -2809,7 +2807,7 @@ BKVI_NOINLINE void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, u
    the quotient that attention is. Half steps are its ridge. */
 static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
     const int vecs = BKVI_VECS(BKVI_TILE_ROWS);
-    const uint32_t v_dim = bkvi_v_dim(h->c), type = bkvi_type(h->c, 1);
+    const uint32_t v_dim = bkvi_v_dim(h->c), type = BKVI_TYPE(h->c->cfg.kv_type);
     const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE / 32.0f;
     float *v = block->matrix, *among = v + BKVI_BLOCK * BKVI_PAGE; /* 64 dimensions; H_ik */
     float *row = block->kernel, *d = row + BKVI_PAGE * BKVI_BLOCK; /* H_ij (s_j - r_i) */
@@ -2884,7 +2882,7 @@ BKVI_INLINE void bkvi_k(times)(float *x, const unsigned char *scale) {
    c v^2, where c = s^2 (1 - 1 / w), s the weights that softmax has come to. Adds a block's. */
 BKVI_NOINLINE void bkvi_k(doubt)(float *sums, const float *s, const bkvi_span *span,
                                  const bkv_cache *c) {
-    const uint32_t v_dim_pad = bkvi_v_dim(c), type = bkvi_type(c, 1);
+    const uint32_t v_dim_pad = bkvi_v_dim(c), type = BKVI_TYPE(c->cfg.kv_type);
     const uint32_t units = bkvi_units(type, v_dim_pad);
     bkvi_vec x, y, one = bkvi_v(set)(1.0f), most = one, first, second;
     float by[BKVI_PAGE], *to = sums + BKVI_LANES;
@@ -3047,30 +3045,30 @@ BKVI_INLINE void bkvi_k(multiply)(const int type, const int values, const int ro
 #undef BKVI_PRODUCTS
 }
 
-/* One function each, so that it has the registers to itself. */
+/* One function per type and row count, so that each has the registers to itself. */
 #if BKVI_SMALL
 #define BKVI_EACH_ROWS(X, type) X(type, 1)
 #else
 #define BKVI_EACH_ROWS(X, type) X(type, 1) X(type, 2) X(type, 3) X(type, 4)
 #endif
-#ifndef BALANCEKV_KV_TYPE
+#ifdef BALANCEKV_KV_TYPE
+#define BKVI_EACH_TILE(X) BKVI_EACH_ROWS(X, BALANCEKV_KV_TYPE)
+#else
 #define BKVI_EACH_TILE(X)                                                                          \
     BKVI_EACH_ROWS(X, 1) BKVI_EACH_ROWS(X, 2) BKVI_EACH_ROWS(X, 3) BKVI_EACH_ROWS(X, 4)            \
-    BKVI_EACH_ROWS(X, 6)
-#elif BALANCEKV_KV_TYPE == BALANCEKV_K8V4
-#define BKVI_EACH_TILE(X) BKVI_EACH_ROWS(X, 4) BKVI_EACH_ROWS(X, 6)
-#else
-#define BKVI_EACH_TILE(X) BKVI_EACH_ROWS(X, BALANCEKV_KV_TYPE)
+    BKVI_EACH_ROWS(X, 5)
 #endif
-#define BKVI_ONE(name, type, values, rows)                                                         \
-    BKVI_NOINLINE void BKVI_FN(bkvi_##name##_##type##_##rows)(                                     \
+#define BKVI_X(type, rows)                                                                         \
+    BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                       \
         const bkv_cache *c, bkvi_tiles *t, const bkvi_span *span, uint32_t first) {                \
-        bkvi_k(multiply)(type, values, rows, c, t, span, first);                                   \
+        uint32_t r;                                                                                \
+        bkvi_k(multiply)(type, 0, rows, c, t, span, first);                                        \
+        for (r = 0; r < (rows); r++) bkvi_k(soften)(t, span, first, first + r, c);                 \
+        bkvi_k(multiply)(type, 1, rows, c, t, span, first);                                        \
     }
-#define BKVI_X(type, rows) BKVI_ONE(score, type, 0, rows) BKVI_ONE(sum, type, 1, rows)
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
-#undef BKVI_ONE
+
 /* One scaled query, elements `width` apart, rotated if there is work; its mean, if any, learns. */
 BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
                                       const unsigned char *row, const bkv_tensor *q, uint32_t dim,
@@ -3108,7 +3106,6 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
     float *work = bkvi_is_int(c->cfg.kv_type) ? t->work : NULL;
     const uint32_t last_fill = h->used ? h->fill : (h->sinks - 1) % BKVI_PAGE + 1;
     uint32_t begin, b, r, i, doubted = 0xFFFFFFFFu; /* row whose error is estimated */
-    int values;
     if (h->halvings && h->fill == BKVI_PAGE && !h->drafts) /* the last token; heads take turns */
         doubted = (run->n - 1) * group + (uint32_t)(h->halvings % group);
     t->out = t->q + (size_t)BKVI_ROWS * dim;
@@ -3153,16 +3150,12 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
             for (r = 0; r < n; r += tile_rows) {
                 tile_rows = bkvi_min(size, n - r);
                 if (r || (span.last && !beyond)) span.next_k = span.next_v = NULL;
-                for (values = 0; values < 2; values++) {
-                    for (i = r; values && i < r + tile_rows; i++)
-                        bkvi_k(soften)(t, &span, r, i, c);
-                    switch (bkvi_type(c, values) * 16 + (uint32_t)values * 8 + tile_rows) {
+                switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
-    case (type)*16 + (rows): BKVI_FN(bkvi_score_##type##_##rows)(c, t, &span, r); break;           \
-    case (type)*16 + 8 + (rows): BKVI_FN(bkvi_sum_##type##_##rows)(c, t, &span, r); break;
-                        BKVI_EACH_TILE(BKVI_X)
+    case (type)*8 + (rows): BKVI_FN(bkvi_attend_##type##_##rows)(c, t, &span, r); break;
+                    BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
-                    }
+                default: break;
                 }
             }
         }
