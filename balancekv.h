@@ -1567,8 +1567,8 @@ BALANCEKV_API bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens) {
     return BKV_OK;
 }
 
-/* The pages of a head into places that there still are; then its parts to where the new layout has
-   them, at or below where they were. */
+/* The pages of a head into places that there still are, rests where those that are left take turns;
+   then its parts to where the new layout has them, at or below where they were. */
 BKVI_NOINLINE void bkvi_move_head(const bkvi_head *h, const bkv_cache *to) {
     const bkv_cache *c = h->c;
     unsigned char *taken = (unsigned char *)h->scratch; /* a bit for each of <= 2^18 */
@@ -1586,6 +1586,15 @@ BKVI_NOINLINE void bkvi_move_head(const bkvi_head *h, const bkv_cache *to) {
         for (j = 0; j < BKVI_PAGE; j++)
             bkvi_move_slot(h, bkvi_page_slot(h, i) + j, from + j, bkvi_weight(h, from + j));
         bkvi_clear(h, from, BKVI_PAGE);
+    }
+    for (i = BKVI_K_REST; i <= BKVI_V_REST && to->rests < c->rests; i++) {
+        const size_t each = c->each[i], page = BKVI_PAGE * each;
+        unsigned char *rests = h->mem + c->at[i] + c->rests % BKVI_PAGE * each;
+        memcpy(taken, rests, c->rests / BKVI_PAGE * page);
+        memset(rests, 0, c->rests / BKVI_PAGE * page);
+        for (j = h->used; j > 0 && j + to->rests / BKVI_PAGE > h->used; j--)
+            memcpy(rests + (h->halvings + j) % (to->rests / BKVI_PAGE) * page,
+                   taken + (h->halvings + j) % (c->rests / BKVI_PAGE) * page, page);
     }
     for (i = 0; i < BKVI_END; i++)
         memmove(bkvi_head_mem(to, h->index) + to->at[i], h->mem + c->at[i],

@@ -31,12 +31,12 @@ static const uint32_t lengths[] = {8192, 32768, 131072};
 static const uint32_t budgets[] = {512, 1024, 2048, 4096, 8192};
 static const uint64_t memories[] = {8, 64, 512}; /* GB of 2^30 bytes, all of them for caches */
 static const char *const types[] = {NULL, "f32",  "f16", "bf16",
-                                    "i8", "k8v4", "i4"}; /* by BKV_F32, .. */
+                                    "i8", "i4"}; /* by BKV_F32, .. */
 enum { TYPES = sizeof types / sizeof *types };
 #define COUNT(list) (sizeof(list) / sizeof *(list))
 
 static const char help[] =
-    "usage: capacity [--type f32|f16|bf16|i8|k8v4|i4] [--json]\n"
+    "usage: capacity [--type f32|f16|bf16|i8|i4] [--json]\n"
     "Bytes of a session with balancekv.h at several budgets (slots per KV head), and with a cache\n"
     "of every token in f16; sessions that fit in 8, 64 and 512 GB. --type: storage, default f16;\n"
     "of another one also the slots that the bytes of so many slots of f16 give.\n"
@@ -142,7 +142,7 @@ int main(int argc, char **argv) {
         } else if (!strcmp(argv[i], "--type")) {
             if (++i == argc) fail("--type needs a value; --help explains it");
             for (type = 1; type < TYPES && strcmp(argv[i], types[type]); type++) continue;
-            if (type == TYPES) fail("--type: '%s' is none of: f32 f16 bf16 i8 k8v4 i4", argv[i]);
+            if (type == TYPES) fail("--type: '%s' is none of: f32 f16 bf16 i8 i4", argv[i]);
         } else {
             fail("unknown option '%s'; --help lists them", argv[i]);
         }

@@ -50,7 +50,7 @@ static const part parts[] = {
     {SAMPLE, KEY, 0, BKV_I8, BKV_BF16, 7, 1, 17, 0, 256, 0, 64, 1, 1.0f, 0.0f, 0.0f},
     {BKV_RULE_WINDOW, 0, 0, BKV_I8, BKV_F32, 1, 2, 512, 128, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
     {BKV_RULE_WINDOW, 0, 0, BKV_I8, BKV_F16, 4, 1, 1, 96, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
-    {SAMPLE, 0, 0, BKV_K8V4, BKV_F32, 3, 2, 72, 50, 544, 0, 0, 2, 0.0f, 0.0f, 0.0f},
+    {SAMPLE, 0, 0, BKV_I4, BKV_F32, 3, 2, 72, 50, 544, 0, 0, 2, 0.0f, 0.0f, 0.0f},
     {SAMPLE, KEY + QUERY, 0, BKV_I4, BKV_F16, 2, 1, 80, 57, 560, 20, 100, 1, 0.5f, 30.0f, 0.0f},
     {SAMPLE, 0, 1, BKV_I4, BKV_BF16, 5, 2, 17, 33, 256, 0, 0, 1, 0.0f, 0.0f, 0.0f},
 };
@@ -279,7 +279,7 @@ int main(int argc, char **argv) {
     }
 
     for (i = 0; i < sizeof parts / sizeof *parts; i++) {
-        static const char *const types[] = {"?", "f32", "f16", "bf16", "i8", "k8v4", "i4"};
+        static const char *const types[] = {"?", "f32", "f16", "bf16", "i8", "i4"};
         static const char *const rules[] = {"?", "sample", "window"};
         const part *p = &parts[i];
         uint64_t outputs = 0, states = 0;

@@ -107,8 +107,7 @@ typedef struct field {
 } field;
 
 static const char *const rule_words[] = {"default", "sample", "window", NULL};
-static const char *const type_words[] = {"default", "f32", "f16", "bf16", "i8", "k8v4", "i4",
-                                        NULL};
+static const char *const type_words[] = {"default", "f32", "f16", "bf16", "i8", "i4", NULL};
 static const char *const backend_words[] = {"auto", "scalar", "avx2", "avx512", "neon", NULL};
 
 static const field header_fields[] = {

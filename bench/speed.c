@@ -298,13 +298,12 @@ static uint32_t type_of(const char *name) {
     return strncmp(name, "f32", 3) == 0   ? BKV_F32
            : strncmp(name, "f16", 3) == 0 ? BKV_F16
            : strncmp(name, "i8", 2) == 0  ? BKV_I8
-           : strcmp(name, "k8v4") == 0    ? BKV_K8V4
            : strcmp(name, "i4") == 0      ? BKV_I4
                                           : BKV_BF16;
 }
-/* Bits of an element, in the mean of keys and values. */
+/* Bits of an element. */
 static size_t bits_of(const char *type) {
-    static const size_t bits[] = {0, 32, 16, 16, 8, 6, 4}; /* by BKV_F32, .. */
+    static const size_t bits[] = {0, 32, 16, 16, 8, 4}; /* by BKV_F32, .. */
     return bits[type_of(type)];
 }
 
@@ -832,7 +831,7 @@ static void attend_variants(const char *name, int cold) {
             attend_variant(name, &shapes[s], opt.quick ? 1024 : 4096, types[i], cold);
 }
 
-static const char *const attend_types[] = {"f16", "bf16", "f32", "i8", "k8v4", "i4"};
+static const char *const attend_types[] = {"f16", "bf16", "f32", "i8", "i4"};
 enum { N_TYPES = sizeof attend_types / sizeof *attend_types };
 
 static void case_attend_hot(const char *name) {

@@ -21,7 +21,7 @@ enum {
 #define MAX_SECONDS 1.0 /* no further pass of a run that took longer: slow machines */
 
 static const char *const rule_names[] = {"default", "sample", "window"};
-static const char *const type_names[] = {"default", "f32", "f16", "bf16", "i8", "k8v4", "i4"};
+static const char *const type_names[] = {"default", "f32", "f16", "bf16", "i8", "i4"};
 static const char *backend_names[5];
 #define N_NAMES(list) (uint32_t)(sizeof(list) / sizeof((list)[0]))
 
@@ -31,7 +31,7 @@ static const char help[] =
     "(f16 or f32) of TRACE_DIR (default: examples/trace) through caches of fixed size.\n"
     "  --budget B[,B...]  slots per KV head (default 512,1024,2048)\n"
     "  --rule NAME        sample (default) or window\n"
-    "  --type NAME        storage: f16 (default), f32, bf16, i8, k8v4 or i4\n"
+    "  --type NAME        storage: f16 (default), f32, bf16, i8 or i4\n"
     "  --seed S           of the halvings (default 1)\n"
     "  --backend NAME     auto (default), scalar, avx2, avx512 or neon\n"
     "  --svg FILE         the picture (default survivors.svg): KV head 0, the first budget\n"

@@ -138,7 +138,7 @@ def legal():
     yield STATIC + ["-DBALANCEKV_HEAD_DIM=64", "-DBALANCEKV_KV_TYPE=BALANCEKV_F16"]
     for dim in (1, 80, 512):
         yield IMPLEMENTATION + ["-DBALANCEKV_HEAD_DIM=%d" % dim]
-    for kv_type in ("F32", "F16", "BF16", "I8", "K8V4", "I4"):
+    for kv_type in ("F32", "F16", "BF16", "I8", "I4"):
         yield IMPLEMENTATION + ["-DBALANCEKV_KV_TYPE=BALANCEKV_" + kv_type]
     yield IMPLEMENTATION + ["-DBALANCEKV_API=__attribute__((visibility(\"default\"))) extern"]
     yield IMPLEMENTATION + ["-DBALANCEKV_HEADER_NAME=\"balancekv.h\""]

@@ -224,7 +224,7 @@ static void operation(bkv_cache *c, size_t *block_bytes) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static const uint32_t types[] = {BKV_F32, BKV_F16, BKV_BF16, BKV_I8, BKV_K8V4, BKV_I4};
+    static const uint32_t types[] = {BKV_F32, BKV_F16, BKV_BF16, BKV_I8, BKV_I4};
     bkv_config cfg;
     bkv_cache c;
     size_t bytes;

@@ -28,7 +28,7 @@ N_QUERIES = 2  # per checkpoint
 PAGE, PINS, FEW = 64, 32, 512
 SAMPLE, WINDOW = "sample", "window"
 KEY, QUERY, USE = 1, 2, 4
-I8, K8V4, I4 = 4, 5, 6
+I8, I4 = 4, 5
 LEARN = 0.01  # the share of a query in the running mean
 NONE = 0xFFFFFFFF
 M64 = (1 << 64) - 1
@@ -37,7 +37,7 @@ G = 0x9E3779B97F4A7C15  # the increment of splitmix64
 # One row per case; a 0 is the library's default, as in bkv_config. `data` is the seed of the
 # inputs, `seed` that of the halvings; `every`: after how many tokens the cache attends (0: only at
 # the checkpoints); every `pin`-th token is pinned; `integers`: how they are stored, the
-# number of BKV_I8, BKV_K8V4 or BKV_I4, 0: as they are; `at` are the stream lengths at which it is
+# number of BKV_I8 or BKV_I4, 0: as they are; `at` are the stream lengths at which it is
 # examined.
 FIELDS = ("rule importance rounds n_q_heads n_kv_heads head_dim value_dim budget sinks window "
           "temp scale softcap seed data every pin integers at").split()
@@ -59,8 +59,9 @@ CASES = [dict(zip(FIELDS, row)) for row in [
     (SAMPLE,  0,     0,    4, 2, 8, 16, 560, 4, 0, 0, 0, 0, 30, 14, 1, 0, I8, (600, 700)),
     (SAMPLE,  7,     0,    3, 1, 16, 24, 350, 40, 64, 0, 1, 20, 31, 4, 1, 3, I8, (400, 590)),
     (WINDOW,  0,     0,    2, 1, 24, 8, 208, NONE, NONE, 0, 1, 0, 32, 1, 1, 0, I8, (193, 640)),
-    (SAMPLE,  0,     0,    3, 1, 20, 24, 272, 20, 0, 0, 1, 0, 33, 1, 1, 0, K8V4, (300, 450)),
+    (SAMPLE,  0,     0,    3, 1, 20, 24, 272, 20, 0, 0, 1, 0, 33, 1, 1, 0, I4, (300, 450)),
     (SAMPLE,  0,     0,    4, 2, 24, 8, 560, 20, 64, 0, 0, 20, 34, 1, 1, 3, I4, (600, 700)),
+    (SAMPLE,  0,     0,    2, 1, 24, 24, 608, 4, 0, 0, 0, 0, 35, 1, 1, 0, I4, (600, 900)),
 ]]
 
 
@@ -124,8 +125,7 @@ def rotate(x):
 def stored(x, integers, is_value, margins=None):
     """What is held of a key or value, padding included: without the rest, and with it. Of a value
     that a refit has moved the library's x is not quite this one, so the roundings are decisions."""
-    four = integers == I4 or (integers == K8V4 and is_value)
-    most, parts, whole = (7, 16, 32) if four else (127, 128, 16)
+    most, parts, whole = (7, 14, 32) if integers == I4 else (127, 128, 16)
     y = rotate(np.concatenate([x, np.zeros(-len(x) % whole if is_value else 0)]))
     least = np.maximum(np.abs(y).max(), np.float32(1e-28)) / np.float32(most)
     bits = (np.array([least], np.float32).view(np.uint32) + 0xFFFF) & 0xFFFF0000  # up to bf16
@@ -137,8 +137,7 @@ def stored(x, integers, is_value, margins=None):
         decide(float(least), float(step), least, margins, ROUNDING)
         decide(np.abs(steps - q).max(), 0.5, most, margins, ROUNDING)
     rest = np.rint((steps - q).astype(np.float32).astype(float) * parts)
-    fine = q + np.minimum(rest, most) / parts
-    return [rotate(z * float(step)).astype(float) for z in (q, fine)]
+    return [rotate(z * float(step)).astype(float) for z in (q, q + rest / parts)]
 
 
 # ---- the rules: which of 128 tokens stay, and with which weights -------------------------------
@@ -318,7 +317,7 @@ class Head:
         else:
             self.n_exact = 0 if case["window"] == NONE else -(-case["window"] // PAGE)
         self.keys, self.values, self.use = [], [], []  # of every token ever seen
-        self.fine = []  # its key and value while it is in the newest page, or an early sink
+        self.fine = []  # its key and value while it is in the newest pages, or an early sink
         self.sinks, self.pages, self.halvings = [], [], 0
         group = case["n_q_heads"] // case["n_kv_heads"]
         self.mean_queries = np.zeros((group, case["head_dim"]))
@@ -378,7 +377,8 @@ class Head:
         """The outputs of the group's queries; the head learns from them."""
         tokens, w = self.held()
         k, v, w = np.array(self.keys)[tokens], np.array(self.values)[tokens], np.array(w)
-        newest = self.pages[-1][1] if self.pages else []
+        n_fine = min(4 if self.case["integers"] == I4 else 1, self.n_exact + 1)
+        newest = [t for page in self.pages[-n_fine:] for t in page[1]]
         fine = () if self.few else set(self.sinks[:16] + newest)
         for i, token in enumerate(tokens):
             if token in fine:

@@ -68,7 +68,7 @@ int main(int argc, char **argv) {
     FILE *file = argc == 3 ? fopen(argv[2], writes ? "wb" : "rb") : NULL;
     require(file != NULL, "saved write|read FILE");
     check(BKV_F16, writes, file);
-    check(BKV_K8V4, writes, file); /* scales and rests, too */
+    check(BKV_I4, writes, file); /* scales and rests, too */
     require(!fclose(file), "close");
     if (!writes) printf("1 passed, 0 failed\n");
     return 0;

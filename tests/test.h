@@ -122,19 +122,17 @@ static inline format format_of(uint32_t type) {
 }
 
 static const uint32_t test_types[3] = {BKV_F32, BKV_F16, BKV_BF16};
-enum { N_STORAGE = 6 };
-static const uint32_t storage_types[N_STORAGE] = {BKV_F32, BKV_F16,  BKV_BF16,
-                                                  BKV_I8,  BKV_K8V4, BKV_I4};
+enum { N_STORAGE = 5 };
+static const uint32_t storage_types[N_STORAGE] = {BKV_F32, BKV_F16, BKV_BF16, BKV_I8, BKV_I4};
 
 static inline const char *type_name(uint32_t type) {
-    static const char *const names[] = {"f32", "f16", "bf16", "i8", "k8v4", "i4"};
+    static const char *const names[] = {"f32", "f16", "bf16", "i8", "i4"};
     return names[type - BKV_F32];
 }
 
-/* Bits of the integers that a key, or a value, is stored in; 0: it is stored in floats. */
-static inline unsigned integer_bits(uint32_t kv_type, int is_value) {
-    if (kv_type < BKV_I8) return 0;
-    return kv_type == BKV_I4 || (kv_type == BKV_K8V4 && is_value) ? 4 : 8;
+/* Bits of the integers that a key or value is stored in; 0: it is stored in floats. */
+static inline unsigned integer_bits(uint32_t kv_type) {
+    return kv_type < BKV_I8 ? 0 : kv_type == BKV_I4 ? 4 : 8;
 }
 
 /* The number that a pattern stands for. */
@@ -182,12 +180,12 @@ static inline void rotate(float *x, size_t n) {
 }
 
 /* A key, or a value, becomes what a cache of this type holds of it. Integers: of a sink or a token
-   of the newest page the rest is held, too, in 1/128 of a step, or of 4 bits in 1/16. */
+   of the newest pages the rest is held, too, in 1/128 of a step, or of 4 bits in 1/14. */
 static inline void round_row(double *x, size_t n, uint32_t kv_type, int is_value, int with_rest) {
-    const unsigned bits = integer_bits(kv_type, is_value);
+    const unsigned bits = integer_bits(kv_type);
     const size_t unit = bits == 4 ? 32 : 16, padded = is_value ? (n + unit - 1) / unit * unit : n;
     const float most = bits == 4 ? 7 : 127;
-    const double parts = bits == 4 ? 16 : 128;
+    const double parts = bits == 4 ? 14 : 128;
     float row[512] = {0}, largest = 1e-28f;
     for (size_t i = 0; i < n; i++)
         if (bits)
@@ -205,8 +203,8 @@ static inline void round_row(double *x, size_t n, uint32_t kv_type, int is_value
     inverse = 1 / step;
     for (size_t i = 0; i < padded; i++) {
         double steps = (double)row[i] * (double)inverse, q = nearbyint(steps); /* exact */
-        double rest = fmin(nearbyint((double)(float)(steps - q) * parts), (double)most);
-        row[i] = (float)(q + (with_rest ? rest / parts : 0)) * step;
+        double rest = nearbyint((double)(float)(steps - q) * parts);
+        row[i] = (float)(q * parts + (with_rest ? rest : 0)) * (1 / (float)parts) * step;
     }
     rotate(row, padded);
     for (size_t i = 0; i < n; i++) x[i] = (double)row[i];

@@ -271,11 +271,11 @@ static void defaults(void) {
 }
 
 /* BKV_SIZE is a constant, and bkv_size() of the same shape. */
-static unsigned char constant_size[BKV_SIZE(9, 3, 80, 512, BKV_K8V4)];
+static unsigned char constant_size[BKV_SIZE(9, 3, 80, 512, BKV_I4)];
 
 static void constant_sizes(void) {
     bkv_config cfg = bkv_config_default(9, 3, 80, 512);
-    cfg.kv_type = BKV_K8V4;
+    cfg.kv_type = BKV_I4;
     CHECK(sizeof constant_size == bkv_size(&cfg) && !constant_size[0]);
     for (uint32_t dim = 1; dim <= 512; dim += dim < 20 ? 1 : 19)
         for (uint32_t budget = 144; budget < 20000; budget += budget < 300 ? 9 : budget / 2)

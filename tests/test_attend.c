@@ -48,7 +48,9 @@ static errors compare(bkv_cache *c, const stream *s, const float *out, int store
     const bkv_config *cfg = &c->cfg;
     bkv_stats_info st = cache_stats(c);
     uint32_t n = st.tokens_held, group = cfg->n_q_heads / cfg->n_kv_heads;
-    uint32_t newest = n > st.sinks ? st.sinks + (n - st.sinks - 1) / 64 * 64 : 0;
+    uint32_t paged = n > st.sinks ? n - st.sinks : 0, n_pages = (paged + 63) / 64;
+    uint32_t fine = cfg->kv_type == BKV_I4 ? c->window_pages < 3 ? c->window_pages + 1 : 4 : 1;
+    uint32_t newest = n_pages > fine ? st.sinks + (n_pages - fine) * 64 : n ? n - paged : 0;
     errors e = {0, 0, n == st.tokens_seen, {0}};
     size_t d = cfg->head_dim, dv = cfg->value_dim;
     double *k = (double *)checked(malloc(n * d * sizeof *k));
@@ -231,7 +233,7 @@ static void errors_are_estimated(void) {
     for (size_t n = 0; n < N_STORAGE * COUNT(groups); n++) {
         uint32_t group = groups[n / N_STORAGE], type = storage_types[n % N_STORAGE];
         /* Of 4 bits whole rows: what their coarse steps leave in the padding counts, too. */
-        uint32_t dv = integer_bits(type, 1) == 4 ? 64 : 40;
+        uint32_t dv = integer_bits(type) == 4 ? 64 : 40;
         bkv_config cfg = config(group, 24, dv, type, 208);
         if (n % 3 == 0) cfg.softcap = 5;
         cfg.window = BKV_NONE;

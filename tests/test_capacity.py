@@ -63,7 +63,7 @@ def main():
         section = file.read().split("\n## Capacity\n", maxsplit=1)[1].split("\n## ")[0]
     shown = [line for line in section.splitlines() if line.split("|")[1:2] and line[2:3].isalpha()]
     rows = ["| " + " | ".join(line) + " |" for line in wide[:len(models)]]
-    kinds, more, slots = ("f32", "f16", "i8", "k8v4", "i4"), {}, {}
+    kinds, more, slots = ("f32", "f16", "i8", "i4"), {}, {}
     for kind in kinds:
         text = [line.split() for line in output("--type", kind).stdout.splitlines()]
         wide = [line for line in text if line and line[0] in models]
@@ -85,7 +85,7 @@ def main():
                         slots[large][key] < slots[small][key] for key in ours),
                     "%s weighs more than %s" % (large, small))
     for options, text in ((["--type"], "--type needs a value; --help explains it"),
-                          (["--type", "f31"], "--type: 'f31' is none of: f32 f16 bf16 i8 k8v4 i4"),
+                          (["--type", "f31"], "--type: 'f31' is none of: f32 f16 bf16 i8 i4"),
                           (["--budget"], "unknown option '--budget'; --help lists them"),
                           (["--json", "512"], "unknown option '512'; --help lists them")):
         ran = output(*options)

@@ -234,10 +234,9 @@ def check_good_traces(tally, program, folder):
     for rule in ("sample", "window"):
         balancekv, _, window = errors(half, "--rule", rule)
         tally.check((balancekv == window) == (rule == "window"), "rule %s is used" % rule)
-    full = {kind: errors(half, "--type", kind)[1][0] for kind in ("f32", "f16", "bf16", "i8", "k8v4",
-                                                              "i4")}
+    full = {kind: errors(half, "--type", kind)[1][0] for kind in ("f32", "f16", "bf16", "i8", "i4")}
     tally.check(full["f32"] < 1e-5 and full["f16"] < 1e-5 and 1e-4 < full["bf16"] < 1e-1 and
-                1e-4 < full["i8"] < full["k8v4"] / 2 < full["i4"] / 2 < 1e-1,
+                1e-4 < full["i8"] < full["i4"] / 2 < 1e-1,
                 "storage rounds as its type says", str(full))
     odd = write_trace(os.path.join(folder, "<&>"))
     picture = os.path.join(folder, "own.svg")

@@ -95,7 +95,7 @@ def check_ppl(tally, program, model):
                   "--threads", 2)[0]
     tally.check(two.get("ppl") == seen["balancekv"], "threads change nothing", str(two))
     slots = {}
-    for kind in ("f32", "f16", "i8", "k8v4", "i4"):
+    for kind in ("f32", "f16", "i8", "i4"):
         for method in ("balancekv", "window", "keydiff"):
             share = measure(tally, program, "ppl", model, "--ctx", ctx, "--windows", 1, "--share",
                             "1/2", "--set", "kv_type=" + kind, "--method", method)[0]
@@ -105,8 +105,7 @@ def check_ppl(tally, program, model):
                         "--share of %s in %s" % (method, kind), str(share))
     tally.check(all(1.2 * slots["f32", x] < slots["f16", x] < slots["i8", x] / 1.2
                     for x in ("balancekv", "window", "keydiff")) and
-                1.2 * slots["i8", "keydiff"] < slots["k8v4", "keydiff"] and
-                1.2 * slots["k8v4", "keydiff"] < slots["i4", "keydiff"],
+                1.5 * slots["i8", "keydiff"] < slots["i4", "keydiff"],
                 "smaller types give more slots", str(slots))
     plain = run(program, "ppl", "--model", model, "--text", TEXT, "--ctx", 64, "--windows", 1)
     tally.check(re.fullmatch(r"balancekv in f16, budget 0, ctx 64, caches .* ppl [\d.]+, .*\n",
@@ -327,7 +326,7 @@ def bad_options(folder):
     yield ppl + ["--set", "temp"], "is not KEY=VALUE"
     yield ppl + ["--set", "tmp=1"], "--set: 'tmp=1' is none of"
     yield ppl + ["--set", "kv_type=f8"], \
-        "--set kv_type: 'f8' is none of f32, f16, bf16, i8, k8v4, i4"
+        "--set kv_type: 'f8' is none of f32, f16, bf16, i8, i4"
     yield ppl + ["--ctx", "64", "--budget", "512", "--set", "temp=-1"], "temp"
     yield ppl + ["--threads", "0"], "--threads: '0' is not"
     yield ppl + ["--unpack", "int4"], "--unpack: 'int4' is none of"

@@ -854,7 +854,7 @@ def check_options(tally, program, folder, t):
                 "a method without randomness has a line for each seed")
     n = len(t["k"])
     for kv_type, bound in (("f32", 1e-5), ("f16", 1e-5), ("bf16", 1e-1), ("i8", 1e-1),
-                          ("k8v4", 2e-1), ("i4", 3e-1)):
+                          ("i4", 3e-1)):
         row, = program.rows("--trace", folder, "--budget", n + 16, "--set", "kv_type=" + kv_type)
         tally.check(row["rel_err"] < bound, "balancekv is exact with room for all", str(row))
     cut, = program.rows("--trace", folder, "--budget", 256, "--tokens", 400)

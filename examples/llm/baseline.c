@@ -78,9 +78,7 @@ size_t baseline_bytes(const baseline *b) {
     size_t elements = b->cfg.head_dim + b->cfg.value_dim, row = 2 * elements, bytes = 0;
     uint32_t h;
     if (b->kv_type == BKV_F32) row = 4 * elements;
-    if (b->kv_type >= BKV_I8) row = elements + 4; /* and two scales */
-    if (b->kv_type >= BKV_K8V4) row -= b->cfg.value_dim / 2;
-    if (b->kv_type == BKV_I4) row -= b->cfg.head_dim / 2;
+    if (b->kv_type >= BKV_I8) row = elements / (b->kv_type == BKV_I4 ? 2 : 1) + 4; /* two scales */
     for (h = 0; h < b->n_heads; h++)
         bytes += bl_bytes(b->heads[h]) + b->cfg.budget * row - b->cfg.budget * 2 * elements;
     return bytes;

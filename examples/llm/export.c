@@ -167,8 +167,8 @@ static int check(const char *step, uint32_t n) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const names[] = {"f32", "f16", "bf16", "i8", "k8v4", "f16, softcap 20"};
-    static const uint32_t types[] = {BKV_F32, BKV_F16, BKV_BF16, BKV_I8, BKV_K8V4, BKV_F16};
+    static const char *const names[] = {"f32", "f16", "bf16", "i8", "i4", "f16, softcap 20"};
+    static const uint32_t types[] = {BKV_F32, BKV_F16, BKV_BF16, BKV_I8, BKV_I4, BKV_F16};
     char err[NPY_ERROR] = "the trace must have heads of 64, 3 of them on 1 KV head";
     int ok = 1;
     if (argc > 1 && (!npy_load_trace(&trace, argv[1], err) || trace.head_dim != DIM ||

@@ -28,7 +28,7 @@ static const char usage[] =
     "  --budget B      tokens kept per KV head; 0 (default): all of them\n"
     "  --share X       instead of --budget: the most slots that fit X times the bytes of a full\n"
     "                  f16 cache; 0.25 or 1/4\n"
-    "  --set KEY=VALUE a field of bkv_config: kv_type=f16 (default), i8, k8v4, i4, bf16, f32;\n"
+    "  --set KEY=VALUE a field of bkv_config: kv_type=f16 (default), i8, i4, bf16, f32;\n"
     "                  window=256 ..; also behind the method: --method sample:window=256:rounds=1\n"
     "  --ctx N         tokens of a sequence (default: what the model was trained on)\n"
     "  --seed S        of the halvings, the pass keys, the sampling (default 1)\n"
@@ -91,7 +91,7 @@ static const word methods[] = {{"balancekv", BKV_RULE_DEFAULT},
                                {NULL, 0}};
 static const word kv_types[] = {
     {"f32", BKV_F32}, {"f16", BKV_F16}, {"bf16", BKV_BF16}, {"i8", BKV_I8},
-    {"k8v4", BKV_K8V4}, {"i4", BKV_I4}, {NULL, 0}};
+    {"i4", BKV_I4},   {NULL, 0}};
 static const word weight_types[] = {
     {"f16", GGML_TYPE_F16}, {"bf16", GGML_TYPE_BF16}, {"f32", GGML_TYPE_F32}, {NULL, 0}};
 

@@ -50,7 +50,7 @@ def _read_header():
 
 types, C = _read_header()
 _WORDS = {"kv_type": {"f32": C.F32, "f16": C.F16, "bf16": C.BF16, "i8": C.I8,
-                      "k8v4": C.K8V4, "i4": C.I4},
+                      "i4": C.I4},
           "rule": {"sample": C.RULE_SAMPLE, "window": C.RULE_WINDOW},
           "importance": {"key": C.IMPORTANCE_KEY, "query": C.IMPORTANCE_QUERY,
                          "use": C.IMPORTANCE_USE}}
