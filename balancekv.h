@@ -2362,15 +2362,17 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, un
 static void bkvi_k(fetch)(float *x, const unsigned char *src, uint32_t type, size_t stride,
                           uint32_t n, const unsigned char *scale, const unsigned char *rest) {
     const uint32_t units = bkvi_units(type, n);
+    float step;
     uint32_t i;
     for (i = 0; i < n && !bkvi_is_int(type); i += BKVI_LANES)
         bkvi_k(row)(x + i, src, type, stride, i, n);
     if (!bkvi_is_int(type)) return;
+    step = bkvi_float((uint32_t)bkvi_get16(scale) << 16);
     for (i = 0; i < n; i++) {
         const uint32_t high = bkvi_high(type, i, units), at = (i - high * units) * (uint32_t)stride;
-        x[i] = bkvi_integer(type + high, src[at]) * bkvi_parts(type); /* exact, as is the sum */
-        if (rest) x[i] += bkvi_integer(type + high, rest[at]);
-        x[i] = x[i] * (1.0f / bkvi_parts(type)) * bkvi_float((uint32_t)bkvi_get16(scale) << 16);
+        const bkvi_vec more = bkvi_v(set)(rest ? bkvi_integer(type + high, rest[at]) : 0.0f);
+        const bkvi_vec most = bkvi_v(set)(bkvi_integer(type + high, src[at]) * step); /* exact */
+        x[i] = bkvi_v(top)(bkvi_v(fma)(more, bkvi_v(set)(step * (1.0f / bkvi_parts(type))), most));
     }
     bkvi_k(rotate)(x, n);
 }

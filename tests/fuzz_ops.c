@@ -236,7 +236,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     cfg.n_q_heads = cfg.n_kv_heads * (1 + next_byte() % 4);
     cfg.head_dim = 1 + next_byte() % MOST_DIM;
     cfg.value_dim = next_byte() % (MOST_DIM + 1);
-    cfg.kv_type = types[next_byte() % 6];
+    cfg.kv_type = types[next_byte() % 5];
     cfg.budget = 192 + below(500);
     cfg.sinks = next_byte() % 30;
     cfg.window = next_byte() % 3 ? 0 : 64;

@@ -204,7 +204,13 @@ static inline void round_row(double *x, size_t n, uint32_t kv_type, int is_value
     for (size_t i = 0; i < padded; i++) {
         double steps = (double)row[i] * (double)inverse, q = nearbyint(steps); /* exact */
         double rest = nearbyint((double)(float)(steps - q) * parts);
-        row[i] = (float)(q * parts + (with_rest ? rest : 0)) * (1 / (float)parts) * step;
+        float part = step * (1 / (float)parts), more = with_rest ? (float)rest : 0;
+#if BALANCEKV_FMA
+        row[i] = fmaf(more, part, (float)q * step);
+#else
+        volatile float product = more * part;
+        row[i] = product + (float)q * step;
+#endif
     }
     rotate(row, padded);
     for (size_t i = 0; i < n; i++) x[i] = (double)row[i];

@@ -599,7 +599,7 @@ static void any_alignment(void) {
     for (uint32_t rule = BKV_RULE_SAMPLE; rule <= BKV_RULE_WINDOW; rule++) {
         bkv_config cfg = f.cfg;
         cfg.rule = rule;
-        cfg.kv_type = storage_types[3 * rule - 1];
+        cfg.kv_type = storage_types[2 * rule];
         size_t bytes = bkv_size(&cfg);
         unsigned char *block = (unsigned char *)checked(malloc(bytes + 3 * 64));
         unsigned char *base = block + (64 - (uintptr_t)block % 64);

@@ -5,7 +5,7 @@
 #define BOUND 2e-5    /* the manual's, times the largest value */
 /* The same for types of integers, against tokens that were not rounded: a quarter above the worst
    that was seen. A step of 4 bits is 18 times one of 8, of a lone token all of it shows. */
-static const double integer_bounds[N_STORAGE] = {0, 0, 0, 2e-2, 0.22, 0.24};
+static const double integer_bounds[N_STORAGE] = {0, 0, 0, 2e-2, 0.24};
 
 typedef struct stream {
     tensor k, v, q;

@@ -322,7 +322,7 @@ static void validation_finds_every_flipped_bit(void) {
     static const size_t lengths[] = {0, 7, 90, 208, 700};
     for (size_t i = 0; i < 4 * COUNT(lengths); i++) {
         size_t n = lengths[i / 4];
-        bkv_config cfg = config(i % 2 ? storage_types[3 + i / 4 % 3] : BKV_F16);
+        bkv_config cfg = config(i % 2 ? storage_types[3 + i / 4 % 2] : BKV_F16);
         cfg.budget = 208;
         cfg.n_kv_heads = 1 + (uint32_t)i % 4 / 2;
         cfg.n_q_heads = GROUP * cfg.n_kv_heads;
