@@ -38,7 +38,7 @@ import bisect, collections, json, re, sys
 bar, backends, paths = float(sys.argv[1]), sys.argv[2].split(), sys.argv[3:]
 source = open("balancekv.h", encoding="utf-8").read().splitlines()
 starts = [(n, m[1]) for n, text in enumerate(source, 1)
-          for m in [re.match(r" +(§\d+) [A-Z]", text)] if m]
+          for m in [re.search(r"---- (§\d+) [A-Z]", text)] if m]
 absent = {"scalar", "avx2", "avx512", "neon"} - set(backends)
 lines, branches = collections.Counter(), {}
 for path in paths:

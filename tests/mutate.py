@@ -210,7 +210,7 @@ MUTATIONS = [
     M("export-overflows", "type[i] == BKV_F16 ? 65520.0f : 2.0f * BKVI_HUGE",
       "2.0f * BKVI_HUGE", ["trust:exported"]),
     M("rests-of-one-page-too-few", "i > 0 && i + pages > h->used; i--", "i > 0 && i + pages > h->used + 1; i--",
-      ["trust:exported"]),
+      ["golden:f32"]),
     M("rests-take-no-turns", "turn = (uint32_t)((h->halvings + i) % pages);", "turn = h->used - i;",
       ["trust:exported", "golden:f32"]),
     M("rests-of-what-may-be-halved", "== BKV_I4 ? 4 : 1, window + 1);", "== BKV_I4 ? 4 : 1, window + 2);",
@@ -383,7 +383,7 @@ def check(text):
 
 
 def section(text, old):
-    return "§" + re.findall(r"\n   §(\d+) [A-Z]", text[:text.index(old)])[-1]
+    return "§" + re.findall(r"---- §(\d+) [A-Z]", text[:text.index(old)])[-1]
 
 
 # ---- builds ------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ static void exact_until_full(void) {
                                         form % 2 ? 528 : 336);
                 if (form & 1) cfg.scale = 0.5f / sqrtf((float)cfg.head_dim);
                 if (form & 2) cfg.softcap = caps[n / 2 % COUNT(caps)];
-                if (!test_quick() || n % 5 == 0)
+                if (!test_quick() || n % 7 == 0)
                     check_stream(cfg, test_types[(t + n) % 3], 2.4, at, COUNT(at));
             }
 }
