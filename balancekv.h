@@ -70,7 +70,7 @@
      below 1 KiB. The library calls mem{cpy,set,move} and nothing else.
    Storage. f32, f16 and bf16 round every element. BKV_I8 turns keys and values by Hadamard
      matrices, which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head,
-     BKV_I4 4 bits. From 512 slots on the first 16 sinks and the newest page, of 4 bits the newest
+     BKV_I4 4 bits. From 512 slots on the first 16 sinks and the newest page, of 4 bits up to
      four, have as many bits again for what rounding left: most attention is there.
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
      heads; all nth calls must be made, with equal arguments, before the next operation on the cache
@@ -249,7 +249,8 @@ typedef struct bkv_config {
      BKV_SIZE_OF(v, BKV_SIZE_RESTS(slots, type), type) + BKV_SIZE_OF(v, slots, type))
 #define BKV_SIZE_RESTS(slots, type)                                                                \
     ((type) < BALANCEKV_I8 || (slots) < 512 ? 0 : (type) == BALANCEKV_I8 ? 80                      \
-                                                : (slots) < 576 ? 208 : 272)
+     : (slots) < 1040                               ? 16 + ((slots)-16) / 256 * 64                 \
+                                                    : 272)
 #define BKV_SIZE_OF(dim, slots, type) /* bytes, of half a byte each of BKV_I4 */                   \
     BKV_SIZE_PAD((size_t)(dim) * (slots) / 2 * ((type) == BALANCEKV_F32  ? 8                       \
                                                 : (type) < BALANCEKV_I8  ? 4                       \
@@ -1293,9 +1294,9 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (!r->n_threads) r->n_threads = 1;
     if (r->n_threads > 1024) return BKV_E_THREADS;
     if (!(r->backend = bkvi_pick_backend(r->backend))) return BKV_E_BACKEND;
+    i = r->kv_type == BKV_I4 ? bkvi_min(pages / 4, bkvi_min(window + 1, 4)) : 1;
     if (r->kv_type >= BKV_I8 && c->slots >= BKVI_FEW) /* what may be halved has no rests */
-        c->rests = bkvi_min(c->sink_slots, BKVI_LANES) +
-                   BKVI_PAGE * bkvi_min(r->kv_type == BKV_I4 ? 4 : 1, window + 1);
+        c->rests = bkvi_min(c->sink_slots, BKVI_LANES) + BKVI_PAGE * bkvi_max(i, 1);
     for (i = 0; i < BKVI_END; i++, end = (end + 63) & ~(uint64_t)63) {
         const uint32_t scale = r->kv_type >= BKV_I8 ? 2 : 0, es = (uint32_t)c->elem_bytes;
         const uint32_t k = bkvi_units(BKVI_TYPE(c->cfg.kv_type), r->head_dim);

@@ -61,7 +61,7 @@ CASES = [dict(zip(FIELDS, row)) for row in [
     (WINDOW,  0,     0,    2, 1, 24, 8, 208, NONE, NONE, 0, 1, 0, 32, 1, 1, 0, I8, (193, 640)),
     (SAMPLE,  0,     0,    3, 1, 20, 24, 272, 20, 0, 0, 1, 0, 33, 1, 1, 0, I4, (300, 450)),
     (SAMPLE,  0,     0,    4, 2, 24, 8, 560, 20, 64, 0, 0, 20, 34, 1, 1, 3, I4, (600, 700)),
-    (SAMPLE,  0,     0,    2, 1, 24, 24, 608, 4, 0, 0, 0, 0, 35, 1, 1, 0, I4, (600, 900)),
+    (SAMPLE,  0,     0,    2, 1, 24, 24, 848, 4, 0, 0, 0, 0, 35, 1, 1, 0, I4, (840, 1000)),
 ]]
 
 
@@ -377,7 +377,8 @@ class Head:
         """The outputs of the group's queries; the head learns from them."""
         tokens, w = self.held()
         k, v, w = np.array(self.keys)[tokens], np.array(self.values)[tokens], np.array(w)
-        n_fine = min(4 if self.case["integers"] == I4 else 1, self.n_exact + 1)
+        n_fine = max(1, min(4, self.n_pages // 4, self.n_exact + 1))
+        n_fine = n_fine if self.case["integers"] == I4 else 1
         newest = [t for page in self.pages[-n_fine:] for t in page[1]]
         fine = () if self.few else set(self.sinks[:16] + newest)
         for i, token in enumerate(tokens):

@@ -36,7 +36,7 @@ M = Mutation
 MUTATIONS = [
     # ---- sizes and constants
     M("size-macro-words", "12 * (slots) +", "8 * (slots) +", ["api:constant_sizes"]),
-    M("size-macro-rests", "(slots) < 576 ? 208 : 272)", "(slots) < 576 ? 272 : 272)",
+    M("size-macro-rests", "16 + ((slots)-16) / 256 * 64", "16 + ((slots)-16) / 128 * 64",
       ["api:constant_sizes"]),
     M("fewer-pins", "BKVI_PINS = 32,", "BKVI_PINS = 31,", ["stream:pinned"]),
     M("few-are-fewer", "BKVI_FEW = 512,", "BKVI_FEW = 496,", ["api:defaults"]),
@@ -213,7 +213,7 @@ MUTATIONS = [
       ["golden:f32"]),
     M("rests-take-no-turns", "turn = (uint32_t)((h->halvings + i) % pages);", "turn = h->used - i;",
       ["trust:exported", "golden:f32"]),
-    M("rests-of-what-may-be-halved", "== BKV_I4 ? 4 : 1, window + 1);", "== BKV_I4 ? 4 : 1, window + 2);",
+    M("rests-of-what-may-be-halved", "bkvi_min(window + 1, 4)", "bkvi_min(window + 2, 4)",
       ["api:constant_sizes", "golden:f32"]),
     M("shrink-leaves-the-turns", "i <= BKVI_V_REST && to->rests < c->rests; i++", "i < BKVI_K_REST; i++",
       ["trust:shrink"]),

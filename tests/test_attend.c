@@ -49,7 +49,9 @@ static errors compare(bkv_cache *c, const stream *s, const float *out, int store
     bkv_stats_info st = cache_stats(c);
     uint32_t n = st.tokens_held, group = cfg->n_q_heads / cfg->n_kv_heads;
     uint32_t paged = n > st.sinks ? n - st.sinks : 0, n_pages = (paged + 63) / 64;
-    uint32_t fine = cfg->kv_type == BKV_I4 ? c->window_pages < 3 ? c->window_pages + 1 : 4 : 1;
+    uint32_t fine = c->n_pages / 4 < 4 ? c->n_pages / 4 : 4; /* pages with rests */
+    if (fine > c->window_pages + 1) fine = c->window_pages + 1;
+    if (fine < 1 || cfg->kv_type != BKV_I4) fine = 1;
     uint32_t newest = n_pages > fine ? st.sinks + (n_pages - fine) * 64 : n ? n - paged : 0;
     errors e = {0, 0, n == st.tokens_seen, {0}};
     size_t d = cfg->head_dim, dv = cfg->value_dim;

@@ -192,7 +192,7 @@ static void shrinks_in_place(void) {
         cfg.window = round % 5 == 0 ? BKV_NONE : 0;
         int few_pages = cfg.kv_type == BKV_I4 && round % 2; /* fewer than had rests are left */
         if (few_pages) cfg.budget += 400, cfg.sinks = 336;
-        size_t n = 1 + random_below(2000);
+        size_t n = 1 + random_below(few_pages ? 511 : 2000);
         bkv_cache c = cache_new(&cfg), before;
         go_on(&c, &s, 0, n, out);
         bkv_stats_info was = cache_stats(&c), is;
