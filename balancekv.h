@@ -248,9 +248,9 @@ typedef struct bkv_config {
      BKV_SIZE_OF(k, BKV_SIZE_RESTS(slots, type), type) + BKV_SIZE_OF(k, slots, type) +             \
      BKV_SIZE_OF(v, BKV_SIZE_RESTS(slots, type), type) + BKV_SIZE_OF(v, slots, type))
 #define BKV_SIZE_RESTS(slots, type)                                                                \
-    ((type) < BALANCEKV_I8 || (slots) < 512 ? 0 : (type) == BALANCEKV_I8 ? 80                      \
-     : (slots) < 1040                               ? 16 + ((slots)-16) / 256 * 64                 \
-                                                    : 272)
+    ((type) < BALANCEKV_I8 || (slots) < 512                                                        \
+         ? 0 : 16 + 64 * BKV_SIZE_FINE((type) == BALANCEKV_I8 ? 256 : (slots)-16))
+#define BKV_SIZE_FINE(n) ((n) < 1024 ? (n) / 256 : 4) /* pages with rests */
 #define BKV_SIZE_OF(dim, slots, type) /* bytes, of half a byte each of BKV_I4 */                   \
     BKV_SIZE_PAD((size_t)(dim) * (slots) / 2 * ((type) == BALANCEKV_F32  ? 8                       \
                                                 : (type) < BALANCEKV_I8  ? 4                       \

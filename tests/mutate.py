@@ -36,7 +36,7 @@ M = Mutation
 MUTATIONS = [
     # ---- sizes and constants
     M("size-macro-words", "12 * (slots) +", "8 * (slots) +", ["api:constant_sizes"]),
-    M("size-macro-rests", "16 + ((slots)-16) / 256 * 64", "16 + ((slots)-16) / 128 * 64",
+    M("size-macro-rests", "((n) < 1024 ? (n) / 256 : 4)", "((n) < 1024 ? (n) / 128 : 4)",
       ["api:constant_sizes"]),
     M("fewer-pins", "BKVI_PINS = 32,", "BKVI_PINS = 31,", ["stream:pinned"]),
     M("few-are-fewer", "BKVI_FEW = 512,", "BKVI_FEW = 496,", ["api:defaults"]),
