@@ -70,8 +70,8 @@
      below 1 KiB. The library calls mem{cpy,set,move} and nothing else.
    Storage. f32, f16 and bf16 round every element. BKV_I8 turns keys and values by Hadamard
      matrices, which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head,
-     BKV_I4 4 bits. From 512 slots on the first 16 sinks and the newest page, of 4 bits up to
-     four, have as many bits again for what rounding left: most attention is there.
+     BKV_I4 4 bits. From 512 slots on the first 16 sinks and the newest page, of 4 bits a quarter
+     of the pages up to four, have as many bits again for what rounding left.
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
      heads; all nth calls must be made, with equal arguments, before the next operation on the cache
      starts. (0, 1) does everything. The result does not depend on nth.
@@ -296,7 +296,7 @@ typedef struct bkv_stats_info {
     uint32_t sinks;       /* slots of the sinks after rounding */
     uint32_t window;      /* exact newest tokens after rounding */
     uint32_t n_pages;     /* pages per KV head */
-    uint32_t room;        /* tokens that fit, and can be taken back, until a halving (I8: page) */
+    uint32_t room;        /* tokens that fit, and can be taken back, until a halving (or page) */
     uint32_t backend;     /* BKV_BACKEND_* in use */
     uint32_t rule;        /* BKV_RULE_* in use */
     uint32_t max_level;   /* highest level of any page */
@@ -337,8 +337,8 @@ BALANCEKV_API bkv_result bkv_reset(bkv_cache *c);
 
 /* Takes back all but the first n_tokens tokens. What is left is, bit for bit, the state before
    them, but for what attention to tokens that were no drafts has taught, and drafts that a later
-   token accepted stay accepted. Once something was halved (BKV_I8 from 512 slots on: once there is
-   a second page) the first token of the newest page and all before it cannot be taken back:
+   token accepted stay accepted. Once something was halved (integers from 512 slots on: once there
+   is a second page) the first token of the newest page and all before it cannot be taken back:
    stats.room says how many more are safe. Returns BKV_E_NULL, _ROLLBACK. Cost: by tokens. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_truncate(bkv_cache *c, uint64_t n_tokens);
 
@@ -614,7 +614,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend);
 enum {
     BKVI_PAGE = 64,          /* slots of a page */
     BKVI_PINS = 32,          /* pins that hold in a halving */
-    BKVI_FEW = 512,          /* with fewer slots: a window of one page, no second bytes */
+    BKVI_FEW = 512,          /* with fewer slots: a window of one page, no rests */
     BKVI_BLOCK = 128,        /* tokens of a halving: two pages */
     BKVI_LANES = 16,         /* lanes of a vector, tokens of a key panel */
     BKVI_ROWS = 32,          /* (token, query head) rows that attend works on at once */
@@ -674,7 +674,7 @@ BKVI_INLINE int bkvi_is_int(uint32_t type) {
 BKVI_INLINE int bkvi_is_i4(uint32_t type) { return bkvi_is_int(type) && type >= BKV_I4; }
 /* The parts of a step in which what rounding leaves is counted. */
 BKVI_INLINE float bkvi_parts(uint32_t type) { return bkvi_is_i4(type) ? 14.0f : 128.0f; }
-/* A stored byte, or digit of one, as a number. */
+/* A stored byte, or digit of one, as a number; of bytes that are not two digits -7..7 any. */
 static float bkvi_integer(uint32_t type, unsigned char byte) {
     const int x = (int8_t)byte, high = ((x + 136) >> 4) - 8;
     return (float)(!bkvi_is_i4(type) ? x : type == BKV_I4 ? x - 16 * high : high);
@@ -954,11 +954,11 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
        page table  [n_pages] (place, level), oldest first; page p has slots sink_slots + 64 p ..
        per slot    f32 weight (0: empty), f32 observed use, u32 position
        queries     f32, the running mean of each query head, [group][head_dim padded to 16]
-       BKV_I8:     per slot the scales of key and value, as bf16; from 512 slots on the rests, what
-                   rounding left of the first 16 sinks and the newest page, in 1/128 of a step, in
-                   the form of:
-       keys        panels of 16 slots, each [head_dim][16]: <q, k> needs no sum across lanes
-       values      rows [v_dim_pad]
+       integers    per slot the scales of key and value, as bf16; from 512 slots on the rests, what
+                   rounding left of the first 16 sinks and the newest pages (bkvi_rest), in 1/128
+                   of a step, or 1/14 of 4 bits, in the form of:
+       keys        panels of 16 slots, each [units][16]: <q, k> needs no sum across lanes
+       values      rows, units of v_dim_pad
    Every part starts at a multiple of 64 bytes; slots without a token are all zero. Then, not part
    of the state, scratch per thread. */
 static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
@@ -1221,7 +1221,7 @@ typedef char bkvi_scratch_suffices[sizeof(bkvi_tiles) <= sizeof(bkvi_block) ? 1 
 /* One block as attend sees it, and what to prefetch while at it (NULL: nothing). */
 typedef struct bkvi_span {
     const unsigned char *k, *v, *weight, *next_k, *next_v;
-    const unsigned char *k_scale, *v_scale, *k_rest, *v_rest; /* NULL unless BKV_I8 */
+    const unsigned char *k_scale, *v_scale, *k_rest, *v_rest; /* or NULL */
     unsigned char *use;                                       /* NULL: an old block, it stays */
     uint32_t slots, rests, last; /* last: is it the last block? */
 } bkvi_span;
@@ -1295,7 +1295,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     if (r->n_threads > 1024) return BKV_E_THREADS;
     if (!(r->backend = bkvi_pick_backend(r->backend))) return BKV_E_BACKEND;
     i = r->kv_type == BKV_I4 ? bkvi_min(pages / 4, bkvi_min(window + 1, 4)) : 1;
-    if (r->kv_type >= BKV_I8 && c->slots >= BKVI_FEW) /* what may be halved has no rests */
+    if (r->kv_type >= BKV_I8 && c->slots >= BKVI_FEW) /* beyond the window a page has none */
         c->rests = bkvi_min(c->sink_slots, BKVI_LANES) + BKVI_PAGE * bkvi_max(i, 1);
     for (i = 0; i < BKVI_END; i++, end = (end + 63) & ~(uint64_t)63) {
         const uint32_t scale = r->kv_type >= BKV_I8 ? 2 : 0, es = (uint32_t)c->elem_bytes;
@@ -2265,7 +2265,7 @@ static int bkvi_k(scan)(const unsigned char *p, uint32_t type, size_t stride, ui
     return !bkvi_v(any_gt)(bad, zero);
 }
 
-/* ---- BKV_I8 ---- */
+/* ---- integers ---- */
 /* Rotates x[n] in place: cut into powers of two, the largest first, each multiplied by the
    orthonormal Hadamard matrix of its size, its own inverse. Every round adds and subtracts halves
    and writes the results in turns, so that all are alike. x has room for 2 * BKVI_DIM_MAX. */
@@ -2359,7 +2359,7 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, un
     }
 }
 
-/* A stored row as floats; of BKV_I8 scaled and rotated back. */
+/* A stored row as floats; integers scaled and rotated back. */
 static void bkvi_k(fetch)(float *x, const unsigned char *src, uint32_t type, size_t stride,
                           uint32_t n, const unsigned char *scale, const unsigned char *rest) {
     const uint32_t units = bkvi_units(type, n);
@@ -2795,7 +2795,7 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
 }
 
 /* ---- refit ---- */
-/* A value's dimensions first .. first + n - 1 as floats; of BKV_I8 scaled, but still rotated. As
+/* A value's dimensions first .. first + n - 1 as floats; integers scaled, but still rotated. As
    total(): never inline, or a product on its way to memory may be fused with a later addition. */
 BKVI_NOINLINE void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, uint32_t first,
                                  uint32_t n) {

@@ -385,7 +385,7 @@ static double *exact(const shape *s, const tokens *t, size_t n_queries, size_t s
 
 /* What attention in this storage type may be off by, on this data. */
 static double tolerance_of(const char *type) {
-    static const double most[] = {0, 1e-5, 1e-3, 1e-2, 5e-2, 2e-1, 3e-1}; /* by BKV_F32, .. */
+    static const double most[] = {0, 1e-5, 1e-3, 1e-2, 5e-2, 3e-1}; /* by BKV_F32, .. */
     return most[type_of(type)];
 }
 static void check_error(const char *what, double error, const char *type) {

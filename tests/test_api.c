@@ -156,7 +156,7 @@ static void configs(void) {
     REFUSE(value_dim, 513, BKV_E_HEAD_DIM);
     ACCEPT(head_dim, 512);
     ACCEPT(value_dim, 0);
-    REFUSE(kv_type, 7, BKV_E_KV_TYPE);
+    REFUSE(kv_type, BKV_I4 + 1, BKV_E_KV_TYPE);
     REFUSE(kv_type, UINT32_MAX, BKV_E_KV_TYPE);
     REFUSE(rule, 5, BKV_E_RULE);
     REFUSE(rule, UINT32_MAX, BKV_E_RULE);

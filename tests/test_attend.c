@@ -2,7 +2,7 @@
    exact until the budget is full, the weighted formula of the manual afterwards. */
 #include "test.h"
 
-#define BOUND 2e-5    /* the manual's, times the largest value */
+#define BOUND 2e-5    /* docs/method.md, times the largest value */
 /* The same for types of integers, against tokens that were not rounded: a quarter above the worst
    that was seen. A step of 4 bits is 18 times one of 8, of a lone token all of it shows. */
 static const double integer_bounds[N_STORAGE] = {0, 0, 0, 2e-2, 0.24};
@@ -222,7 +222,6 @@ static void weighted_after_halving(void) {
         }
 }
 
-/* What the rounding of BKV_I8 does to attention that is exact otherwise, the manual's figure. */
 static float error_of(const bkv_cache *c, uint32_t head) {
     float error = -1;
     OK(bkv_error(c, head, &error));

@@ -191,12 +191,12 @@ static void shrinks_in_place(void) {
         cfg.budget = 400 + random_below(800);
         cfg.window = round % 5 == 0 ? BKV_NONE : 0;
         int few_pages = cfg.kv_type == BKV_I4 && round % 2; /* fewer than had rests are left */
-        if (few_pages) cfg.budget += 400, cfg.sinks = 336;
-        size_t n = 1 + random_below(few_pages ? 511 : 2000);
+        if (few_pages) cfg.budget += 1000, cfg.sinks = 336;
+        size_t n = 1 + random_below(few_pages ? 863 : 2000);
         bkv_cache c = cache_new(&cfg), before;
         go_on(&c, &s, 0, n, out);
         bkv_stats_info was = cache_stats(&c), is;
-        uint32_t budget = few_pages ? 512 + random_below(140) : 208 + random_below(cfg.budget - 208);
+        uint32_t budget = few_pages ? 864 + random_below(200) : 208 + random_below(cfg.budget - 208);
         OK(bkv_shrink(&c, budget));
         is = cache_stats(&c);
         OK(bkv_validate(&c));
