@@ -3014,47 +3014,66 @@ BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t
     if (span->v_scale) bkvi_k(times)(s, span->v_scale);
 }
 
-/* Scores of a tile of rows over one block, or its sum of values. Meanwhile keys and values of the
-   next one come to the second level of the cache, line by line: a run of prefetches would stall.
-   What rounding left is a product of its own, before that of the keys, behind that of the values,
-   with the scores scaled between; so are the high digits of 4 bits. */
-BKVI_INLINE void bkvi_k(multiply)(const int type, const int values, const int rows,
-                                  const bkv_cache *c, bkvi_tiles *t, const bkvi_span *span,
-                                  uint32_t first) {
-    const uint32_t length = values ? bkvi_v_dim(c) : BKVI_DIM(c->cfg.head_dim);
-    const uint32_t units = bkvi_units((uint32_t)type, length), all = (uint32_t)rows * BKVI_PAGE;
-    const size_t es = bkvi_type_bytes((uint32_t)type), step = values ? units : BKVI_LANES;
-    const size_t apart = values ? BKVI_LANES : (size_t)units * BKVI_LANES;
-    const unsigned char *rest = values ? span->v_rest : span->k_rest, *x, *next;
-    float *scores = t->scores, *side = (values ? t->out : t->q) + (size_t)first * length;
-    uint32_t i, high, from, n, slots, tiles;
-    int pass;
-#define BKVI_PRODUCTS(vecs)                                                                        \
-    for (; vecs <= BKVI_VECS(rows) && i + vecs <= tiles; i += vecs)                                \
-    bkvi_k(tile_fma)(type, high, rows, vecs, x + i * apart * es, step, apart, n,                   \
-                     values ? scores : side + from * (size_t)rows, values ? BKVI_PAGE : 0,         \
-                     (size_t)rows, !values && type < BKV_I8,                                       \
-                     (values ? side + from : scores) + (size_t)i * BKVI_LANES,                     \
-                     values ? length : BKVI_PAGE,                                                  \
-                     next ? next + i * apart * es * (values ? BKVI_PAGE : 1) : next)
-    if (!values && type >= BKV_I8) memset(scores, 0, all * sizeof *scores);
-    for (pass = type < BKV_I8 && !values; pass < (type < BKV_I8 && values ? 1 : 2); pass++) {
-        const int is_rest = pass == values;
-        if (is_rest && !rest) continue;
-        if (pass && type >= BKV_I8 && rest)
-            bkvi_k(scaled)(scores, scores, all, 1.0f / bkvi_parts((uint32_t)type));
-        x = is_rest ? rest : values ? span->v : span->k;
-        slots = is_rest ? span->rests : span->slots;
-        tiles = values ? units / BKVI_LANES : (slots + BKVI_LANES - 1) / BKVI_LANES;
+/* Scores of a tile of rows over one block; its sum of values. Meanwhile keys and values of the next
+   one come to the second level of the cache, line by line: a run of prefetches would stall. What
+   rounding left is a product of its own, before that of the keys, behind that of the values, with
+   the scores scaled between; so are the high digits of 4 bits. (One function for both would be
+   shorter, but gcc then allots the registers of AArch64 worse: bench/neon_mca.py.) */
+#define BKVI_MOST(type, rows) /* sixteens of a tile; of 4 bits more would spill */                 \
+    ((type) < BKV_I4 || BKVI_VECS(rows) < 2 ? BKVI_VECS(rows) : 2)
+BKVI_INLINE void bkvi_k(score)(const int type, const int rows, const bkv_cache *c, bkvi_tiles *t,
+                               const bkvi_span *span, uint32_t first) {
+    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), units = bkvi_units((uint32_t)type, dim);
+    const uint32_t all = (uint32_t)rows * BKVI_PAGE;
+    const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)units * BKVI_LANES;
+    const float *q = t->q + (size_t)first * dim;
+    const unsigned char *k = span->k_rest ? span->k_rest : span->k, *next;
+    uint32_t i, high, from, n, slots;
+#define BKVI_SCORES(vecs)                                                                          \
+    for (; vecs <= BKVI_MOST(type, rows) && i + vecs <= (slots + BKVI_LANES - 1) / BKVI_LANES;     \
+         i += vecs)                                                                                \
+    bkvi_k(tile_fma)(type, high, rows, vecs, k + i * panel * es, BKVI_LANES, panel, n,             \
+                     q + from * (size_t)rows, 0, (size_t)rows, type < BKV_I8,                      \
+                     t->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,                                \
+                     next ? next + i * panel * es : next)
+    if (type >= BKV_I8) memset(t->scores, 0, all * sizeof(float));
+    for (; k; k = k == span->k ? NULL : span->k) {
+        slots = k == span->k ? span->slots : span->rests;
+        if (type >= BKV_I8 && span->k_rest && k == span->k)
+            bkvi_k(scaled)(t->scores, t->scores, all, 1.0f / bkvi_parts((uint32_t)type));
         for (high = 0; high <= (type >= BKV_I4); high++) {
-            from = high ? bkvi_min(units, length) : 0;
-            n = values ? slots : bkvi_min(units, length - from);
-            next = is_rest || high ? NULL : values ? span->next_v : span->next_k;
+            from = high ? bkvi_min(units, dim) : 0, n = bkvi_min(units, dim - from);
+            next = high ? NULL : span->next_k;
             i = 0;
-            BKVI_PRODUCTS(4); BKVI_PRODUCTS(2); BKVI_PRODUCTS(1);
+            BKVI_SCORES(4); BKVI_SCORES(2); BKVI_SCORES(1);
         }
     }
-#undef BKVI_PRODUCTS
+#undef BKVI_SCORES
+}
+BKVI_INLINE void bkvi_k(sum_up)(const int type, const int rows, const bkv_cache *c, bkvi_tiles *t,
+                                const bkvi_span *span, uint32_t first) {
+    const uint32_t v_dim_pad = bkvi_v_dim(c), units = bkvi_units((uint32_t)type, v_dim_pad);
+    const size_t es = bkvi_type_bytes((uint32_t)type), apart = BKVI_LANES * es;
+    const unsigned char *v = span->v, *next;
+    uint32_t i, high, slots;
+#define BKVI_VALUES(vecs)                                                                          \
+    for (; vecs <= BKVI_MOST(type, rows) && i + vecs <= units / BKVI_LANES; i += vecs)             \
+    bkvi_k(tile_fma)(type, high, rows, vecs, v + i * apart, units, BKVI_LANES, slots, t->scores,   \
+                     BKVI_PAGE, 0, 0, out + (size_t)i * BKVI_LANES, v_dim_pad,                     \
+                     next ? next + i * apart * BKVI_PAGE : next)
+    for (; v; v = v == span->v ? span->v_rest : NULL) {
+        slots = v == span->v ? span->slots : span->rests;
+        if (type >= BKV_I8 && v != span->v)
+            bkvi_k(scaled)(t->scores, t->scores, (uint32_t)rows * BKVI_PAGE,
+                           1.0f / bkvi_parts((uint32_t)type));
+        for (high = 0; high <= (type >= BKV_I4); high++) {
+            float *out = t->out + (size_t)first * v_dim_pad + high * units;
+            next = high ? NULL : span->next_v;
+            i = 0;
+            BKVI_VALUES(4); BKVI_VALUES(2); BKVI_VALUES(1);
+        }
+    }
+#undef BKVI_VALUES
 }
 
 /* One function per type and row count, so that each has the registers to itself. */
@@ -3074,9 +3093,9 @@ BKVI_INLINE void bkvi_k(multiply)(const int type, const int values, const int ro
     BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                       \
         const bkv_cache *c, bkvi_tiles *t, const bkvi_span *span, uint32_t first) {                \
         uint32_t r;                                                                                \
-        bkvi_k(multiply)(type, 0, rows, c, t, span, first);                                        \
+        bkvi_k(score)(type, rows, c, t, span, first);                                              \
         for (r = 0; r < (rows); r++) bkvi_k(soften)(t, span, first, first + r, c);                 \
-        bkvi_k(multiply)(type, 1, rows, c, t, span, first);                                        \
+        bkvi_k(sum_up)(type, rows, c, t, span, first);                                             \
     }
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
@@ -3263,6 +3282,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_EACH_TILE
 #undef BKVI_EACH_ROWS
 #undef BKVI_TILES
+#undef BKVI_MOST
 #undef BKVI_VECS
 #undef BKVI_PASS
 #endif /* BKVI_PASS */

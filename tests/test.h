@@ -205,7 +205,7 @@ static inline void round_row(double *x, size_t n, uint32_t kv_type, int is_value
         double steps = (double)row[i] * (double)inverse, q = nearbyint(steps); /* exact */
         double rest = nearbyint((double)(float)(steps - q) * parts);
         float part = step * (1 / (float)parts), more = with_rest ? (float)rest : 0;
-#if BALANCEKV_FMA
+#if !defined(BALANCEKV_FMA) || BALANCEKV_FMA
         row[i] = fmaf(more, part, (float)q * step);
 #else
         volatile float product = more * part;
