@@ -1,11 +1,10 @@
 /* balancekv.h - v0.1.0 - an attention cache of fixed size for language models - MIT or Unlicense
 
    Keys and values of a transformer go in, one token or one chunk at a time; attention comes out.
-   The memory is one block of the caller's, its size is known before the first token, and neither
-   memory nor time per token grows after that, whatever the length of the stream. As long as the
-   tokens fit the budget the result is exact softmax attention; beyond it, it is an estimate from a
-   weighted, balanced subset of the tokens ("BalanceKV", arXiv 2502.07861). No allocation, no
-   dependency, no thread, and the same bits on every CPU.
+   The memory is one block of the caller's, of a size known beforehand, and neither it nor the time
+   per token grows with the stream. As long as the tokens fit the budget the result is exact softmax
+   attention; beyond it, an estimate from a weighted, balanced subset of the tokens ("BalanceKV",
+   arXiv 2502.07861). No allocation, no dependency, no thread, and the same bits on every CPU.
 
    Use: copy this file. In exactly one C or C++ file:
        #define BALANCEKV_IMPLEMENTATION
@@ -55,15 +54,13 @@
      Weights stand in the numerator AND in the denominator. With softcap c > 0 the logit is
      c * tanh(s_i / c). While nothing was halved all w_i are 1 and this is exact attention.
 
-   The method, at length in docs/method.md, to the last tie in tests/golden/README.md. Tokens fill
-     the sinks, then page after page. When no page is free, ONE halving frees one: two neighbours
-     older than the window, the least halved, the oldest. BKV_RULE_SAMPLE: 64 of the 128 tokens
-     stay, with chances p in proportion to importance (shares of weight, of use, of what the means
-     of the queries expect, of keys unlike the others), and weigh w / p from then on. Tokens then
-     change places while that shortens the error of the draw under the kernel of the paper,
-         K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c);
-     what is left of it moves the values of those that stay by chance. Attention teaches a cache the
-     queries' means and the uses of its two newest pages. BKV_RULE_WINDOW keeps the newer 64.
+   The method (docs/method.md; to the last tie in tests/golden/README.md). Tokens fill the sinks,
+     then page after page. When no page is free, one halving frees one: two neighbours older than
+     the window, the least halved, the oldest. 64 of the 128 tokens stay, with chances p by
+     importance, and weigh w / p from then on. Tokens then change places, and at last the values of
+     those that stay by chance move, while that shortens the error under the kernel of the paper,
+         K_ij = a_i a_j exp(<k~_i, k~_j> * scale * temp - m) * (<v_i, v_j> + c).
+     Attention teaches a cache the queries' means and the uses of its two newest pages.
 
    Memory. bkv_size() bytes, state and n_threads * scratch. The state holds no pointer: it may be
      copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
@@ -77,14 +74,12 @@
      starts. (0, 1) does everything. The result does not depend on nth.
    Errors. A negative bkv_result; the cache is then unchanged. Inputs are checked first, NaN and Inf
      included: a key or value must be finite in kv_type (|x| < 65520 for f16), all below 2^55.
-   Arithmetic. Same input bytes + same config => same output bytes and same state bytes on every
-     backend, compiler and optimisation level, for any nth and any chunking of the same tokens:
-     16 float lanes, one correctly rounded fused multiply-add, one reduction tree, own 2^x (1 ulp).
-     Where the CPU has no such instruction (WASM, x86 without FMA, ARMv7 before VFPv4) it is made of
-     doubles, exactly. BALANCEKV_FMA=0 is a second class of bits, as equal everywhere: product and
-     sum round by themselves. States go from one class to the other, bits do not. Not under
-     -ffast-math, nor where denormals are flushed (ARMv7's NEON). tests/MATRIX.md has the machines.
-*/
+   Arithmetic. Same input bytes + same config => same output and state bytes on every backend,
+     compiler and optimisation level, for any nth and any chunking of the same tokens: 16 float
+     lanes, one correctly rounded fused multiply-add (made of doubles where the CPU has none), one
+     reduction tree, own 2^x (1 ulp). BALANCEKV_FMA=0 is a second class of bits, equal everywhere,
+     too: product and sum round by themselves; states go from one class to the other. Not under
+     -ffast-math, nor where denormals are flushed (ARMv7's NEON). Machines: tests/MATRIX.md. */
 
 /* ---- §2 CONFIG --------------------------------------------------------------------- >>config
 
@@ -109,8 +104,7 @@
                               faster where no fused multiply-add exists.  Values: 0, 1.  Default: 1.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
 
-   No switch changes a public type, so files compiled with different switches can be linked; none
-   but BALANCEKV_FMA changes a bit of the results. */
+   No switch changes a public type: files of different switches link. Only FMA changes results. */
 #ifndef BKVI_PASS /* the file includes itself for §11 and §12; everything else is read once */
 #ifndef BALANCEKV_H
 #define BALANCEKV_H
@@ -190,11 +184,11 @@ typedef enum bkv_result {
 enum { BKV_F32 = BALANCEKV_F32, BKV_F16 = BALANCEKV_F16, BKV_BF16 = BALANCEKV_BF16 };
 enum { BKV_I8 = BALANCEKV_I8, BKV_I4 = BALANCEKV_I4 };
 
-/* Halving rules, see §1. BKV_RULE_DEFAULT is BKV_RULE_SAMPLE. */
+/* Halving rules: BKV_RULE_SAMPLE, the default, see §1; BKV_RULE_WINDOW keeps the newer 64. */
 enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
 
-/* What BKV_RULE_SAMPLE takes for important, see §1; BKV_NONE: all tokens of a weight are alike.
-   KEY alone needs no queries; values move only under QUERY. */
+/* What BKV_RULE_SAMPLE takes for important: keys unlike the others (needs no queries), what the
+   queries' means expect, use; BKV_NONE: weights alone. Values move only under QUERY. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
 
 /* Flags of bkv_append() and bkv_prefill(). PIN: every halving leaves these tokens as they are, 32
@@ -247,10 +241,9 @@ typedef struct bkv_config {
      ((type) < BALANCEKV_I8 ? 0 : 2 * BKV_SIZE_PAD((slots)*2, 64)) + /* scales */                  \
      BKV_SIZE_OF(k, BKV_SIZE_RESTS(slots, type), type) + BKV_SIZE_OF(k, slots, type) +             \
      BKV_SIZE_OF(v, BKV_SIZE_RESTS(slots, type), type) + BKV_SIZE_OF(v, slots, type))
-#define BKV_SIZE_RESTS(slots, type)                                                                \
-    ((type) < BALANCEKV_I8 || (slots) < 512                                                        \
-         ? 0 : 16 + 64 * BKV_SIZE_FINE((type) == BALANCEKV_I8 ? 256 : (slots)-16))
-#define BKV_SIZE_FINE(n) ((n) < 1024 ? (n) / 256 : 4) /* pages with rests */
+#define BKV_SIZE_RESTS(slots, type) /* of 16 sinks and the newest pages */                         \
+    ((type) < BALANCEKV_I8 || (slots) < 512 ? 0 : (type) == BALANCEKV_I8 ? 80                      \
+     : 16 + ((slots) < 1040 ? ((slots)-16) / 256 : 4) * 64)
 #define BKV_SIZE_OF(dim, slots, type) /* bytes, of half a byte each of BKV_I4 */                   \
     BKV_SIZE_PAD((size_t)(dim) * (slots) / 2 * ((type) == BALANCEKV_F32  ? 8                       \
                                                 : (type) < BALANCEKV_I8  ? 4                       \
@@ -307,8 +300,7 @@ typedef struct bkv_stats_info {
 } bkv_stats_info;
 
 /* Of every function below, unless it says otherwise: constant cost; no pointer is kept; any thread
-   may call it, but no two at a time on one cache, except as shares (ith, nth) of one operation. See
-   examples/minimal.c for the usual order of calls. */
+   may call it, but no two at a time on one cache, except as shares (ith, nth) of one operation. */
 
 /* A config with every default filled in, so that it can be read and adjusted. */
 BALANCEKV_API bkv_config bkv_config_default(uint32_t n_q_heads, uint32_t n_kv_heads,
@@ -351,8 +343,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_shrink(bkv_cache *c, uint32_t budget);
    budget is not read; window = 0 grows with it); 0: none. */
 BALANCEKV_API uint32_t bkv_budget_for_bytes(const bkv_config *cfg, size_t bytes);
 
-/* Writes stats.state_bytes bytes, the same on every machine: config, counters, tokens, checksum.
-   Returns BKV_E_NULL, _MEMORY (out_bytes too small). */
+/* Writes stats.state_bytes bytes, the same on every machine. Returns BKV_E_NULL, _MEMORY. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_save(const bkv_cache *c, void *out, size_t out_bytes);
 
 /* Makes a cache in mem[mem_bytes] of what bkv_save() wrote, by any machine and for any backend;
@@ -368,8 +359,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_load(bkv_cache *c, const void *saved, 
 /* BKV_OK if every invariant of the state holds. One flipped bit of header, counters, page tables,
    positions or weights is always found. Keys, values and what attention teaches (uses, in which
    pins are marked, means of queries, error) are data: no sum covers what every token renews, but
-   NaN, Inf and numbers out of range are found. BKV_E_STATE otherwise. For debug builds.
-   Cost: reads the state once. */
+   NaN, Inf and numbers out of range are found. BKV_E_STATE otherwise. Cost: reads the state. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_validate(const bkv_cache *c);
 
 /* A dense tensor [n_tokens][n_heads][dim]. */
@@ -407,8 +397,7 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bk
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_token(const bkv_cache *c, uint32_t head, uint32_t i,
                                                 bkv_token_info *info);
 
-/* Estimate of |out - exact| / |exact| of a KV head, a running mean renewed once a page, see
-   docs/method.md. Returns BKV_E_NULL, _INDEX. */
+/* Estimated |out - exact| / |exact| of a KV head, a running mean. Returns BKV_E_NULL, _INDEX. */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_error(const bkv_cache *c, uint32_t head, float *error);
 
 /* What the cache holds. Returns BKV_E_NULL. Cost: one pass over weights and page tables. */
@@ -422,9 +411,8 @@ typedef struct bkv_rows {
     uint32_t type, mask_type;   /* BKV_F32, BKV_F16, BKV_BF16; mask: the first two */
     uint32_t n_rows;            /* at least stats.slots */
     uint32_t first, n;          /* out, with BKV_OK: the range of rows that this call wrote */
-    uint64_t seen, halvings;    /* of the last call on this buffer, so that only what has changed
-                                   since is written; zeros write all: set them after any of
-                                   bkv_truncate, _shrink, _reset, _load, or for another head */
+    uint64_t seen, halvings;    /* of the last call here: only what changed since is written; set to
+                                   0 after bkv_truncate, _shrink, _reset, _load, for another head */
 } bkv_rows;
 /* Returns BKV_E_NULL, _INDEX (head), _TYPE, _STRIDE, _COUNT (n_rows), _VALUE (too large for f16).
    Uses the scratch of the first thread. Cost: the rows that changed, all after a halving. */
@@ -674,11 +662,6 @@ BKVI_INLINE int bkvi_is_int(uint32_t type) {
 BKVI_INLINE int bkvi_is_i4(uint32_t type) { return bkvi_is_int(type) && type >= BKV_I4; }
 /* The parts of a step in which what rounding leaves is counted. */
 BKVI_INLINE float bkvi_parts(uint32_t type) { return bkvi_is_i4(type) ? 14.0f : 128.0f; }
-/* A stored byte, or digit of one, as a number; of bytes that are not two digits -7..7 any. */
-static float bkvi_integer(uint32_t type, unsigned char byte) {
-    const int x = (int8_t)byte, high = ((x + 136) >> 4) - 8;
-    return (float)(!bkvi_is_i4(type) ? x : type == BKV_I4 ? x - 16 * high : high);
-}
 
 /* memcmp() == 0, which clang would turn into a call of bcmp(). */
 static int bkvi_same(const unsigned char *a, const unsigned char *b, size_t n) {
@@ -736,9 +719,8 @@ static float bkvi_sqrt(float x) { /* to nearest; 0 of what is not positive */
     return x > 0.0f ? x - x == 0.0f ? (float)bkvi_root(x) : x : 0.0f;
 }
 
-/* Correctly rounded a * b + c. Without the instruction: the product of two floats is exact in
-   double; TwoSum gives the rounding error of the sum; rounding the sum to odd then makes the final
-   rounding to float correct (Boldo, Melquiond 2008). */
+/* Correctly rounded a * b + c. Without the instruction: the product is exact in double, TwoSum has
+   the sum's error, and rounding to odd makes the last rounding correct (Boldo, Melquiond 2008). */
 BKVI_INLINE float bkvi_fma(float a, float b, float c) {
 #ifdef BKVI_HARDWARE_FMA
     return __builtin_fmaf(a, b, c);
@@ -869,14 +851,8 @@ static uint32_t bkvi_pick_backend(uint32_t wanted) {
 
 /* ---- §7 HALVING ------------------------------------------------------------------- >>halving
    Choosing 64 of the 128 tokens of two neighbouring pages, and their new weights. The rules are
-   stated in tests/golden/README.md; what costs time (importance and kernel, exchanges, refit) is
-   bkvi_gram, bkvi_exchange and bkvi_refit in §12. */
-static uint32_t bkvi_importance(const bkv_config *cfg) {
-    return cfg->importance == BKV_NONE ? 0 : cfg->importance;
-}
-
-/* The chance of every token to stay: in proportion to its score, 64 in all. What is pinned or would
-   exceed 1, is 1, and the rest shares what is left. */
+   stated in tests/golden/README.md; what costs time is bkvi_gram, _exchange and _refit in §12. */
+/* Chances to stay: in proportion to scores, 64 in all; 1 of what is pinned or would exceed it. */
 static void bkvi_chances(const float *score, const unsigned char *pinned, float *chance) {
     uint32_t i, certain = 0, before;
     for (i = 0; i < BKVI_BLOCK; i++) chance[i] = pinned[i], certain += pinned[i];
@@ -915,8 +891,7 @@ static void bkvi_draw_tokens(const float *chance, uint64_t key, unsigned char *k
     if (p > 0.0f) keep[held] = kept < BKVI_PAGE; /* p is 0 or 1 but for rounding */
 }
 
-/* keep[i]: 1 for what is pinned, then for the 64 survivors; block->mass: the weights, then those
-   after the halving. */
+/* keep[i]: 1 for what is pinned, then for the 64 survivors; block->mass: weights, old, then new. */
 BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_block *block,
                                unsigned char *keep) {
     const bkv_config *cfg = &h->c->cfg;
@@ -942,7 +917,8 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
     }
     for (i = 0; i < BKVI_BLOCK && kept > (double)h->seen; i++) /* or it grows without end */
         mass[i] = (float)((double)mass[i] * ((double)h->seen / kept));
-    if (cfg->rounds != BKV_NONE && bkvi_importance(cfg) & BKV_IMPORTANCE_QUERY)
+    if (cfg->rounds != BKV_NONE && cfg->importance != BKV_NONE &&
+        cfg->importance & BKV_IMPORTANCE_QUERY)
         bkvi_kernels_of(cfg->backend).refit(h, slots, block);
 }
 
@@ -954,30 +930,27 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
        page table  [n_pages] (place, level), oldest first; page p has slots sink_slots + 64 p ..
        per slot    f32 weight (0: empty), f32 observed use, u32 position
        queries     f32, the running mean of each query head, [group][head_dim padded to 16]
-       integers    per slot the scales of key and value, as bf16; from 512 slots on the rests, what
-                   rounding left of the first 16 sinks and the newest pages (bkvi_rest), in 1/128
-                   of a step, or 1/14 of 4 bits, in the form of:
+       integers    per slot two scales, as bf16; from 512 slots on rests of the first 16 sinks and
+                   newest pages (bkvi_rest), in 1/128 of a step, 1/14 of 4 bits, in the form of:
        keys        panels of 16 slots, each [units][16]: <q, k> needs no sum across lanes
        values      rows, units of v_dim_pad
-   Every part starts at a multiple of 64 bytes; slots without a token are all zero. Then, not part
-   of the state, scratch per thread. */
+   Parts start at multiples of 64 bytes; slots without a token are all zero. Behind it: scratch. */
 static unsigned char *bkvi_head_mem(const bkv_cache *c, uint32_t head) {
     return c->mem + BKVI_HEADER_BYTES + (size_t)head * c->head_bytes;
 }
-/* value_dim, padded to whole sixteens, of 4 bits two of them. */
+/* n elements padded to whole sixteens, of 4 bits two of them; value_dim so padded. */
+BKVI_INLINE uint32_t bkvi_padded(uint32_t type, uint32_t n) {
+    return bkvi_round_up(n, bkvi_is_i4(type) ? 2 * BKVI_LANES : BKVI_LANES);
+}
 BKVI_INLINE uint32_t bkvi_v_dim(const bkv_cache *c) {
-    const uint32_t unit = bkvi_is_i4(BKVI_TYPE(c->cfg.kv_type)) ? 2 * BKVI_LANES : BKVI_LANES;
-    return bkvi_round_up(BKVI_DIM(c->cfg.value_dim), unit);
+    return bkvi_padded(BKVI_TYPE(c->cfg.kv_type), BKVI_DIM(c->cfg.value_dim));
 }
-/* Units in which a key or value of n elements is stored: elements, or, of 4 bits, bytes, 16 times a
-   high digit plus a low one, each -7..7: low are the first elements, high (type BKVI_HIGH) those
-   from `units` on. */
+/* Units in which n elements are stored: elements, or, of 4 bits, bytes, 16 times a high digit plus
+   a low one, each -7..7: low are the first elements, high (type BKVI_HIGH) the others. */
 BKVI_INLINE uint32_t bkvi_units(uint32_t type, uint32_t n) {
-    return bkvi_is_i4(type) ? bkvi_round_up(n, 2 * BKVI_LANES) / 2 : n;
+    return bkvi_is_i4(type) ? bkvi_padded(type, n) / 2 : n;
 }
-BKVI_INLINE uint32_t bkvi_high(uint32_t type, uint32_t i, uint32_t units) {
-    return bkvi_is_i4(type) && i >= units;
-}
+static uint32_t bkvi_high(uint32_t t, uint32_t i, uint32_t n) { return bkvi_is_i4(t) && i >= n; }
 static bkvi_head bkvi_head_get(const bkv_cache *c, uint32_t head, uint32_t ith) {
     unsigned char *mem = bkvi_head_mem(c, head), *scratch = c->mem + c->state_bytes;
     bkvi_head h;
@@ -1030,8 +1003,7 @@ static uint32_t bkvi_page_slot(const bkvi_head *h, uint32_t i) {
 }
 
 /* What rounding left of a slot's key (part BKVI_K) or value, or NULL: the first sixteen sinks and
-   the newest pages have it, of integers and of caches that are large enough. The pages take turns:
-   as many were begun as are in use and were halved. */
+   the newest pages have it, in turns: as many were begun as are in use and were halved. */
 static unsigned char *bkvi_rest(const bkvi_head *h, int part, uint32_t slot) {
     const uint32_t sinks = h->c->rests % BKVI_PAGE, pages = h->c->rests / BKVI_PAGE;
     uint32_t i, at = slot, turn;
@@ -1111,8 +1083,7 @@ static uint32_t bkvi_pick_pair(const bkvi_head *h, uint32_t n_pages) {
     return best;
 }
 
-/* Two of the first n_pages pages become one. The freed one is then the newest of those in use, and
-   empty. */
+/* Two of the first n_pages pages become one; the freed one is then the newest in use, and empty. */
 BKVI_NOINLINE void bkvi_halve(bkvi_head *h, uint32_t n_pages) {
     bkvi_block *block = (bkvi_block *)(void *)h->scratch;
     unsigned char keep[BKVI_BLOCK];
@@ -1193,18 +1164,14 @@ static void bkvi_put_run(bkvi_head *h, uint32_t slot, bkv_tensor *const *in, siz
     }
     h->sum += bkvi_sum(h, slot - n, n);
     h->seen += n;
-    if (h->sinks < c->sink_slots)
-        h->sinks += n;
-    else
-        h->fill += n;
+    *(h->sinks < c->sink_slots ? &h->sinks : &h->fill) += n;
 }
 
 /* ---- §9 ATTEND --------------------------------------------------------------------- >>attend
    One mechanism for decode and prefill: `rows` of (token, query head) run over the blocks of a KV
-   head: sinks in steps of 64 slots, then the pages in the order of memory (by age they outran the
-   prefetchers: 1.7x on Zen 4), the two newest last. Within a block
-   (bkvi_attend in §12): scores for a tile of rows, online softmax in base 2 with weights, weighted
-   sum of values. Tokens of one run see the last block up to their own slot. */
+   head: sinks in steps of 64 slots, pages in the order of memory (by age they outran prefetchers:
+   1.7x on Zen 4), the two newest last. For each (bkvi_attend in §12): scores of a tile of rows,
+   online softmax in base 2 with weights, sum of values. A run's tokens see the last one in part. */
 /* The rows that attend works on at once; its scratch, of which a halving needs more. */
 typedef struct bkvi_tiles {
     float lanes[BKVI_ROWS * BKVI_LANES];    /* [rows][16] sums of weights, lane by lane */
@@ -1534,16 +1501,17 @@ BALANCEKV_API bkv_result bkv_prefill(bkv_cache *c, bkv_tensor k, bkv_tensor v, b
 /* Takes back the newest n tokens of a head, one at a time. */
 static void bkvi_take_back(bkvi_head *h, uint32_t n) {
     static const unsigned char zero = 0;
+    unsigned char *rest;
+    int i;
     h->drafts = h->drafts > n ? h->drafts - n : 0;
     for (h->seen -= n; n; n--) {
         uint32_t slot = bkvi_slot_of(h, bkvi_held(h) - 1);
         h->sum -= bkvi_sum(h, slot, 1);
         bkvi_clear(h, slot, 1);
-        if (bkvi_rest(h, BKVI_K, slot)) {
-            bkvi_copy(bkvi_rest(h, BKVI_K, slot), BKVI_LANES, &zero, 0,
-                      (uint32_t)h->c->each[BKVI_K_REST], 1);
-            memset(bkvi_rest(h, BKVI_V, slot), 0, h->c->each[BKVI_V_REST]);
-        }
+        for (i = BKVI_K; i <= BKVI_V; i++)
+            if ((rest = bkvi_rest(h, i, slot)) != NULL)
+                bkvi_copy(rest, i == BKVI_K ? BKVI_LANES : 1, &zero, 0,
+                          (uint32_t)h->c->each[i - BKVI_K + BKVI_K_REST], 1);
         if (!h->used)
             h->sinks--;
         else if (--h->fill == 0) {
@@ -1632,15 +1600,15 @@ BALANCEKV_API bkv_result bkv_shrink(bkv_cache *c, uint32_t budget) {
 BALANCEKV_API uint32_t bkv_budget_for_bytes(const bkv_config *cfg, size_t bytes) {
     bkv_cache c;
     bkv_config tried;
+    bkv_result r;
     uint32_t best = 0, step;
     if (!cfg) return 0;
     tried = *cfg;
     for (step = 1u << 24; step >= BKVI_LANES; step /= 2) { /* too small a budget is no reason */
-        bkv_result r;
-        if (best + step > 1u << 24) continue;
         tried.budget = best + step;
         r = bkvi_plan(&tried, &c);
-        if (r == BKV_E_BUDGET || (r == BKV_OK && c.bytes <= bytes)) best += step;
+        if (tried.budget <= 1u << 24 && (r == BKV_E_BUDGET || (r == BKV_OK && c.bytes <= bytes)))
+            best += step;
     }
     tried.budget = best;
     return bkvi_plan(&tried, &c) == BKV_OK && c.bytes <= bytes ? best : 0;
@@ -1794,11 +1762,11 @@ static float bkvi_log(float x) {
 }
 
 BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows) {
-    unsigned char *out[3], *scratch; /* of k, v and mask */
-    size_t stride[3], size[3];
+    size_t size[3]; /* of a row of k, v and mask */
+    unsigned char *scratch;
     bkvi_kernels kernels;
     bkvi_head h;
-    uint32_t row, dim[3], type[3];
+    uint32_t row;
     float *x, w;
     int i;
     if (!c || !c->mem || !rows) return BKV_E_NULL;
@@ -1807,11 +1775,10 @@ BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows)
         (rows->mask && rows->mask_type != BKV_F32 && rows->mask_type != BKV_F16))
         return BKV_E_TYPE;
     if (rows->n_rows < c->slots) return BKV_E_COUNT;
-    out[0] = (unsigned char *)rows->k, out[1] = (unsigned char *)rows->v;
-    out[2] = (unsigned char *)rows->mask;
-    type[0] = type[1] = rows->type, type[2] = rows->mask_type;
-    dim[0] = c->cfg.head_dim, dim[1] = c->cfg.value_dim, dim[2] = 1;
-    stride[0] = rows->k_stride, stride[1] = rows->v_stride, stride[2] = 0;
+    void *const out[3] = {rows->k, rows->v, rows->mask};
+    const uint32_t type[3] = {rows->type, rows->type, rows->mask_type};
+    const uint32_t dim[3] = {c->cfg.head_dim, c->cfg.value_dim, 1};
+    size_t stride[3] = {rows->k_stride, rows->v_stride, 0};
     for (i = 0; i < 3; i++) {
         size[i] = dim[i] * bkvi_type_bytes(type[i]);
         if (!stride[i]) stride[i] = size[i];
@@ -1847,7 +1814,7 @@ BALANCEKV_API bkv_result bkv_export(bkv_cache *c, uint32_t head, bkv_rows *rows)
                 kernels.put(scratch, 1, NULL, NULL, type[i], (unsigned char *)x, BKV_F32, 4, dim[i],
                             NULL);
             }
-            memcpy(out[i] + row * stride[i], scratch, size[i]);
+            memcpy((unsigned char *)out[i] + row * stride[i], scratch, size[i]);
         }
     }
     rows->seen = h.seen, rows->halvings = h.halvings;
@@ -1992,10 +1959,10 @@ BKVI_TARGET("avx512f,avx2,fma,f16c")
 #define BKVI_4 (bkvi_vec a, bkvi_vec b, bkvi_vec x, bkvi_vec y)
 #if BALANCEKV_SIMDE /* prefixed names: simde_vdupq_n_f32, simde_mm512_set1_ps */
 #define BKVI_I(name) simde_##name
-#define BKVI_M(name) simde##name
+#elif BKVI_PASS == BALANCEKV_SIMD_AVX512
+#define BKVI_I(name) _##name
 #else
 #define BKVI_I(name) name
-#define BKVI_M(name) name
 #endif
 #if BKVI_PASS == BALANCEKV_SIMD_SCALAR
 #define BKVI_FN(name) name##_scalar
@@ -2048,9 +2015,9 @@ BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
 
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512
 #define BKVI_FN(name) name##_avx512
-typedef BKVI_M(__m512) bkvi_vec;
-BKVI_OP(set, (float x), BKVI_M(_mm512_set1_ps)(x))
-BKVI_OP(load, (const void *p), BKVI_M(_mm512_loadu_ps)(p))
+typedef BKVI_I(_m512) bkvi_vec;
+BKVI_OP(set, (float x), BKVI_I(mm512_set1_ps)(x))
+BKVI_OP(load, (const void *p), BKVI_I(mm512_loadu_ps)(p))
 #if !BALANCEKV_SIMDE
 BKVI_OP(load_f16, (const void *p), _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)))
 BKVI_OP(load_bf16, (const void *p),
@@ -2063,19 +2030,19 @@ BKVI_STORE(store_f16,
 BKVI_OP(fused, (bkvi_vec x, bkvi_vec y, bkvi_vec z), _mm512_fmadd_ps(x, y, z))
 BKVI_OP(sqrt, (bkvi_vec x), _mm512_sqrt_ps(x))
 #endif
-BKVI_OP(max, (bkvi_vec a, bkvi_vec b), BKVI_M(_mm512_max_ps)(a, b))
+BKVI_OP(max, (bkvi_vec a, bkvi_vec b), BKVI_I(mm512_max_ps)(a, b))
 BKVI_OP(pick_gt, BKVI_4,
-        BKVI_M(_mm512_mask_blend_ps)(BKVI_M(_mm512_cmp_ps_mask)(a, b, 30 /* > */), y, x))
+        BKVI_I(mm512_mask_blend_ps)(BKVI_I(mm512_cmp_ps_mask)(a, b, 30 /* > */), y, x))
 BKVI_INLINE int bkvi_v(any_gt)(bkvi_vec a, bkvi_vec b) {
-    return BKVI_M(_mm512_cmp_ps_mask)(a, b, 30) != 0;
+    return BKVI_I(mm512_cmp_ps_mask)(a, b, 30) != 0;
 }
-BKVI_STORE(store, BKVI_M(_mm512_storeu_ps)(p, x))
+BKVI_STORE(store, BKVI_I(mm512_storeu_ps)(p, x))
 BKVI_INLINE void bkvi_v(zip)(bkvi_vec *a, bkvi_vec *b) {
-    const BKVI_M(__m512i) low = BKVI_M(_mm512_setr_epi32)(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
+    const BKVI_I(_m512i) low = BKVI_I(mm512_setr_epi32)(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
                                                           6, 22, 7, 23),
-                          eight = BKVI_M(_mm512_set1_epi32)(8);
-    bkvi_vec x = BKVI_M(_mm512_permutex2var_ps)(*a, low, *b);
-    *b = BKVI_M(_mm512_permutex2var_ps)(*a, BKVI_M(_mm512_add_epi32)(low, eight), *b);
+                          eight = BKVI_I(mm512_set1_epi32)(8);
+    bkvi_vec x = BKVI_I(mm512_permutex2var_ps)(*a, low, *b);
+    *b = BKVI_I(mm512_permutex2var_ps)(*a, BKVI_I(mm512_add_epi32)(low, eight), *b);
     *a = x;
 }
 
@@ -2212,8 +2179,7 @@ BKVI_INLINE float bkvi_v(top)(bkvi_vec x) {
 #endif
 
 /* ---- §12 KERNELS ------------------------------------------------------------------ >>kernels
-   Written once over §11. `const int` parameters are constants at every call, so that the functions
-   fold into one loop per case. */
+   Written once over §11. `const int` parameters are constants at every call: one loop per case. */
 static const float bkvi_k(count)[16] = {0,  -1, -2,  -3,  -4,  -5,  -6,  -7,
                                         -8, -9, -10, -11, -12, -13, -14, -15};
 
@@ -2296,8 +2262,7 @@ BKVI_NOINLINE void bkvi_k(rotate)(float *x, uint32_t n) {
 
 /* x becomes round(x / scale) + 1.5 * 2^23, whose low byte is what is stored; BKVI_DIM_MAX behind
    it, the same of 128 (of 4 bits 14) times the rest; of 4 bits, both 16 times the second half of x
-   plus the first. scale = max |x| / 127 (7), rounded up to bf16, so that nothing is clipped; the
-   floor keeps its inverse finite. */
+   plus the first. scale = max(|x|, 1e-28) / 127 (7), rounded up to bf16, so nothing is clipped. */
 BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n, uint32_t type) {
     const float most = bkvi_is_i4(type) ? 7.0f : 127.0f;
     const bkvi_vec magic = bkvi_v(set)(12582912.0f), zero = bkvi_v(set)(0.0f);
@@ -2322,17 +2287,15 @@ BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n, 
                                              bkvi_v(set)(16.0f), bkvi_v(load)(x + i)));
 }
 
-/* Stores a caller's row, units `step` apart: 1 for a value (then padded with zeros), 16 for a
-   column of a key panel. Integers: `rest` in the same way, and the scale; a row that is `work`
-   itself is rotated already. */
+/* Stores a caller's row, units `step` apart: 1 for a value (then padded with zeros), 16 for a key.
+   Integers: `rest` likewise, and the scale; a row that is `work` itself is rotated already. */
 static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, unsigned char *scale,
                         uint32_t kv_type, const unsigned char *src, uint32_t type, size_t stride,
                         uint32_t n, float *work) {
     size_t bytes = bkvi_type_bytes(kv_type);
     uint32_t i, lane;
     if (bkvi_is_int(kv_type)) {
-        const uint32_t unit = bkvi_is_i4(kv_type) ? 2 * BKVI_LANES : BKVI_LANES;
-        const uint32_t padded = bkvi_round_up(n, unit), whole = step == 1 ? padded : n;
+        const uint32_t padded = bkvi_padded(kv_type, n), whole = step == 1 ? padded : n;
         const uint32_t units = bkvi_units(kv_type, whole);
         if (src != (unsigned char *)work) {
             memset(work, 0, padded * sizeof *work);
@@ -2363,19 +2326,20 @@ static void bkvi_k(put)(unsigned char *dst, size_t step, unsigned char *rest, un
 static void bkvi_k(fetch)(float *x, const unsigned char *src, uint32_t type, size_t stride,
                           uint32_t n, const unsigned char *scale, const unsigned char *rest) {
     const uint32_t units = bkvi_units(type, n);
-    float step;
-    uint32_t i;
-    for (i = 0; i < n && !bkvi_is_int(type); i += BKVI_LANES)
-        bkvi_k(row)(x + i, src, type, stride, i, n);
-    if (!bkvi_is_int(type)) return;
-    step = bkvi_float((uint32_t)bkvi_get16(scale) << 16);
-    for (i = 0; i < n; i++) {
-        const uint32_t high = bkvi_high(type, i, units), at = (i - high * units) * (uint32_t)stride;
-        const bkvi_vec more = bkvi_v(set)(rest ? bkvi_integer(type + high, rest[at]) : 0.0f);
-        const bkvi_vec most = bkvi_v(set)(bkvi_integer(type + high, src[at]) * step); /* exact */
-        x[i] = bkvi_v(top)(bkvi_v(fma)(more, bkvi_v(set)(step * (1.0f / bkvi_parts(type))), most));
+    const float step = bkvi_is_int(type) ? bkvi_float((uint32_t)bkvi_get16(scale) << 16) : 1.0f;
+    const bkvi_vec part = bkvi_v(set)(step * (1.0f / bkvi_parts(type)));
+    float more[16] = {0};
+    uint32_t i, lane;
+    for (i = 0; i < n; i += BKVI_LANES) {
+        const uint32_t high = bkvi_high(type, i, units), at = i - high * units;
+        bkvi_k(row)(x + i, src, type + high, stride, at, units);
+        if (rest) bkvi_k(row)(more, rest, type + high, stride, at, units);
+        for (lane = 0; lane < BKVI_LANES && bkvi_is_int(type); lane += BKVI_WIDTH)
+            bkvi_v(store)(x + i + lane,
+                          bkvi_v(fma)(bkvi_v(load)(more + lane), part, /* + what is exact */
+                                      bkvi_v(load)(x + i + lane) * bkvi_v(set)(step)));
     }
-    bkvi_k(rotate)(x, n);
+    if (bkvi_is_int(type)) bkvi_k(rotate)(x, n);
 }
 
 /* 2^t of four registers side by side, as one alone would wait for its own results: within 1 ulp;
@@ -2413,8 +2377,8 @@ BKVI_NOINLINE void bkvi_k(raise)(float *x, uint32_t n, float shift) {
 /* The one register tile: acc[r][v] += sum over i of coefficient (r, i) * vector (i, v), for `rows`
    rows of `vecs` sixteens. x: (i, v) at i * step + v * apart, in elements of the cache; the
    coefficients of step i: c[i * c_step + r], or c[r * c_row + i] if c_row (then n is rounded up to
-   a multiple of 4); acc: rows `acc_row` floats apart, set to 0 if `fresh`. ahead: memory to
-   prefetch at the pace of x, or NULL (small builds do not). */
+   a multiple of 4); acc: rows `acc_row` floats apart, set to 0 if `fresh`; high: of 4 bits, which
+   digits. ahead: memory to prefetch at the pace of x, or NULL (small builds do not). */
 BKVI_INLINE void bkvi_k(tile_fma)(const int type, uint32_t high, const int rows, const int vecs,
                                   const unsigned char *x, size_t step, size_t apart, uint32_t n,
                                   const float *c, const size_t c_row, size_t c_step,
@@ -2509,9 +2473,8 @@ static float bkvi_k(largest)(const float *x) {
     return bkvi_v(top)(most);
 }
 
-/* The block's keys or values as f32 panels, `stride` floats apart, minus their mean, sixteen
-   dimensions at a time; returns the largest squared norm. Sums over the tokens have the order:
-   panels, then lanes i + i+8, i+4, i+2, i+1. */
+/* The block's keys or values as f32 panels, `stride` floats apart, minus their mean (sums: panels,
+   then lanes as over_lanes), sixteen dimensions at a time; returns the largest squared norm. */
 BKVI_NOINLINE float bkvi_k(pack)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block,
                                  int values, uint32_t dim, size_t stride) {
     const uint32_t type = BKVI_TYPE(h->c->cfg.kv_type), units = bkvi_units(type, dim);
@@ -2688,8 +2651,7 @@ BKVI_INLINE void bkvi_k(rows)(bkvi_block *block, const int vecs, uint32_t i, uin
 #undef BKVI_PRODUCTS
 }
 
-/* The upper triangle of the products, and their entries, then mirrored: columns in groups of
-   panels, panels of rows down to the diagonal. */
+/* The upper triangle of the products, by groups of panels, and their entries; then mirrored. */
 BKVI_NOINLINE void bkvi_k(products)(bkvi_block *block, int values, uint32_t dim, size_t stride,
                                     float a, float b) {
     float *matrix = values ? block->matrix : block->kernel;
@@ -2714,7 +2676,7 @@ BKVI_NOINLINE void bkvi_k(products)(bkvi_block *block, int values, uint32_t dim,
 static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
     const bkv_config *cfg = &h->c->cfg;
     const uint32_t dim = BKVI_DIM(cfg->head_dim), v_dim = bkvi_v_dim(h->c);
-    const uint32_t importance = bkvi_importance(cfg);
+    const uint32_t importance = cfg->importance == BKV_NONE ? 0 : cfg->importance;
     const float scale = cfg->scale * cfg->temp * BKVI_LOG2E;
     float *use = block->use, *score = block->score, constant, largest;
     uint32_t i;
@@ -3014,65 +2976,54 @@ BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t
     if (span->v_scale) bkvi_k(times)(s, span->v_scale);
 }
 
-/* Scores of a tile of rows over one block; its sum of values. Meanwhile keys and values of the next
-   one come to the second level of the cache, line by line: a run of prefetches would stall. What
-   rounding left is a product of its own, before that of the keys, behind that of the values, with
-   the scores scaled between; so are the high digits of 4 bits. (One function for both would be
-   shorter, but gcc then allots the registers of AArch64 worse: bench/neon_mca.py.) */
-#define BKVI_MOST(type, rows) /* sixteens of a tile; of 4 bits more would spill */                 \
-    ((type) < BKV_I4 || BKVI_VECS(rows) < 2 ? BKVI_VECS(rows) : 2)
-BKVI_INLINE void bkvi_k(score)(const int type, const int rows, const bkv_cache *c, bkvi_tiles *t,
-                               const bkvi_span *span, uint32_t first) {
-    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), units = bkvi_units((uint32_t)type, dim);
-    const uint32_t all = (uint32_t)rows * BKVI_PAGE;
-    const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)units * BKVI_LANES;
-    const float *q = t->q + (size_t)first * dim;
-    const unsigned char *k = span->k_rest ? span->k_rest : span->k, *next;
-    uint32_t i, high, from, n, slots;
+/* A tile of rows over one block: scores, softmax, sum of values. Meanwhile keys and values of the
+   next one come to the second level of the cache, line by line: a run of prefetches would stall.
+   What rounding left is a product of its own, as are the high digits of 4 bits. */
+BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_cache *c,
+                                     bkvi_tiles *t, const bkvi_span *span, uint32_t first) {
+    const uint32_t dim = BKVI_DIM(c->cfg.head_dim), v_dim_pad = bkvi_v_dim(c);
+    const uint32_t k_units = bkvi_units((uint32_t)type, dim), all = (uint32_t)rows * BKVI_PAGE;
+    const uint32_t v_units = bkvi_units((uint32_t)type, v_dim_pad), digits = type < BKV_I4 ? 1 : 2;
+    const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)k_units * BKVI_LANES;
+    const int most = type < BKV_I4 || BKVI_VECS(rows) == 1 ? BKVI_VECS(rows) : 2; /* or it spills */
+    const float *q = t->q + (size_t)first * dim, rest = 1.0f / bkvi_parts((uint32_t)type);
+    const unsigned char *x, *next;
+    uint32_t i, high, slots, from, n;
 #define BKVI_SCORES(vecs)                                                                          \
-    for (; vecs <= BKVI_MOST(type, rows) && i + vecs <= (slots + BKVI_LANES - 1) / BKVI_LANES;     \
-         i += vecs)                                                                                \
-    bkvi_k(tile_fma)(type, high, rows, vecs, k + i * panel * es, BKVI_LANES, panel, n,             \
+    for (; vecs <= most && i + vecs <= (slots + BKVI_LANES - 1) / BKVI_LANES; i += vecs)           \
+    bkvi_k(tile_fma)(type, high, rows, vecs, x + i * panel * es, BKVI_LANES, panel, n,             \
                      q + from * (size_t)rows, 0, (size_t)rows, type < BKV_I8,                      \
                      t->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,                                \
-                     next ? next + i * panel * es : next)
+                     next ? next + i * panel * es : NULL)
+#define BKVI_VALUES(vecs)                                                                          \
+    for (; vecs <= most && i + vecs <= v_units / BKVI_LANES; i += vecs)                            \
+    bkvi_k(tile_fma)(type, high, rows, vecs, x + (size_t)i * BKVI_LANES * es, v_units, BKVI_LANES, \
+                     slots, t->scores, BKVI_PAGE, 0, 0, out + (size_t)i * BKVI_LANES, v_dim_pad,   \
+                     next ? next + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
     if (type >= BKV_I8) memset(t->scores, 0, all * sizeof(float));
-    for (; k; k = k == span->k ? NULL : span->k) {
-        slots = k == span->k ? span->slots : span->rests;
-        if (type >= BKV_I8 && span->k_rest && k == span->k)
-            bkvi_k(scaled)(t->scores, t->scores, all, 1.0f / bkvi_parts((uint32_t)type));
-        for (high = 0; high <= (type >= BKV_I4); high++) {
-            from = high ? bkvi_min(units, dim) : 0, n = bkvi_min(units, dim - from);
+    for (x = span->k_rest ? span->k_rest : span->k; x; x = x == span->k ? NULL : span->k) {
+        if (type >= BKV_I8 && span->k_rest && x == span->k)
+            bkvi_k(scaled)(t->scores, t->scores, all, rest);
+        slots = x == span->k ? span->slots : span->rests;
+        for (high = 0; high < digits; high++) {
+            from = high ? bkvi_min(k_units, dim) : 0, n = bkvi_min(k_units, dim - from);
             next = high ? NULL : span->next_k;
             i = 0;
             BKVI_SCORES(4); BKVI_SCORES(2); BKVI_SCORES(1);
         }
     }
-#undef BKVI_SCORES
-}
-BKVI_INLINE void bkvi_k(sum_up)(const int type, const int rows, const bkv_cache *c, bkvi_tiles *t,
-                                const bkvi_span *span, uint32_t first) {
-    const uint32_t v_dim_pad = bkvi_v_dim(c), units = bkvi_units((uint32_t)type, v_dim_pad);
-    const size_t es = bkvi_type_bytes((uint32_t)type), apart = BKVI_LANES * es;
-    const unsigned char *v = span->v, *next;
-    uint32_t i, high, slots;
-#define BKVI_VALUES(vecs)                                                                          \
-    for (; vecs <= BKVI_MOST(type, rows) && i + vecs <= units / BKVI_LANES; i += vecs)             \
-    bkvi_k(tile_fma)(type, high, rows, vecs, v + i * apart, units, BKVI_LANES, slots, t->scores,   \
-                     BKVI_PAGE, 0, 0, out + (size_t)i * BKVI_LANES, v_dim_pad,                     \
-                     next ? next + i * apart * BKVI_PAGE : next)
-    for (; v; v = v == span->v ? span->v_rest : NULL) {
-        slots = v == span->v ? span->slots : span->rests;
-        if (type >= BKV_I8 && v != span->v)
-            bkvi_k(scaled)(t->scores, t->scores, (uint32_t)rows * BKVI_PAGE,
-                           1.0f / bkvi_parts((uint32_t)type));
-        for (high = 0; high <= (type >= BKV_I4); high++) {
-            float *out = t->out + (size_t)first * v_dim_pad + high * units;
+    for (i = 0; i < (uint32_t)rows; i++) bkvi_k(soften)(t, span, first, first + i, c);
+    for (x = span->v; x; x = x == span->v ? span->v_rest : NULL) {
+        if (type >= BKV_I8 && x != span->v) bkvi_k(scaled)(t->scores, t->scores, all, rest);
+        slots = x == span->v ? span->slots : span->rests;
+        for (high = 0; high < digits; high++) {
+            float *out = t->out + (size_t)first * v_dim_pad + high * v_units;
             next = high ? NULL : span->next_v;
             i = 0;
             BKVI_VALUES(4); BKVI_VALUES(2); BKVI_VALUES(1);
         }
     }
+#undef BKVI_SCORES
 #undef BKVI_VALUES
 }
 
@@ -3092,39 +3043,29 @@ BKVI_INLINE void bkvi_k(sum_up)(const int type, const int rows, const bkv_cache 
 #define BKVI_X(type, rows)                                                                         \
     BKVI_NOINLINE void BKVI_FN(bkvi_attend_##type##_##rows)(                                       \
         const bkv_cache *c, bkvi_tiles *t, const bkvi_span *span, uint32_t first) {                \
-        uint32_t r;                                                                                \
-        bkvi_k(score)(type, rows, c, t, span, first);                                              \
-        for (r = 0; r < (rows); r++) bkvi_k(soften)(t, span, first, first + r, c);                 \
-        bkvi_k(sum_up)(type, rows, c, t, span, first);                                             \
+        bkvi_k(attend_tile)(type, rows, c, t, span, first);                                        \
     }
 BKVI_EACH_TILE(BKVI_X)
 #undef BKVI_X
 
-/* One scaled query, elements `width` apart, rotated if there is work; its mean, if any, learns. */
+/* One scaled query, elements `width` apart, rotated if `turn`; its mean, if any, learns. */
 BKVI_NOINLINE void bkvi_k(load_query)(float *to, uint32_t width, unsigned char *mean,
                                       const unsigned char *row, const bkv_tensor *q, uint32_t dim,
-                                      float scale, float *work) {
-    float part[16];
-    size_t stride = q->elem_stride;
-    uint32_t i, j, type = q->type;
-    if (work) {
-        for (i = 0; i < dim; i += BKVI_LANES) bkvi_k(row)(work + i, row, type, stride, i, dim);
-        bkvi_k(rotate)(work, dim);
-        row = (const unsigned char *)work, type = BKV_F32, stride = 4;
-    }
-    for (i = 0; i < dim; i += BKVI_LANES) {
-        bkvi_k(row)(part, row, type, stride, i, dim);
-        for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
-            bkvi_vec x = bkvi_v(load)(part + j);
-            if (mean) {
-                bkvi_vec m = bkvi_v(load_f32)(mean + 4 * (i + j));
-                bkvi_v(store_f32)(mean + 4 * (i + j),
-                                  bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m));
-            }
-            bkvi_v(store)(part + j, x * bkvi_v(set)(scale));
+                                      float scale, float *work, int turn) {
+    uint32_t i;
+    for (i = 0; i < dim; i += BKVI_LANES)
+        bkvi_k(row)(work + i, row, q->type, q->elem_stride, i, dim);
+    if (turn) bkvi_k(rotate)(work, dim);
+    for (i = 0; i < dim; i += BKVI_WIDTH) {
+        bkvi_vec x = bkvi_v(load)(work + i);
+        if (mean) {
+            bkvi_vec m = bkvi_v(load_f32)(mean + 4 * (size_t)i);
+            m = bkvi_v(fma)(x - m, bkvi_v(set)(BKVI_LEARN), m);
+            bkvi_v(store_f32)(mean + 4 * (size_t)i, m);
         }
-        for (j = 0; j < bkvi_min(BKVI_LANES, dim - i); j++, to += width) *to = part[j];
+        bkvi_v(store)(work + i, x * bkvi_v(set)(scale));
     }
+    for (i = 0; i < dim; i++, to += width) *to = work[i];
 }
 
 static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
@@ -3158,7 +3099,7 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
             bkvi_k(load_query)(t->q + (size_t)tile * dim + (r - tile), width,
                                h->drafts ? NULL : bkvi_part(h, BKVI_QUERIES, member),
                                bkvi_at(run->q, run->first + token, h->index * group + member),
-                               run->q, dim, scale, work);
+                               run->q, dim, scale, t->work, work != NULL);
         }
         memset(t->out, 0, (size_t)n * v_dim_pad * sizeof *t->out);
         memset(t->lanes, 0, (size_t)n * BKVI_LANES * sizeof *t->lanes);
@@ -3275,18 +3216,16 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_OP
 #undef BKVI_STORE
 #undef BKVI_I
-#undef BKVI_M
 #undef BKVI_4
 #undef BKVI_WIDTH
 #undef BKVI_FN
 #undef BKVI_EACH_TILE
 #undef BKVI_EACH_ROWS
 #undef BKVI_TILES
-#undef BKVI_MOST
 #undef BKVI_VECS
 #undef BKVI_PASS
 #endif /* BKVI_PASS */
 
 /* ---- §13 LICENCE ------------------------------------------------------------------ >>licence
-   SPDX-License-Identifier: MIT OR Unlicense. Copyright (c) 2026 the balancekv.h authors.
-   Choose: public domain (unlicense.org), or the MIT License. Both texts are in LICENSE. */
+   SPDX-License-Identifier: MIT OR Unlicense, as you choose; both texts are in LICENSE.
+   Copyright (c) 2026 the balancekv.h authors. */

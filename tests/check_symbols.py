@@ -143,7 +143,7 @@ def check_program(tally, compiler, name, sources, directory):
 
 
 # Where -ffp-contract=fast may fuse a product with an addition: the product is exact, so no bit hangs
-# on it. Twice a number in settle; a 128th or 16th of an integer in fetch, which bkv_export calls.
+# on it. Twice a number in settle; an integer times its step in fetch, which bkv_export calls.
 EXACT = re.compile(r"bkvi_(settle|fetch)_|bkv_export$")
 
 

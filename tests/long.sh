@@ -41,7 +41,7 @@ awk '
     }
     / operations without a finding$/ { operations += $1; next }
     /^ok / { if (what) row(n, what, "test_trust.c, " $2); what = "" }
-    /^(f16|i8): / { row($2, substr($0, length($1 $2) + 3), "test_trust.c, soak, " substr($1, 1, length($1) - 1)) }
+    /^(f16|i8|i4): / { row($2, substr($0, length($1 $2) + 3), "test_trust.c, soak, " substr($1, 1, length($1) - 1)) }
     /^[0-9]+ [^po]/ && !what { n = $1; $1 = ""; what = substr($0, 2) }
     END { row(operations "", "operations of fuzzing without a finding", "fuzz_ops.c") }
     ' $out/*.log

@@ -36,7 +36,7 @@ M = Mutation
 MUTATIONS = [
     # ---- sizes and constants
     M("size-macro-words", "12 * (slots) +", "8 * (slots) +", ["api:constant_sizes"]),
-    M("size-macro-rests", "((n) < 1024 ? (n) / 256 : 4)", "((n) < 1024 ? (n) / 128 : 4)",
+    M("size-macro-rests", "((slots)-16) / 256 : 4)", "((slots)-16) / 128 : 4)",
       ["api:constant_sizes"]),
     M("fewer-pins", "BKVI_PINS = 32,", "BKVI_PINS = 31,", ["stream:pinned"]),
     M("few-are-fewer", "BKVI_FEW = 512,", "BKVI_FEW = 496,", ["api:defaults"]),
@@ -163,7 +163,7 @@ MUTATIONS = [
     M("no-draft-remains", "h->drafts = h->drafts > n ? h->drafts - n : 0;", "h->drafts = 0;",
       ["trust:rejected"]),
     M("sum-not-taken-back", "h->sum -= bkvi_sum(h, slot, 1);", ";", ["trust:rollback"]),
-    M("rest-not-taken-back", "memset(bkvi_rest(h, BKVI_V, slot), 0, h->c->each[BKVI_V_REST]);", ";",
+    M("rest-not-taken-back", "(uint32_t)h->c->each[i - BKVI_K + BKVI_K_REST], 1);", "0, 1);",
       ["trust:rejected"]),
     M("one-token-too-far", "h.seen - n_tokens >= h.fill)", "h.seen - n_tokens > h.fill)",
       ["trust:rollback"]),
@@ -175,8 +175,8 @@ MUTATIONS = [
       ["trust:shrinks"]),
     M("shrink-page-off-by-one", "if (bkvi_place(h, i) < to->n_pages) continue;",
       "if (bkvi_place(h, i) <= to->n_pages) continue;", ["trust:shrinks"]),
-    M("budget-not-exact", "(r == BKV_OK && c.bytes <= bytes)) best += step;",
-      "(r == BKV_OK && c.bytes < bytes)) best += step;", ["trust:budget"]),
+    M("budget-not-exact", "(r == BKV_OK && c.bytes <= bytes)))",
+      "(r == BKV_OK && c.bytes < bytes)))", ["trust:budget"]),
 
     # ---- saving, validation, export, selection
     M("save-overruns", "if (out_bytes < c->state_bytes) return BKV_E_MEMORY;", ";",
@@ -277,9 +277,9 @@ MUTATIONS = [
       ["golden:f32"]),
     M("error-of-low-halves", "bkvi_v(get)((int)(type + high), v);", "bkvi_v(get)((int)type, v);",
       ["attend:errors"]),
-    M("export-of-low-halves", "bkvi_integer(type + high, src[at])", "bkvi_integer(type, src[at])",
+    M("export-of-low-halves", "src, type + high, stride", "src, type, stride",
       ["trust:exported"]),
-    M("export-of-low-rests", "bkvi_integer(type + high, rest[at])", "bkvi_integer(type, rest[at])",
+    M("export-of-low-rests", "rest, type + high, stride", "rest, type, stride",
       ["trust:exported"]),
 
     # ---- kernels: halving
@@ -303,8 +303,8 @@ MUTATIONS = [
       ["golden:f32"]),
     M("kernel-not-mirrored", "j = bkvi_max(first, i + 1); j < end;",
       "j = bkvi_max(first, i + 1); j < end && values;", ["golden:f32"]),
-    M("refit-without-queries", "BKV_NONE && bkvi_importance(cfg) & BKV_IMPORTANCE_QUERY)",
-      "BKV_NONE)", ["stream:values_move"]),
+    M("refit-without-queries", "&&\n        cfg->importance & BKV_IMPORTANCE_QUERY)",
+      ")", ["stream:values_move"]),
     M("no-refit", "bkvi_kernels_of(cfg->backend).refit(h, slots, block);", ";",
       ["stream:values_move"]),
     M("refit-of-certain-values", "block->score[i] = 1.0f - grown;",

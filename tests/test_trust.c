@@ -642,8 +642,9 @@ static void soak(void) {
             for (size_t i = 0; i < VALUE_DIM; i++)
                 tensor_set(&s.v, t, h, i, 1 + 0.3 * tensor_get(&s.v, t, h, i));
     unsigned passes = amount(SHORT, 2442, "passes of 4096 tokens through one cache");
-    for (size_t type = 1; type < N_STORAGE; type += 2) { /* f16, i8, i4 */
-        bkv_config cfg = config(storage_types[type]);
+    static const uint32_t types[] = {BKV_F16, BKV_I8, BKV_I4};
+    for (size_t type = 0; type < COUNT(types); type++) {
+        bkv_config cfg = config(types[type]);
         cfg.budget = 528;
         bkv_cache c = cache_new(&cfg);
         float *out = new_floats(LENGTH * N_Q * VALUE_DIM);
