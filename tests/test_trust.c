@@ -192,7 +192,7 @@ static void shrinks_in_place(void) {
         cfg.window = round % 5 == 0 ? BKV_NONE : 0;
         int few_pages = cfg.kv_type == BKV_I4 && round % 2; /* fewer than had rests are left */
         if (few_pages) cfg.budget += 1000, cfg.sinks = 336;
-        size_t n = 1 + random_below(few_pages ? 863 : 2000);
+        size_t n = few_pages ? 500 + random_below(363) : 1 + random_below(2000);
         bkv_cache c = cache_new(&cfg), before;
         if (few_pages) /* queries would have seen more rests, and taught it */
             append(&c, &s, 0, n, 0);
