@@ -918,7 +918,7 @@ BKVI_NOINLINE void bkvi_choose(const bkvi_head *h, const uint32_t *slots, bkvi_b
     for (i = 0; i < BKVI_BLOCK && kept > (double)h->seen; i++) /* or it grows without end */
         mass[i] = (float)((double)mass[i] * ((double)h->seen / kept));
     if (cfg->rounds != BKV_NONE && cfg->importance != BKV_NONE &&
-        cfg->importance & BKV_IMPORTANCE_QUERY)
+        cfg->importance & (BKV_IMPORTANCE_KEY | BKV_IMPORTANCE_QUERY))
         bkvi_kernels_of(cfg->backend).refit(h, slots, block);
 }
 
@@ -2572,7 +2572,7 @@ BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_nor
 
 /* Importance by keys. Expected: the mean over the group of the share of attention within the block
    that the queries' means give a token; the keys are centred, which no softmax notices. Unlike the
-   others: w e^(-4 cos(key, mean key)). */
+   others: w e^(-10 cos(key, mean key)). */
 BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32_t importance,
                                    uint32_t dim, size_t stride) {
     float *mean = block->mean, *work = block->matrix;
@@ -2596,7 +2596,7 @@ BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32
         dot = dot + m; /* of the key as it was; so is its norm */
         norm = bkvi_v(sqrt)((norm + dot) * m);
         cosine = dot / bkvi_v(pick_gt)(norm, zero, norm, bkvi_v(set)(1.0f));
-        bkvi_v(store)(unlike + i, cosine * bkvi_v(set)(-4.0f * BKVI_LOG2E));
+        bkvi_v(store)(unlike + i, cosine * bkvi_v(set)(-10.0f * BKVI_LOG2E));
     }
     bkvi_k(weigh)(block, unlike, 0.0f);
 }
@@ -2679,6 +2679,9 @@ static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *
     const uint32_t importance = cfg->importance == BKV_NONE ? 0 : cfg->importance;
     const float scale = cfg->scale * cfg->temp * BKVI_LOG2E;
     float *use = block->use, *score = block->score, constant, largest;
+    const float *told = importance & BKV_IMPORTANCE_QUERY ? block->expected
+                        : importance & BKV_IMPORTANCE_KEY ? block->unlike
+                                                          : block->weight;
     uint32_t i;
     /* One row more than needed: panels a multiple of 4 KiB apart would share cache sets. */
     const size_t stride = ((size_t)dim + 1) * BKVI_LANES;
@@ -2688,11 +2691,9 @@ static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *
     bkvi_k(products)(block, 0, dim, stride, scale, largest * scale);
     largest = bkvi_k(pack)(h, slots, block, 1, v_dim, v_stride);
     /* Scores, and the factor of each token in the kernel; the norms are those of the values now. */
-    memcpy(block->factor, block->weight, sizeof block->factor);
     for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH) {
         bkvi_vec w = bkvi_v(load)(block->weight + i);
-        if (importance & BKV_IMPORTANCE_QUERY)
-            bkvi_v(store)(block->factor + i, bkvi_v(sqrt)(w * bkvi_v(load)(block->expected + i)));
+        bkvi_v(store)(block->factor + i, bkvi_v(sqrt)(w * bkvi_v(load)(told + i)));
         bkvi_v(store)(use + i, bkvi_v(sqrt)(bkvi_v(load)(use + i)));
     }
     memset(score, 0, sizeof block->score);
@@ -2703,7 +2704,7 @@ static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *
     bkvi_k(add_share)(score, block->weight, NULL, 0.1f);
     constant = bkvi_k(total)(block->norm, BKVI_BLOCK) * (1.0f / 4096.0f);
     constant = constant > 1e-37f ? constant : 1.0f;
-    /* All entries at most about 1, whatever the size of the values. */
+    /* All entries at most about 1 (e^10 by KEY alone), whatever the size of the values. */
     bkvi_k(products)(block, 1, v_dim, v_stride, 1.0f / (largest + constant), constant);
 }
 
@@ -2776,7 +2777,7 @@ BKVI_NOINLINE void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, u
 /* Regression: what the tokens that go leave unanswered moves the values of those that stay, unless
    for certain. Of token j the part s_j v_j is missing, s the scores; token i takes over d_i:
        d_i = -1/2 (sum_j H_ij (s_j - r_i) v_j + sum_k H_ik d_k),    v_i -= chance_i d_i,
-   one token after the other, k over those before it. H is the fourth power of the keys' kernel, 1
+   one token after the other, k over those before it. H is the third power of the keys' kernel, 1
    on its diagonal, times factors; r_i, by how much weights are short near token i, is no error of
    the quotient that attention is. Half steps are its ridge. */
 static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
@@ -2797,8 +2798,7 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
         bkvi_vec x, minus_r;
         for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
             x = bkvi_v(load)(from + j) * a;
-            x = x * x;
-            x = x * x * (bkvi_v(load)(block->factor + j) * b);
+            x = x * x * x * (bkvi_v(load)(block->factor + j) * b);
             bkvi_v(store)(h_i + j, x);
             bkvi_v(store)(row + j, x * bkvi_v(load)(block->score + j));
         }

@@ -38,7 +38,7 @@ typedef struct errors {
 /* 1: values of tokens that went through a halving are not those of the stream any more. */
 static int refits(const bkv_config *cfg) {
     return cfg->rule == BKV_RULE_SAMPLE && cfg->rounds != BKV_NONE && cfg->importance != BKV_NONE &&
-           cfg->importance & BKV_IMPORTANCE_QUERY;
+           cfg->importance & (BKV_IMPORTANCE_KEY | BKV_IMPORTANCE_QUERY);
 }
 
 /* Compares out with sum_i w_i e^(s_i) v_i / sum_i w_i e^(s_i) over the kept tokens of c, whose rows

@@ -102,7 +102,7 @@ static void skip(const bkv_cache *c, const golden_case *g, golden_answers *a) {
 static double rounding_of(const golden_case *g, uint32_t kv_type) {
     const uint32_t parts = g->importance == BKV_NONE ? 0 : g->importance ? g->importance : 7;
     if (g->integers || g->rule != BKV_RULE_SAMPLE || g->rounds == BKV_NONE ||
-        !(parts & BKV_IMPORTANCE_QUERY))
+        !(parts & (BKV_IMPORTANCE_KEY | BKV_IMPORTANCE_QUERY)))
         return 0;
     return kv_type == BKV_F16 ? 1.0 / 2048 : kv_type == BKV_BF16 ? 1.0 / 256 : 0;
 }

@@ -792,7 +792,7 @@ static bkv_config refit_config(uint32_t kv_type) {
     return cfg;
 }
 
-/* Values move only where it is known what queries expect, and there of nearly all tokens that are
+/* Values move only where keys or queries tell which tokens count, and there of nearly all that are
    not certain; count_refits() looks at keys and at those that are. */
 static void values_move_by_chance(void) {
     static const uint32_t kinds[] = {0, BKV_NONE, 1, 2, 4, 5, 6, 7};
@@ -805,7 +805,7 @@ static void values_move_by_chance(void) {
                     if (test_quick() && turn++ % 5) continue;
                     bkv_config cfg = refit_config(storage_types[t]);
                     cfg.rule = rule, cfg.importance = kinds[i], cfg.rounds = rounds[r];
-                    int known = kinds[i] == 0 || (kinds[i] != BKV_NONE && kinds[i] & 2);
+                    int known = kinds[i] == 0 || (kinds[i] != BKV_NONE && kinds[i] & 3);
                     int refits = known && rule == BKV_RULE_SAMPLE && rounds[r] != BKV_NONE;
                     refit_counts n = count_refits(&cfg, &s);
                     CHECKF(refits ? n.moved > 0.9 * n.by_chance : !n.moved,
