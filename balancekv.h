@@ -188,7 +188,7 @@ enum { BKV_I8 = BALANCEKV_I8, BKV_I4 = BALANCEKV_I4 };
 enum { BKV_RULE_DEFAULT = 0, BKV_RULE_SAMPLE = 1, BKV_RULE_WINDOW = 2 };
 
 /* What BKV_RULE_SAMPLE takes for important: keys unlike the others (needs no queries), what the
-   queries' means expect, use; BKV_NONE: weights alone. Values move only under QUERY. */
+   queries' means expect, use; BKV_NONE: weights alone. Values move under KEY or QUERY only. */
 enum { BKV_IMPORTANCE_KEY = 1, BKV_IMPORTANCE_QUERY = 2, BKV_IMPORTANCE_USE = 4 };
 
 /* Flags of bkv_append() and bkv_prefill(). PIN: every halving leaves these tokens as they are, 32
@@ -421,7 +421,8 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_export(bkv_cache *c, uint32_t head, bk
 /* Chooses from the caller's own n_tokens keys and values what a cache of this config would hold at
    the end: per KV head *n_kept tokens with index[head * budget + i] and weight[..], in order. mem:
    bkv_size(cfg) bytes of working memory. No queries are seen: set cfg.importance to
-   BKV_IMPORTANCE_KEY, so that no values move. Returns the errors of bkv_init() and bkv_append(). */
+   BKV_IMPORTANCE_KEY. The caller's values stay; those of a cache, which bkv_export() gives, move.
+   Returns the errors of bkv_init() and bkv_append(). */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_select(const bkv_config *cfg, void *mem, size_t mem_bytes,
                                                  bkv_tensor k, bkv_tensor v, size_t n_tokens,
                                                  uint32_t *index, float *weight, uint32_t *n_kept);

@@ -65,20 +65,20 @@ keep() {
 }
 seeds=${SEEDS:-1,2,3,4,5}
 two=$(echo "$seeds" | cut -d, -f1,2)
-run stream "$traces" --seed "$seeds" --method balancekv,balancekv:rounds=none,walk,\
-pair,uniform,stride,window,streamingllm,knorm,keydiff,h2o,tova,expected
+run stream "$traces" --seed "$seeds" --method balancekv,balancekv:rounds=none,\
+balancekv:importance=1,walk,pair,uniform,stride,window,streamingllm,knorm,keydiff,h2o,tova,expected
 run theory "$traces" --seed "${seeds%%,*}" --every 4 --method \
 balancekv,walk,algorithm1,algorithm1:sinks=4:window=170,hybrid
 run oneshot "$traces" --protocol oneshot --seed "$seeds" --method balancekv,\
-balancekv:importance=1:rounds=2,balancekv:importance=none:rounds=2,walk,uniform,window,\
-streamingllm,knorm,keydiff,expected,h2o,tova,snapkv,pyramidkv,kvcrush-random,kvcrush-mean,\
+balancekv:importance=1,balancekv:importance=1:window=none,balancekv:importance=none,walk,uniform,\
+window,streamingllm,knorm,keydiff,expected,h2o,tova,snapkv,pyramidkv,kvcrush-random,kvcrush-mean,\
 kvcrush-alternate,uniform-once,published,published-both,snapkv-ahead
 run shrunk "$traces" --protocol oneshot --seed "$seeds" --method \
-shrunk,shrunk:importance=3,shrunk:importance=1:rounds=2,snapkv
+shrunk,shrunk:importance=3,shrunk:importance=1:window=none,snapkv
 run first "$first" --protocol oneshot --budget 1/2 --seed "$seeds" --method uniform-once,\
 published:block=256:temp=0.1,published:block=128:temp=1,published-both:block=128:temp=1
 run wide "$others" --seed "$seeds" --every 4 --method \
-balancekv,walk,pair,window,knorm,keydiff,h2o,tova,expected
+balancekv,balancekv:importance=1,walk,pair,window,knorm,keydiff,h2o,tova,expected
 # The slots of i8 are what bkv_budget_for_bytes() gives for the bytes of the others (head_dim 64).
 run storage "$traces" --seed "$seeds" --every 8 --budget 256,512,1024,2048 \
     --method balancekv:kv_type=f16

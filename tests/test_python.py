@@ -84,7 +84,7 @@ def check_results(tally, module):
     tally.check(stats["tokens_seen"] == 1000 and stats["tokens_held"] <= BUDGET and
                 stats["halvings"] > 0, "a budget is kept", str(stats))
 
-    still = make(importance="key")  # no values move
+    still = make(importance="use")  # no values move
     still.prefill(k, v, q)
     tokens = [still.tokens(head) for head in range(KV_HEADS)]
     kept = np.stack([t["position"].astype(int) for t in tokens])
