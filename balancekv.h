@@ -2353,10 +2353,10 @@ BKVI_ONCE void bkvi_k(exp2)(bkvi_vec *t) {
    lanes grow. */
 BKVI_ONCE void bkvi_k(raise)(float *x, uint32_t n, float shift, const int weighted,
                              const unsigned char *weight, float *lanes) {
-    enum { REGS = BKVI_LANES / BKVI_WIDTH };
+    enum { WIDE = BKVI_WIDTH, REGS = BKVI_LANES / WIDE };
     bkvi_vec minus = bkvi_v(set)(shift), t[4], sum[REGS], w = minus;
     uint32_t i, k;
-    BKVI_TILES for (k = 0; k < REGS && weighted; k++) sum[k] = bkvi_v(load)(lanes + k * BKVI_WIDTH);
+    if (weighted) BKVI_TILES for (k = 0; k < REGS; k++) sum[k] = bkvi_v(load)(lanes + k * WIDE);
     for (i = 0; i < n; i += 4 * BKVI_WIDTH) {
         BKVI_FOUR for (k = 0; k < 4; k++) t[k] = bkvi_v(load)(x + i + k * BKVI_WIDTH) - minus;
         bkvi_k(exp2)(t);
@@ -2366,7 +2366,7 @@ BKVI_ONCE void bkvi_k(raise)(float *x, uint32_t n, float shift, const int weight
             bkvi_v(store)(x + i + k * BKVI_WIDTH, weighted ? (bkvi_vec)(t[k] * w) : t[k]);
         }
     }
-    BKVI_TILES for (k = 0; k < REGS && weighted; k++) bkvi_v(store)(lanes + k * BKVI_WIDTH, sum[k]);
+    if (weighted) BKVI_TILES for (k = 0; k < REGS; k++) bkvi_v(store)(lanes + k * WIDE, sum[k]);
 }
 
 /* ---- register tile ---- */
