@@ -648,8 +648,7 @@ BKVI_INLINE uint64_t bkvi_get64(const unsigned char *p) {
     return (uint64_t)bkvi_get32(p) | (uint64_t)bkvi_get32(p + 4) << 32;
 }
 BKVI_INLINE void bkvi_put64(unsigned char *p, uint64_t x) {
-    bkvi_put32(p, (uint32_t)x);
-    bkvi_put32(p + 4, (uint32_t)(x >> 32));
+    bkvi_put32(p, (uint32_t)x), bkvi_put32(p + 4, (uint32_t)(x >> 32));
 }
 
 BKVI_INLINE uint32_t bkvi_min(uint32_t a, uint32_t b) { return a < b ? a : b; }
@@ -1278,8 +1277,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     c->at[BKVI_END] = c->head_bytes = (size_t)end;
     c->scratch_bytes = 4 * BKVI_BLOCK * ((size_t)bkvi_max(r->head_dim, bkvi_v_dim(c)) + 1) +
                        offsetof(bkvi_block, panels); /* of these as much as a halving needs */
-    end = BKVI_HEADER_BYTES + r->n_kv_heads * end;
-    c->state_bytes = (size_t)end;
+    c->state_bytes = (size_t)(end = BKVI_HEADER_BYTES + r->n_kv_heads * end);
     end += 64 + (uint64_t)r->n_threads * c->scratch_bytes; /* 64: to align the scratch anywhere */
     c->bytes = (size_t)end;
     return end <= SIZE_MAX ? BKV_OK : BKV_E_SIZE;
@@ -1292,8 +1290,7 @@ static void bkvi_header_put(const bkv_cache *c, unsigned char *to) {
     bkv_config cfg = c->cfg;
     cfg.backend = BKV_BACKEND_AUTO;
     memset(to, 0, BKVI_HEADER_BYTES);
-    bkvi_put32(to, BKVI_MAGIC);
-    bkvi_put32(to + 4, BKVI_STATE_VERSION);
+    bkvi_put32(to, BKVI_MAGIC), bkvi_put32(to + 4, BKVI_STATE_VERSION);
     memcpy(to + 8, &cfg, BKVI_CONFIG_BYTES);
     bkvi_put64(to + 8 + BKVI_CONFIG_BYTES, cfg.seed);
 }
@@ -1373,8 +1370,7 @@ BALANCEKV_API bkv_result bkv_init(bkv_cache *c, const bkv_config *cfg, void *mem
     if (!c || !cfg || !mem) return BKV_E_NULL;
     if ((r = bkvi_plan(cfg, &made)) != BKV_OK) return r;
     if (mem_bytes < made.bytes) return BKV_E_MEMORY;
-    made.mem = (unsigned char *)mem;
-    *c = made;
+    made.mem = (unsigned char *)mem, *c = made;
     return bkv_reset(c);
 }
 
@@ -1395,8 +1391,7 @@ BALANCEKV_API bkv_result bkv_attach(bkv_cache *c, void *mem, size_t mem_bytes, u
 
 BALANCEKV_API bkv_result bkv_reset(bkv_cache *c) {
     if (!c || !c->mem) return BKV_E_NULL;
-    memset(c->mem, 0, c->state_bytes);
-    bkvi_header_put(c, c->mem);
+    memset(c->mem, 0, c->state_bytes), bkvi_header_put(c, c->mem);
     return BKV_OK;
 }
 
@@ -1507,8 +1502,7 @@ static void bkvi_take_back(bkvi_head *h, uint32_t n) {
     h->drafts = h->drafts > n ? h->drafts - n : 0;
     for (h->seen -= n; n; n--) {
         uint32_t slot = bkvi_slot_of(h, bkvi_held(h) - 1);
-        h->sum -= bkvi_sum(h, slot, 1);
-        bkvi_clear(h, slot, 1);
+        h->sum -= bkvi_sum(h, slot, 1), bkvi_clear(h, slot, 1);
         for (i = BKVI_K; i <= BKVI_V; i++)
             if ((rest = bkvi_rest(h, i, slot)) != NULL)
                 bkvi_copy(rest, i == BKVI_K ? BKVI_LANES : 1, &zero, 0,
@@ -1558,10 +1552,9 @@ BKVI_NOINLINE void bkvi_move_head(const bkvi_head *h, const bkv_cache *to) {
         bkvi_clear(h, from, BKVI_PAGE);
     }
     for (i = BKVI_K_REST; i <= BKVI_V_REST && to->rests < c->rests; i++) {
-        const size_t each = c->each[i], page = BKVI_PAGE * each;
+        const size_t each = c->each[i], page = BKVI_PAGE * each, all = c->rests / BKVI_PAGE * page;
         unsigned char *rests = h->mem + c->at[i] + c->rests % BKVI_PAGE * each;
-        memcpy(taken, rests, c->rests / BKVI_PAGE * page);
-        memset(rests, 0, c->rests / BKVI_PAGE * page);
+        memcpy(taken, rests, all), memset(rests, 0, all);
         for (j = h->used; j > 0 && j + to->rests / BKVI_PAGE > h->used; j--)
             memcpy(rests + (h->halvings + j) % (to->rests / BKVI_PAGE) * page,
                    taken + (h->halvings + j) % (c->rests / BKVI_PAGE) * page, page);
@@ -1590,8 +1583,7 @@ BALANCEKV_API bkv_result bkv_shrink(bkv_cache *c, uint32_t budget) {
             bkvi_halve(&h, h.used - (made.window_pages + 1));
             bkvi_set_page(&h, --h.used, 0, 0);
         }
-        bkvi_head_put(&h);
-        bkvi_move_head(&h, &made);
+        bkvi_head_put(&h), bkvi_move_head(&h, &made);
     }
     *c = made;
     bkvi_header_put(c, c->mem);
@@ -1654,8 +1646,7 @@ BALANCEKV_API bkv_result bkv_save(const bkv_cache *c, void *out, size_t out_byte
     if (!c || !c->mem || !out) return BKV_E_NULL;
     if (out_bytes < c->state_bytes) return BKV_E_MEMORY;
     memcpy(p, c->mem, c->state_bytes);
-    bkvi_swap(p, BKVI_HEADER_BYTES, 4);
-    bkvi_swap_heads(c, p);
+    bkvi_swap(p, BKVI_HEADER_BYTES, 4), bkvi_swap_heads(c, p);
     bkvi_put_sum(p, bkvi_checksum(0, p, c->state_bytes));
     return BKV_OK;
 }
@@ -1694,8 +1685,7 @@ BALANCEKV_API bkv_result bkv_load(bkv_cache *c, const void *saved, size_t saved_
     if (mem_bytes < made.bytes) return BKV_E_MEMORY;
     made.mem = (unsigned char *)mem;
     memcpy(mem, saved, made.state_bytes);
-    bkvi_swap_heads(&made, made.mem);
-    bkvi_header_put(&made, made.mem);
+    bkvi_swap_heads(&made, made.mem), bkvi_header_put(&made, made.mem);
     if ((r = bkv_validate(&made)) == BKV_OK) *c = made;
     return r;
 }
@@ -1937,7 +1927,8 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
                                        of those that share x
      sqrt(a)                           to nearest
      max(a, b), pick_gt(a, b, x, y)    per lane a > b ? a : b, a > b ? x : y
-     any_gt(a, b), top(a)              some lane a > b; the largest lane
+     any_gt(a, b)                      some lane a > b
+     fold(a, add)                      the largest lane; or their sum, in the order of over_lanes
      pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, n <= 127; 0 if n = -127
      zip(a, b)                         a0 b0 a1 b1 .. in a, the rest in b */
 #define bkvi_v(op) BKVI_FN(bkvi_v_##op)
@@ -2140,12 +2131,10 @@ BKVI_INLINE bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi
                                     bkvi_vec y) {
 #if BKVI_PASS == BALANCEKV_SIMD_NEON && BALANCEKV_FMA && !BALANCEKV_SIMDE
     bkvi_vec four = bkvi_v(load)(c + i / 4 * 4);
-    switch (i % 4) { /* a lane must be a constant, even to -O0 */
-    case 0: return vfmaq_laneq_f32(y, x, four, 0);
-    case 1: return vfmaq_laneq_f32(y, x, four, 1);
-    case 2: return vfmaq_laneq_f32(y, x, four, 2);
-    case 3: return vfmaq_laneq_f32(y, x, four, 3);
-    }
+    return i % 4 == 0   ? vfmaq_laneq_f32(y, x, four, 0) /* a lane: a constant, even to -O0 */
+           : i % 4 == 1 ? vfmaq_laneq_f32(y, x, four, 1)
+           : i % 4 == 2 ? vfmaq_laneq_f32(y, x, four, 2)
+                        : vfmaq_laneq_f32(y, x, four, 3);
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && BALANCEKV_FMA && !BALANCEKV_SIMDE
     if (first) { /* Zen 4 broadcasts where it converts: 85 % of the FMA peak, with this 98 */
         __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(y) : "v"(x), "m"(c[i]));
@@ -2156,13 +2145,13 @@ BKVI_INLINE bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi
     return bkvi_v(fma)(bkvi_v(set)(c[i]), x, y);
 }
 
-BKVI_INLINE float bkvi_v(top)(bkvi_vec x) {
+BKVI_INLINE float bkvi_v(fold)(bkvi_vec x, const int add) {
     float lanes[16];
     uint32_t n;
     BKVI_UNROLL for (n = 1; n < BKVI_WIDTH; n *= 2) {
         bkvi_vec y = x;
         bkvi_v(zip)(&x, &y);
-        x = bkvi_v(max)(x, y);
+        x = add ? (bkvi_vec)(x + y) : bkvi_v(max)(x, y);
     }
     bkvi_v(store)(lanes, x);
     return lanes[0];
@@ -2218,15 +2207,14 @@ BKVI_NOINLINE void bkvi_k(row)(float *to, const unsigned char *p, uint32_t type,
 /* 1 if every |x| < limit; NaN is not. */
 static int bkvi_k(scan)(const unsigned char *p, uint32_t type, size_t stride, uint32_t n,
                         float limit) {
-    bkvi_vec zero = bkvi_v(set)(0.0f), bad = zero;
+    bkvi_vec zero = bkvi_v(set)(0.0f), one = bkvi_v(set)(1.0f), bad = zero;
     float part[16];
     uint32_t i, lane;
     for (i = 0; i < n; i += BKVI_LANES) {
         bkvi_k(row)(part, p, type, stride, i, n);
         for (lane = 0; lane < BKVI_LANES; lane += BKVI_WIDTH) {
             bkvi_vec x = bkvi_v(load)(part + lane), size = bkvi_v(max)(x, zero - x);
-            x = bkvi_v(pick_gt)(bkvi_v(set)(limit), size, zero, bkvi_v(set)(1.0f));
-            bad = bkvi_v(max)(bad, x);
+            bad = bkvi_v(max)(bad, bkvi_v(pick_gt)(bkvi_v(set)(limit), size, zero, one));
         }
     }
     return !bkvi_v(any_gt)(bad, zero);
@@ -2273,7 +2261,7 @@ BKVI_NOINLINE void bkvi_k(quantise)(float *x, unsigned char *scale, uint32_t n, 
         bkvi_vec a = bkvi_v(load)(x + i);
         largest = bkvi_v(max)(largest, bkvi_v(max)(a, zero - a));
     }
-    bits = (bkvi_bits(bkvi_v(top)(largest) / most) + 0xFFFFu) >> 16;
+    bits = (bkvi_bits(bkvi_v(fold)(largest, 0) / most) + 0xFFFFu) >> 16;
     bkvi_put16(scale, (uint16_t)bits);
     inverse = bkvi_v(set)(1.0f / bkvi_float(bits << 16));
     for (i = 0; i < n; i += BKVI_WIDTH) {
@@ -2362,16 +2350,24 @@ BKVI_ONCE void bkvi_k(exp2)(bkvi_vec *t) {
     BKVI_FOUR for (k = 0; k < 4; k++) t[k] = p[k] * bkvi_v(pow2)(n[k]);
 }
 
-/* 2^x of n floats in place, n a multiple of 64. */
-BKVI_NOINLINE void bkvi_k(raise)(float *x, uint32_t n, float shift) {
-    const bkvi_vec minus = bkvi_v(set)(shift);
+/* n floats x, a multiple of 64, become 2^(x - shift); if weighted, times the weights, by whose sums
+   lanes grow. */
+BKVI_ONCE void bkvi_k(raise)(float *x, uint32_t n, float shift, const int weighted,
+                             const unsigned char *weight, float *lanes) {
+    enum { WIDE = BKVI_WIDTH, REGS = BKVI_LANES / WIDE };
+    bkvi_vec minus = bkvi_v(set)(shift), t[4], sum[REGS], w = minus;
     uint32_t i, k;
+    BKVI_TILES for (k = 0; k < REGS; k++) sum[k] = bkvi_v(load)((weighted ? lanes : x) + k * WIDE);
     for (i = 0; i < n; i += 4 * BKVI_WIDTH) {
-        bkvi_vec t[4];
         BKVI_FOUR for (k = 0; k < 4; k++) t[k] = bkvi_v(load)(x + i + k * BKVI_WIDTH) - minus;
         bkvi_k(exp2)(t);
-        BKVI_FOUR for (k = 0; k < 4; k++) bkvi_v(store)(x + i + k * BKVI_WIDTH, t[k]);
+        BKVI_FOUR for (k = 0; k < 4; k++, weight += weighted ? 4 * BKVI_WIDTH : 0) {
+            const uint32_t lane = (BKVI_WIDTH > 1 ? k : i + k) % REGS;
+            if (weighted) w = bkvi_v(load_f32)(weight), sum[lane] = bkvi_v(fma)(t[k], w, sum[lane]);
+            bkvi_v(store)(x + i + k * BKVI_WIDTH, weighted ? (bkvi_vec)(t[k] * w) : t[k]);
+        }
     }
+    if (weighted) BKVI_TILES for (k = 0; k < REGS; k++) bkvi_v(store)(lanes + k * WIDE, sum[k]);
 }
 
 /* ---- register tile ---- */
@@ -2385,10 +2381,11 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, uint32_t high, const int rows,
                                   const float *c, const size_t c_row, size_t c_step,
                                   const int fresh, float *acc_mem, size_t acc_row,
                                   const unsigned char *ahead) {
-    enum { REGS = BKVI_LANES / BKVI_WIDTH, WAITS = BKVI_CLANG_X86 && BKVI_WIDTH == 8 };
+    enum { REGS = BKVI_LANES / BKVI_WIDTH };
     const size_t es = bkvi_type_bytes((uint32_t)type);
     const int regs = vecs * REGS, steps = c_row ? 4 : 1;
     const int by_row = regs <= rows || BKVI_WIDTH == 16; /* the side that is held in registers */
+    const int waits = BKVI_CLANG_X86 && (BKVI_WIDTH == 8 || (BKVI_WIDTH == 16 && rows == 4));
     bkvi_vec acc[96], a[16];
     uint32_t i;
     int t, s; /* accumulator t: row t / regs, register t % regs */
@@ -2408,12 +2405,12 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, uint32_t high, const int rows,
                     const size_t at = (size_t)(v / REGS) * apart + (size_t)(v % REGS) * BKVI_WIDTH;
                     a[v] = bkvi_is_i4((uint32_t)type) ? bkvi_v(load_i4)(x + at, high)
                                                       : bkvi_v(get)(type, x + at * es);
-                    if (BKVI_ARCH_X86 && !BALANCEKV_SIMDE && type == BKV_F32 && rows > 1 && !WAITS)
+                    if (BKVI_ARCH_X86 && !BALANCEKV_SIMDE && type == BKV_F32 && rows > 1 && !waits)
                         BKVI_ROUND(a[v]); /* or gcc loads it anew for every FMA: 20-25 % */
                 }
                 acc[r * regs + v] = bkvi_v(fma_at)(c + (size_t)r * c_row, c_row ? s : r, r == 0,
                                                    a[v], acc[r * regs + v]);
-                if (WAITS) BKVI_WAIT(x, acc[r * regs + v]); /* or it spills a sum: half the speed */
+                if (waits) BKVI_WAIT(x, acc[r * regs + v]); /* or it spills a sum: half the speed */
             }
         }
     }
@@ -2449,12 +2446,13 @@ BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned char *fr
 
 /* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
 static float bkvi_k(over_lanes)(const float *lanes) {
-    float x[8];
+    enum { REGS = BKVI_LANES / BKVI_WIDTH };
+    bkvi_vec x[REGS];
     uint32_t i, n;
-    for (i = 0; i < 8; i++) x[i] = lanes[i] + lanes[i + 8];
-    for (n = 4; n; n /= 2)
-        for (i = 0; i < n; i++) x[i] += x[i + n];
-    return x[0];
+    BKVI_TILES for (i = 0; i < REGS; i++) x[i] = bkvi_v(load)(lanes + i * BKVI_WIDTH);
+    BKVI_TILES for (n = REGS / 2; n; n /= 2)
+        BKVI_TILES for (i = 0; i < n; i++) x[i] = x[i] + x[i + n];
+    return bkvi_v(fold)(x[0], 1);
 }
 BKVI_NOINLINE float bkvi_k(total)(const float *x, uint32_t n) {
     float lanes[16];
@@ -2471,7 +2469,7 @@ static float bkvi_k(largest)(const float *x) {
     uint32_t i;
     for (i = BKVI_WIDTH; i < BKVI_BLOCK; i += BKVI_WIDTH)
         most = bkvi_v(max)(most, bkvi_v(load)(x + i));
-    return bkvi_v(top)(most);
+    return bkvi_v(fold)(most, 0);
 }
 
 /* The block's keys or values as f32 panels, `stride` floats apart, minus their mean (sums: panels,
@@ -2551,14 +2549,6 @@ static void bkvi_k(against)(bkvi_block *block, uint32_t dim, size_t stride, cons
     bkvi_k(sums)(to, BKVI_BLOCK, block->panels, BKVI_LANES, stride, dim, block->matrix, 1);
 }
 
-/* x becomes 2^(x - shift) times the weights. */
-static void bkvi_k(weigh)(const bkvi_block *block, float *x, float shift) {
-    uint32_t i;
-    bkvi_k(raise)(x, BKVI_BLOCK, shift);
-    for (i = 0; i < BKVI_BLOCK; i += BKVI_WIDTH)
-        bkvi_v(store)(x + i, bkvi_v(load)(x + i) * bkvi_v(load)(block->weight + i));
-}
-
 /* to += share of x in its sum; x is used up. */
 BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_norm, float share) {
     float sum;
@@ -2576,6 +2566,7 @@ BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_nor
    others: w e^(-10 cos(key, mean key)). */
 BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32_t importance,
                                    uint32_t dim, size_t stride) {
+    const unsigned char *weight = (const unsigned char *)block->weight;
     float *mean = block->mean, *work = block->matrix;
     float *logit = block->score, *unlike = block->unlike;
     bkvi_vec m, zero = bkvi_v(set)(0.0f);
@@ -2584,7 +2575,7 @@ BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32
     for (head = 0; head < h->c->group && importance & BKV_IMPORTANCE_QUERY; head++) {
         bkvi_k(against)(block, dim, stride, bkvi_part(h, BKVI_QUERIES, head),
                         h->c->cfg.scale * BKVI_LOG2E, logit);
-        bkvi_k(weigh)(block, logit, bkvi_k(largest)(logit));
+        bkvi_k(raise)(logit, BKVI_BLOCK, bkvi_k(largest)(logit), 1, weight, block->tile);
         bkvi_k(add_share)(block->expected, logit, NULL, 1.0f);
     }
     if (!(importance & BKV_IMPORTANCE_KEY)) return;
@@ -2599,7 +2590,7 @@ BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32
         cosine = dot / bkvi_v(pick_gt)(norm, zero, norm, bkvi_v(set)(1.0f));
         bkvi_v(store)(unlike + i, cosine * bkvi_v(set)(-10.0f * BKVI_LOG2E));
     }
-    bkvi_k(weigh)(block, unlike, 0.0f);
+    bkvi_k(raise)(unlike, BKVI_BLOCK, 0.0f, 1, weight, block->tile);
 }
 
 /* Products of the 16 rows of panel i with panels first .. end-1 become entries of the kernel. Keys:
@@ -2680,10 +2671,9 @@ static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *
     const uint32_t importance = cfg->importance == BKV_NONE ? 0 : cfg->importance;
     const float scale = cfg->scale * cfg->temp * BKVI_LOG2E;
     float *use = block->use, *score = block->score, constant, largest;
-    const float *told = importance & BKV_IMPORTANCE_QUERY ? block->expected
-                        : importance & BKV_IMPORTANCE_KEY ? block->unlike
-                                                          : block->weight;
+    const float *told = importance & BKV_IMPORTANCE_KEY ? block->unlike : block->weight;
     uint32_t i;
+    if (importance & BKV_IMPORTANCE_QUERY) told = block->expected;
     /* One row more than needed: panels a multiple of 4 KiB apart would share cache sets. */
     const size_t stride = ((size_t)dim + 1) * BKVI_LANES;
     const size_t v_stride = ((size_t)v_dim + 1) * BKVI_LANES;
@@ -2744,8 +2734,8 @@ static void bkvi_k(exchange)(bkvi_block *block, uint32_t rounds, unsigned char *
                 here = here - bkvi_v(set)((float)BKVI_WIDTH);
             }
             if (!bkvi_v(any_gt)(most, least)) continue;
-            x = bkvi_v(set)(bkvi_v(top)(most));
-            j = (uint32_t)-bkvi_v(top)(bkvi_v(pick_gt)(x, most, never, at));
+            x = bkvi_v(set)(bkvi_v(fold)(most, 0));
+            j = (uint32_t)-bkvi_v(fold)(bkvi_v(pick_gt)(x, most, never, at), 0);
             other = block->matrix + (size_t)j * BKVI_BLOCK;
             y = bkvi_v(set)(-step[j]);
             keep[i] = 0, keep[j] = 1;
@@ -2775,6 +2765,17 @@ BKVI_NOINLINE void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, u
     }
 }
 
+/* Four rows of `to`, 64 floats apart: += sum of c[i] * x(i, j), each with its row of c. */
+BKVI_NOINLINE void bkvi_k(contribute)(float *to, uint32_t width, const float *x, uint32_t n,
+                                      const float *c) {
+    const int rows = BKVI_TILE_ROWS, vecs = BKVI_VECS(BKVI_TILE_ROWS);
+    uint32_t r, j;
+    for (r = 0; r < 4; r += BKVI_TILE_ROWS, to += rows * BKVI_PAGE, c += rows * BKVI_BLOCK)
+        for (j = 0; j < width; j += (uint32_t)vecs * BKVI_LANES) /* or a few beyond */
+            bkvi_k(tile_fma)(BKV_F32, 0, rows, vecs, (const unsigned char *)(x + j), BKVI_PAGE,
+                             BKVI_LANES, n, c, BKVI_BLOCK, 0, 0, to + j, BKVI_PAGE, NULL);
+}
+
 /* Regression: what the tokens that go leave unanswered moves the values of those that stay, unless
    for certain. Of token j the part s_j v_j is missing, s the scores; token i takes over d_i:
        d_i = -1/2 (sum_j H_ij (s_j - r_i) v_j + sum_k H_ik d_k),    v_i -= chance_i d_i,
@@ -2782,21 +2783,21 @@ BKVI_NOINLINE void bkvi_k(value)(const bkvi_head *h, float *to, uint32_t slot, u
    on its diagonal, times factors; r_i, by how much weights are short near token i, is no error of
    the quotient that attention is. Half steps are its ridge. */
 static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
-    const int vecs = BKVI_VECS(BKVI_TILE_ROWS);
     const uint32_t v_dim = bkvi_v_dim(h->c), type = BKVI_TYPE(h->c->cfg.kv_type);
     const float limit = type == BKV_F16 ? 65520.0f : BKVI_HUGE / 32.0f;
     float *v = block->matrix, *among = v + BKVI_BLOCK * BKVI_PAGE; /* 64 dimensions; H_ik */
     float *row = block->kernel, *d = row + BKVI_PAGE * BKVI_BLOCK; /* H_ij (s_j - r_i) */
-    float *h_i = block->tile, *taken = block->panels;              /* d of all dimensions */
+    float *h_i = block->tile, *moved = block->panels;              /* new values */
     unsigned char takes[BKVI_PAGE] = {0}; /* n tokens, in order */
     uint32_t i, j, k, n = 0, first;
+    bkvi_vec x;
     for (i = 0; i < BKVI_BLOCK; i++)
         if (block->score[i] < 0.0f) takes[n++] = (unsigned char)i;
     for (k = 0; k < n; k++, row += BKVI_BLOCK) { /* row k is read by now: k <= takes[k] */
         const float *from = block->kernel + (i = takes[k]) * BKVI_BLOCK;
         const bkvi_vec a = bkvi_v(set)(1.0f / (from[i] + 1e-6f)); /* so that nothing is too large */
         const bkvi_vec b = bkvi_v(set)(-0.5f / (block->factor[i] + 1e-12f));
-        bkvi_vec x, minus_r;
+        bkvi_vec minus_r;
         for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
             x = bkvi_v(load)(from + j) * a;
             x = x * x * x * (bkvi_v(load)(block->factor + j) * b);
@@ -2808,37 +2809,33 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
         for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH)
             bkvi_v(store)(row + j, bkvi_v(fma)(bkvi_v(load)(h_i + j), minus_r,
                                                bkvi_v(load)(row + j)));
-        for (j = 0; j < k; j++) among[k * BKVI_PAGE + j] = h_i[takes[j]];
+        for (j = 0; j < k; j++) among[k * BKVI_BLOCK + j] = h_i[takes[j]];
     }
     for (first = 0; first < v_dim; first += BKVI_PAGE) {
         const uint32_t width = bkvi_min(BKVI_PAGE, v_dim - first);
         for (i = 0; i < BKVI_BLOCK; i++)
             bkvi_k(value)(h, v + i * BKVI_PAGE, slots[i / BKVI_PAGE] + i % BKVI_PAGE, first, width);
         memset(d, 0, BKVI_PAGE * BKVI_PAGE * sizeof *d);
-        for (k = 0; k < n; k += BKVI_TILE_ROWS)
-            for (j = 0; j < width; j += (uint32_t)vecs * BKVI_LANES) { /* or a few beyond */
-                const float *c = block->kernel + k * BKVI_BLOCK;
-                float *to = d + k * BKVI_PAGE + j;
-                if (BKVI_SMALL)
-                    bkvi_k(sums)(to, BKVI_LANES, v + j, BKVI_PAGE, 0, BKVI_BLOCK, c, 1);
-                else
-                    bkvi_k(tile_fma)(BKV_F32, 0, BKVI_TILE_ROWS, vecs, (unsigned char *)(v + j),
-                                     BKVI_PAGE, BKVI_LANES, BKVI_BLOCK, c, BKVI_BLOCK, 0, 0, to,
-                                     BKVI_PAGE, NULL);
+        for (k = 0, row = block->kernel; k < n; k++, row += BKVI_BLOCK) {
+            const uint32_t before = BKVI_VECS(1) == 1 ? 0 : k / 4 * 4; /* four take at a time */
+            const float *c = among + k * BKVI_BLOCK, *old = v + takes[k] * BKVI_PAGE;
+            const bkvi_vec p = bkvi_v(set)(-block->chance[takes[k]]);
+            float *d_k = d + k * BKVI_PAGE, *to = moved + k * v_dim + first;
+            if (BKVI_VECS(1) == 1)
+                bkvi_k(sums)(d_k, width, v, BKVI_PAGE, BKVI_LANES, BKVI_BLOCK, row, 1);
+            else if (k == before) {
+                bkvi_k(contribute)(d_k, width, v, BKVI_BLOCK, row);
+                bkvi_k(contribute)(d_k, width, d, k, c);
             }
-        for (k = 0; k < n; k++) {
-            bkvi_k(sums)(d + k * BKVI_PAGE, width, d, BKVI_PAGE, BKVI_LANES, k,
-                         among + k * BKVI_PAGE, 1);
-            memcpy(taken + k * v_dim + first, d + k * BKVI_PAGE, width * sizeof *d);
+            bkvi_k(sums)(d_k, width, d + before * BKVI_PAGE, BKVI_PAGE, BKVI_LANES, k - before,
+                         c + before, 1);
+            for (j = 0; j < width; j += BKVI_WIDTH)
+                bkvi_v(store)(to + j, bkvi_v(fma)(bkvi_v(load)(d_k + j), p, bkvi_v(load)(old + j)));
         }
     }
     for (k = 0; k < n; k++) {
         const uint32_t slot = slots[takes[k] / BKVI_PAGE] + takes[k] % BKVI_PAGE;
-        const bkvi_vec p = bkvi_v(set)(-block->chance[takes[k]]);
-        bkvi_k(value)(h, v, slot, 0, v_dim);
-        for (j = 0; j < v_dim; j += BKVI_WIDTH)
-            bkvi_v(store)(v + j, bkvi_v(fma)(bkvi_v(load)(taken + k * v_dim + j), p,
-                                             bkvi_v(load)(v + j)));
+        memcpy(v, moved + k * v_dim, v_dim * sizeof *v);
         if (bkvi_k(scan)((unsigned char *)v, BKV_F32, 4, v_dim, limit))
             bkvi_k(put)(bkvi_part(h, BKVI_V, slot), 1, NULL, bkvi_part(h, BKVI_V_SCALE, slot), type,
                         (unsigned char *)v, BKV_F32, 4, v_dim, v);
@@ -2908,73 +2905,75 @@ BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float 
     if (!(sum > 0.0f && sum < BKVI_HUGE)) return; /* nothing was left to chance, or out is 0 */
     x = bkvi_v(sqrt)(bkvi_v(set)(sum));
     y = bkvi_v(set)(bkvi_getf(error) > 0.0f ? 0.0625f : 1.0f);
-    bkvi_putf(error, bkvi_v(top)(bkvi_v(fma)(x - old, y, old)));
+    bkvi_putf(error, bkvi_v(fold)(bkvi_v(fma)(x - old, y, old), 0));
 }
 
-/* Online softmax of row r of a tile that starts with row `first`: scores become weights relative to
-   the row's maximum so far. When that rises, what was summed so far shrinks. */
-BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t first, uint32_t r,
-                                  const bkv_cache *c) {
-    const uint32_t v_dim_pad = bkvi_v_dim(c);
-    const float softcap = c->cfg.softcap;
+/* Scores of a row that are to be scaled, capped or masked. */
+BKVI_NOINLINE void bkvi_k(prepare)(float *s, const unsigned char *scale, float cap, float limit) {
     const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
-    const float limit = span->last ? t->limit[r] : (float)span->slots;
-    float *s = t->scores + (size_t)(r - first) * BKVI_PAGE, *lanes = t->lanes + r * BKVI_LANES;
-    bkvi_vec x, most = bkvi_v(set)(t->max[r]);
-    uint32_t i, j;
-    if (span->k_scale) bkvi_k(times)(s, span->k_scale);
-    if (softcap > 0.0f) {
+    bkvi_vec x;
+    uint32_t i;
+    if (scale) bkvi_k(times)(s, scale);
+    if (cap > 0.0f) {
         /* c tanh(z / c) log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
-        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
-            x = bkvi_v(load)(s + i);
-            bkvi_v(store)(s + i, bkvi_v(pick_gt)(x, top, top, x));
-        }
-        bkvi_k(raise)(s, BKVI_PAGE, 0.0f);
-        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
-            x = one - bkvi_v(set)(2.0f) / (one + bkvi_v(load)(s + i));
-            bkvi_v(store)(s + i, x * bkvi_v(set)(softcap * BKVI_LOG2E));
-        }
+        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH)
+            x = bkvi_v(load)(s + i), bkvi_v(store)(s + i, bkvi_v(pick_gt)(x, top, top, x));
+        bkvi_k(raise)(s, BKVI_PAGE, 0.0f, 0, NULL, NULL);
+        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH)
+            x = one - bkvi_v(set)(2.0f) / (one + bkvi_v(load)(s + i)),
+            bkvi_v(store)(s + i, x * bkvi_v(set)(cap * BKVI_LOG2E));
     }
     for (i = 0; i < BKVI_PAGE && limit < (float)BKVI_PAGE; i += BKVI_WIDTH) {
         x = bkvi_v(set)((float)(i - i % BKVI_LANES) - limit);
         bkvi_v(store)(s + i, bkvi_v(pick_gt)(bkvi_v(load)(bkvi_k(count) + i % BKVI_LANES), x,
                                              bkvi_v(load)(s + i), bkvi_v(set)(BKVI_MASKED)));
     }
-    for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) most = bkvi_v(max)(most, bkvi_v(load)(s + i));
-    if (bkvi_v(any_gt)(most, bkvi_v(set)(t->max[r]))) {
-        float *out = t->out + (size_t)r * v_dim_pad, max = bkvi_v(top)(most);
-        bkvi_vec shrink[4];
-        for (i = 0; i < 4; i++) shrink[i] = bkvi_v(set)(t->max[r] - max);
-        bkvi_k(exp2)(shrink);
-        t->max[r] = max;
-        for (i = 0; i < BKVI_LANES; i += BKVI_WIDTH)
-            bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * shrink[0]);
-        for (i = 0; i < v_dim_pad; i += BKVI_WIDTH)
-            bkvi_v(store)(out + i, bkvi_v(load)(out + i) * shrink[0]);
-        for (i = 0; i < BKVI_LANES + 2 * v_dim_pad && r == t->doubted; i += BKVI_WIDTH)
-            bkvi_v(store)(t->doubt + i, bkvi_v(load)(t->doubt + i) * shrink[0] * shrink[0]);
+}
+
+/* The maximum of row r rises: what was summed so far shrinks. */
+BKVI_NOINLINE void bkvi_k(rise)(bkvi_tiles *t, uint32_t r, float max, uint32_t v_dim_pad) {
+    float *out = t->out + (size_t)r * v_dim_pad, *lanes = t->lanes + r * BKVI_LANES;
+    bkvi_vec shrink[4];
+    uint32_t i;
+    for (i = 0; i < 4; i++) shrink[i] = bkvi_v(set)(t->max[r] - max);
+    bkvi_k(exp2)(shrink), t->max[r] = max;
+    for (i = 0; i < BKVI_LANES; i += BKVI_WIDTH)
+        bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * shrink[0]);
+    for (i = 0; i < v_dim_pad; i += BKVI_WIDTH)
+        bkvi_v(store)(out + i, bkvi_v(load)(out + i) * shrink[0]);
+    for (i = 0; i < BKVI_LANES + 2 * v_dim_pad && r == t->doubted; i += BKVI_WIDTH)
+        bkvi_v(store)(t->doubt + i, bkvi_v(load)(t->doubt + i) * shrink[0] * shrink[0]);
+}
+
+/* Online softmax of a tile that starts with row `first`: scores become weights relative to the
+   row's maximum so far. */
+BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t first,
+                                  uint32_t rows, const bkv_cache *c) {
+    float *s = t->scores;
+    bkvi_vec x;
+    uint32_t i, r;
+    for (r = first; r < first + rows; r++, s += BKVI_PAGE) {
+        const float limit = span->last ? t->limit[r] : (float)span->slots;
+        const bkvi_vec old = bkvi_v(set)(t->max[r]);
+        if (span->k_scale || c->cfg.softcap > 0.0f || limit < (float)BKVI_PAGE)
+            bkvi_k(prepare)(s, span->k_scale, c->cfg.softcap, limit);
+        for (x = old, i = 0; i < BKVI_PAGE; i += BKVI_WIDTH)
+            x = bkvi_v(max)(x, bkvi_v(load)(s + i));
+        if (bkvi_v(any_gt)(x, old)) bkvi_k(rise)(t, r, bkvi_v(fold)(x, 0), bkvi_v_dim(c));
     }
-    bkvi_k(raise)(s, BKVI_PAGE, t->max[r]);
-    for (j = 0; j < BKVI_LANES; j += BKVI_WIDTH) {
-        bkvi_vec sum = bkvi_v(load)(lanes + j);
-        for (i = j; i < BKVI_PAGE; i += BKVI_LANES) {
-            bkvi_vec w = bkvi_v(load_f32)(span->weight + 4 * (size_t)i);
-            x = bkvi_v(load)(s + i);
-            sum = bkvi_v(fma)(x, w, sum);
-            bkvi_v(store)(s + i, x * w);
-        }
-        bkvi_v(store)(lanes + j, sum);
-    }
-    if (span->use) { /* the use grows by the squared share of attention that a token just had */
-        const bkvi_vec share = bkvi_v(set)(1.0f / bkvi_k(over_lanes)(lanes));
-        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
-            unsigned char *use = span->use + 4 * (size_t)i;
-            x = bkvi_v(load)(s + i) * share;
+    for (r = 0; r < rows; r++) /* no call: constants stay in registers */
+        bkvi_k(raise)(t->scores + r * BKVI_PAGE, BKVI_PAGE, t->max[first + r], 1, span->weight,
+                      t->lanes + (first + r) * BKVI_LANES);
+    for (r = first, s = t->scores; r < first + rows; r++, s += BKVI_PAGE) {
+        const float sum = span->use ? bkvi_k(over_lanes)(t->lanes + r * BKVI_LANES) : 1.0f;
+        for (i = 0; i < BKVI_PAGE && span->use; i += BKVI_WIDTH) {
+            unsigned char *use = span->use + 4 * (size_t)i; /* += squared share of attention */
+            x = bkvi_v(load)(s + i) * bkvi_v(set)(1.0f / sum);
             bkvi_v(store_f32)(use, bkvi_v(fma)(x, x, bkvi_v(load_f32)(use)));
         }
+        if (r == t->doubted) bkvi_k(doubt)(t->doubt, s, span, c);
+        if (span->v_scale) bkvi_k(times)(s, span->v_scale);
     }
-    if (r == t->doubted) bkvi_k(doubt)(t->doubt, s, span, c);
-    if (span->v_scale) bkvi_k(times)(s, span->v_scale);
 }
 
 /* A tile of rows over one block: scores, softmax, sum of values. Meanwhile keys and values of the
@@ -3013,7 +3012,7 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
             BKVI_SCORES(4); BKVI_SCORES(2); BKVI_SCORES(1);
         }
     }
-    for (i = 0; i < (uint32_t)rows; i++) bkvi_k(soften)(t, span, first, first + i, c);
+    bkvi_k(soften)(t, span, first, (uint32_t)rows, c);
     for (x = span->v; x; x = x == span->v ? span->v_rest : NULL) {
         if (type >= BKV_I8 && x != span->v) bkvi_k(scaled)(t->scores, t->scores, all, rest);
         slots = x == span->v ? span->slots : span->rests;
@@ -3087,8 +3086,8 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
         uint32_t n = bkvi_min(BKVI_ROWS, run->n * group - begin), tile_rows, size;
         uint32_t slots, slot = bkvi_block_slot(h, 0, &slots);
         /* Behind the last block of the last rows comes the next KV head, if there is one. */
-        const int onward = begin + n == run->n * group && h->index + 1 < c->cfg.n_kv_heads;
-        const size_t beyond = onward ? c->head_bytes : 0;
+        const size_t beyond =
+            begin + n < run->n * group || h->index + 1 == c->cfg.n_kv_heads ? 0 : c->head_bytes;
         /* Tiles of equal size, at most BKVI_TILE_ROWS rows; the queries of a tile side by side. */
         size = (n + BKVI_TILE_ROWS - 1) / BKVI_TILE_ROWS;
         size = BKVI_SMALL ? 1 : (n + size - 1) / size;
