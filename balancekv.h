@@ -2909,7 +2909,7 @@ BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float 
 }
 
 /* Scores of a row that are to be scaled, capped or masked. */
-BKVI_NOINLINE void bkvi_k(prepare)(float *s, const unsigned char *scale, float cap, float limit) {
+static void bkvi_k(prepare)(float *s, const unsigned char *scale, float cap, float limit) {
     const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
     bkvi_vec x;
     uint32_t i;
@@ -2931,7 +2931,7 @@ BKVI_NOINLINE void bkvi_k(prepare)(float *s, const unsigned char *scale, float c
 }
 
 /* The maximum of row r rises: what was summed so far shrinks. */
-BKVI_NOINLINE void bkvi_k(rise)(bkvi_tiles *t, uint32_t r, float max, uint32_t v_dim_pad) {
+static void bkvi_k(rise)(bkvi_tiles *t, uint32_t r, float max, uint32_t v_dim_pad) {
     float *out = t->out + (size_t)r * v_dim_pad, *lanes = t->lanes + r * BKVI_LANES;
     bkvi_vec shrink[4];
     uint32_t i;

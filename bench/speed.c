@@ -1292,7 +1292,8 @@ static float *exp_data;
     static double sample_exp_##backend(void *self, size_t repeats) {                               \
         const float shift = *(const float *)self;                                                  \
         double start = now_ns();                                                                   \
-        for (; repeats; repeats--) bkvi_raise_##backend(exp_data, EXP_N, shift);                   \
+        for (; repeats; repeats--)                                                                 \
+            bkvi_raise_##backend(exp_data, EXP_N, shift, 0, NULL, NULL);                           \
         return now_ns() - start;                                                                   \
     }
 #if defined(ALL_BACKENDS) && defined(__x86_64__)

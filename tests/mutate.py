@@ -343,7 +343,7 @@ MUTATIONS = [
       "y = x;", ["attend:errors"]),
     M("error-rate", "bkvi_getf(error) > 0.0f ? 0.0625f : 1.0f",
       "bkvi_getf(error) > 0.0f ? 0.125f : 1.0f", ["attend:errors"]),
-    M("softcap-base", "bkvi_v(set)(softcap * BKVI_LOG2E));", "bkvi_v(set)(softcap));",
+    M("softcap-base", "bkvi_v(set)(cap * BKVI_LOG2E));", "bkvi_v(set)(cap));",
       ["attend:exact"]),
     M("sum-not-shrunk", "bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * shrink[0]);", ";",
       ["attend:exact"]),
