@@ -1287,9 +1287,10 @@ static void case_threads(const char *name) {
 /* ---- exp: the one internal that is measured by itself ---- */
 enum { EXP_N = 4096, EXP_FMAS = 6 };
 static float *exp_data;
-/* In place, again and again; `self` is subtracted from the exponent. With 1 the numbers tend to 1. */
-#define EXP_SAMPLE(backend)                                                                        \
-    static double sample_exp_##backend(void *self, size_t repeats) {                               \
+/* In place, again and again; `self` is subtracted from the exponent. With 1 the numbers tend to 1.
+   `target`: the instructions of what is inlined here. */
+#define EXP_SAMPLE(backend, target)                                                                \
+    target static double sample_exp_##backend(void *self, size_t repeats) {                        \
         const float shift = *(const float *)self;                                                  \
         double start = now_ns();                                                                   \
         for (; repeats; repeats--)                                                                 \
@@ -1297,15 +1298,15 @@ static float *exp_data;
         return now_ns() - start;                                                                   \
     }
 #if defined(ALL_BACKENDS) && defined(__x86_64__)
-EXP_SAMPLE(scalar)
-EXP_SAMPLE(avx2)
-EXP_SAMPLE(avx512)
+EXP_SAMPLE(scalar, )
+EXP_SAMPLE(avx2, __attribute__((target("avx2,fma,f16c"))))
+EXP_SAMPLE(avx512, __attribute__((target("avx512f,avx2,fma,f16c"))))
 #define EXP_OF(X) X(SCALAR, scalar) X(AVX2, avx2) X(AVX512, avx512)
 #elif defined(ALL_BACKENDS) && defined(__aarch64__)
-EXP_SAMPLE(neon)
+EXP_SAMPLE(neon, )
 #define EXP_OF(X) X(NEON, neon)
 #elif BALANCEKV_SIMD == BALANCEKV_SIMD_SCALAR
-EXP_SAMPLE(scalar)
+EXP_SAMPLE(scalar, )
 #define EXP_OF(X) X(SCALAR, scalar)
 #else /* a switch left few of them: not worth a case each */
 #define EXP_OF(X)
