@@ -2563,12 +2563,13 @@ BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_nor
 
 /* Importance by keys. Expected: the mean over the group of the share of attention within the block
    that the queries' means give a token; the keys are centred, which no softmax notices. Unlike the
-   others: w e^(-10 cos(key, mean key)). */
+   others: w e^(-4 cos(key, mean key)), or e^(-10 cos) where that is all there is to tell. */
 BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32_t importance,
                                    uint32_t dim, size_t stride) {
     const unsigned char *weight = (const unsigned char *)block->weight;
     float *mean = block->mean, *work = block->matrix;
     float *logit = block->score, *unlike = block->unlike;
+    const float sharp = (importance & BKV_IMPORTANCE_QUERY ? -4.0f : -10.0f) * BKVI_LOG2E;
     bkvi_vec m, zero = bkvi_v(set)(0.0f);
     uint32_t head, i, padded = bkvi_round_up(dim, BKVI_LANES);
     memset(block->expected, 0, sizeof block->expected);
@@ -2588,7 +2589,7 @@ BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32
         dot = dot + m; /* of the key as it was; so is its norm */
         norm = bkvi_v(sqrt)((norm + dot) * m);
         cosine = dot / bkvi_v(pick_gt)(norm, zero, norm, bkvi_v(set)(1.0f));
-        bkvi_v(store)(unlike + i, cosine * bkvi_v(set)(-10.0f * BKVI_LOG2E));
+        bkvi_v(store)(unlike + i, cosine * bkvi_v(set)(sharp));
     }
     bkvi_k(raise)(unlike, BKVI_BLOCK, 0.0f, 1, weight, block->tile);
 }
@@ -2779,7 +2780,7 @@ BKVI_NOINLINE void bkvi_k(contribute)(float *to, uint32_t width, const float *x,
 /* Regression: what the tokens that go leave unanswered moves the values of those that stay, unless
    for certain. Of token j the part s_j v_j is missing, s the scores; token i takes over d_i:
        d_i = -1/2 (sum_j H_ij (s_j - r_i) v_j + sum_k H_ik d_k),    v_i -= chance_i d_i,
-   one token after the other, k over those before it. H is the third power of the keys' kernel, 1
+   one token after the other, k over those before it. H is the fourth power of the keys' kernel, 1
    on its diagonal, times factors; r_i, by how much weights are short near token i, is no error of
    the quotient that attention is. Half steps are its ridge. */
 static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
@@ -2790,17 +2791,16 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
     float *h_i = block->tile, *moved = block->panels;              /* new values */
     unsigned char takes[BKVI_PAGE] = {0}; /* n tokens, in order */
     uint32_t i, j, k, n = 0, first;
-    bkvi_vec x;
+    bkvi_vec x, minus_r;
     for (i = 0; i < BKVI_BLOCK; i++)
         if (block->score[i] < 0.0f) takes[n++] = (unsigned char)i;
     for (k = 0; k < n; k++, row += BKVI_BLOCK) { /* row k is read by now: k <= takes[k] */
         const float *from = block->kernel + (i = takes[k]) * BKVI_BLOCK;
         const bkvi_vec a = bkvi_v(set)(1.0f / (from[i] + 1e-6f)); /* so that nothing is too large */
         const bkvi_vec b = bkvi_v(set)(-0.5f / (block->factor[i] + 1e-12f));
-        bkvi_vec minus_r;
         for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
             x = bkvi_v(load)(from + j) * a;
-            x = x * x * x * (bkvi_v(load)(block->factor + j) * b);
+            x = x * x * (x * x) * (bkvi_v(load)(block->factor + j) * b);
             bkvi_v(store)(h_i + j, x);
             bkvi_v(store)(row + j, x * bkvi_v(load)(block->score + j));
         }
