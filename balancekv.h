@@ -2350,24 +2350,23 @@ BKVI_ONCE void bkvi_k(exp2)(bkvi_vec *t) {
     BKVI_FOUR for (k = 0; k < 4; k++) t[k] = p[k] * bkvi_v(pow2)(n[k]);
 }
 
-/* n floats x, a multiple of 64, become 2^(x - shift); if weighted, times the weights, by whose sums
-   lanes grow. */
-BKVI_ONCE void bkvi_k(raise)(float *x, uint32_t n, float shift, const int weighted,
-                             const unsigned char *weight, float *lanes) {
+/* n floats x, a multiple of 64, become 2^(x - shift) times weights, by whose sums lanes grow. */
+BKVI_ONCE void bkvi_k(raise)(float *x, uint32_t n, float shift, const unsigned char *weight,
+                             float *lanes) {
     enum { WIDE = BKVI_WIDTH, REGS = BKVI_LANES / WIDE };
-    bkvi_vec minus = bkvi_v(set)(shift), t[4], sum[REGS], w = minus;
+    bkvi_vec minus = bkvi_v(set)(shift), t[4], sum[REGS], w;
     uint32_t i, k;
-    BKVI_TILES for (k = 0; k < REGS; k++) sum[k] = bkvi_v(load)((weighted ? lanes : x) + k * WIDE);
-    for (i = 0; i < n; i += 4 * BKVI_WIDTH) {
-        BKVI_FOUR for (k = 0; k < 4; k++) t[k] = bkvi_v(load)(x + i + k * BKVI_WIDTH) - minus;
+    BKVI_TILES for (k = 0; k < REGS; k++) sum[k] = bkvi_v(load)(lanes + k * WIDE);
+    for (i = 0; i < n; i += 4 * WIDE) {
+        BKVI_FOUR for (k = 0; k < 4; k++) t[k] = bkvi_v(load)(x + i + k * WIDE) - minus;
         bkvi_k(exp2)(t);
-        BKVI_FOUR for (k = 0; k < 4; k++, weight += weighted ? 4 * BKVI_WIDTH : 0) {
-            const uint32_t lane = (BKVI_WIDTH > 1 ? k : i + k) % REGS;
-            if (weighted) w = bkvi_v(load_f32)(weight), sum[lane] = bkvi_v(fma)(t[k], w, sum[lane]);
-            bkvi_v(store)(x + i + k * BKVI_WIDTH, weighted ? (bkvi_vec)(t[k] * w) : t[k]);
+        BKVI_FOUR for (k = 0; k < 4; k++, weight += 4 * WIDE) {
+            const uint32_t lane = (WIDE > 1 ? k : i + k) % REGS;
+            w = bkvi_v(load_f32)(weight), sum[lane] = bkvi_v(fma)(t[k], w, sum[lane]);
+            bkvi_v(store)(x + i + k * WIDE, t[k] * w);
         }
     }
-    if (weighted) BKVI_TILES for (k = 0; k < REGS; k++) bkvi_v(store)(lanes + k * WIDE, sum[k]);
+    BKVI_TILES for (k = 0; k < REGS; k++) bkvi_v(store)(lanes + k * WIDE, sum[k]);
 }
 
 /* ---- register tile ---- */
@@ -2576,7 +2575,7 @@ BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32
     for (head = 0; head < h->c->group && importance & BKV_IMPORTANCE_QUERY; head++) {
         bkvi_k(against)(block, dim, stride, bkvi_part(h, BKVI_QUERIES, head),
                         h->c->cfg.scale * BKVI_LOG2E, logit);
-        bkvi_k(raise)(logit, BKVI_BLOCK, bkvi_k(largest)(logit), 1, weight, block->tile);
+        bkvi_k(raise)(logit, BKVI_BLOCK, bkvi_k(largest)(logit), weight, block->tile);
         bkvi_k(add_share)(block->expected, logit, NULL, 1.0f);
     }
     if (!(importance & BKV_IMPORTANCE_KEY)) return;
@@ -2591,7 +2590,7 @@ BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32
         cosine = dot / bkvi_v(pick_gt)(norm, zero, norm, bkvi_v(set)(1.0f));
         bkvi_v(store)(unlike + i, cosine * bkvi_v(set)(sharp));
     }
-    bkvi_k(raise)(unlike, BKVI_BLOCK, 0.0f, 1, weight, block->tile);
+    bkvi_k(raise)(unlike, BKVI_BLOCK, 0.0f, weight, block->tile);
 }
 
 /* Products of the 16 rows of panel i with panels first .. end-1 become entries of the kernel. Keys:
@@ -2911,17 +2910,16 @@ BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float 
 /* Scores of a row that are to be scaled, capped or masked. */
 static void bkvi_k(prepare)(float *s, const unsigned char *scale, float cap, float limit) {
     const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
-    bkvi_vec x;
-    uint32_t i;
+    bkvi_vec x, t[4];
+    uint32_t i, k;
     if (scale) bkvi_k(times)(s, scale);
-    if (cap > 0.0f) {
-        /* c tanh(z / c) log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
-        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH)
-            x = bkvi_v(load)(s + i), bkvi_v(store)(s + i, bkvi_v(pick_gt)(x, top, top, x));
-        bkvi_k(raise)(s, BKVI_PAGE, 0.0f, 0, NULL, NULL);
-        for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH)
-            x = one - bkvi_v(set)(2.0f) / (one + bkvi_v(load)(s + i)),
-            bkvi_v(store)(s + i, x * bkvi_v(set)(cap * BKVI_LOG2E));
+    /* c tanh(z / c) log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
+    for (i = 0; i < BKVI_PAGE && cap > 0.0f; i += 4 * BKVI_WIDTH) {
+        BKVI_FOUR for (k = 0; k < 4; k++) x = bkvi_v(load)(s + i + k * BKVI_WIDTH),
+            t[k] = bkvi_v(pick_gt)(x, top, top, x);
+        bkvi_k(exp2)(t);
+        BKVI_FOUR for (k = 0; k < 4; k++) x = one - bkvi_v(set)(2.0f) / (one + t[k]),
+            bkvi_v(store)(s + i + k * BKVI_WIDTH, x * bkvi_v(set)(cap * BKVI_LOG2E));
     }
     for (i = 0; i < BKVI_PAGE && limit < (float)BKVI_PAGE; i += BKVI_WIDTH) {
         x = bkvi_v(set)((float)(i - i % BKVI_LANES) - limit);
@@ -2962,7 +2960,7 @@ BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t
         if (bkvi_v(any_gt)(x, old)) bkvi_k(rise)(t, r, bkvi_v(fold)(x, 0), bkvi_v_dim(c));
     }
     for (r = 0; r < rows; r++) /* no call: constants stay in registers */
-        bkvi_k(raise)(t->scores + r * BKVI_PAGE, BKVI_PAGE, t->max[first + r], 1, span->weight,
+        bkvi_k(raise)(t->scores + r * BKVI_PAGE, BKVI_PAGE, t->max[first + r], span->weight,
                       t->lanes + (first + r) * BKVI_LANES);
     for (r = first, s = t->scores; r < first + rows; r++, s += BKVI_PAGE) {
         const float sum = span->use ? bkvi_k(over_lanes)(t->lanes + r * BKVI_LANES) : 1.0f;
