@@ -774,7 +774,7 @@ typedef struct bkvi_block {
     float kernel[BKVI_BLOCK * BKVI_BLOCK]; /* of the keys alone; then coefficients of the refit */
     float matrix[BKVI_BLOCK * BKVI_BLOCK]; /* times that of the values; values while they move */
     float tile[BKVI_LANES * BKVI_PAGE]; /* products before they are used, and other work */
-    float panels[8 * (BKVI_DIM_MAX + 1) * BKVI_LANES]; /* operands: [8][dim + 1][16] of it; steps */
+    float panels[8 * (BKVI_DIM_MAX + 1) * BKVI_LANES]; /* operands: [8][dim + 1][16]; new values */
 } bkvi_block;
 
 /* Queries of the n newest tokens of a KV head (§9): tokens first .. first + n - 1 of q and out. */
@@ -1277,7 +1277,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     c->at[BKVI_END] = c->head_bytes = (size_t)end;
     c->scratch_bytes = 4 * BKVI_BLOCK * ((size_t)bkvi_max(r->head_dim, bkvi_v_dim(c)) + 1) +
                        offsetof(bkvi_block, panels); /* of these as much as a halving needs */
-    c->state_bytes = (size_t)(end = BKVI_HEADER_BYTES + r->n_kv_heads * end);
+    end = BKVI_HEADER_BYTES + r->n_kv_heads * end, c->state_bytes = (size_t)end;
     end += 64 + (uint64_t)r->n_threads * c->scratch_bytes; /* 64: to align the scratch anywhere */
     c->bytes = (size_t)end;
     return end <= SIZE_MAX ? BKV_OK : BKV_E_SIZE;
@@ -1683,8 +1683,7 @@ BALANCEKV_API bkv_result bkv_load(bkv_cache *c, const void *saved, size_t saved_
     r = bkvi_check_saved((const unsigned char *)saved, saved_bytes, n_threads, backend, &made);
     if (r != BKV_OK) return r;
     if (mem_bytes < made.bytes) return BKV_E_MEMORY;
-    made.mem = (unsigned char *)mem;
-    memcpy(mem, saved, made.state_bytes);
+    memcpy(made.mem = (unsigned char *)mem, saved, made.state_bytes);
     bkvi_swap_heads(&made, made.mem), bkvi_header_put(&made, made.mem);
     if ((r = bkv_validate(&made)) == BKV_OK) *c = made;
     return r;
@@ -2562,7 +2561,7 @@ BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_nor
 
 /* Importance by keys. Expected: the mean over the group of the share of attention within the block
    that the queries' means give a token; the keys are centred, which no softmax notices. Unlike the
-   others: w e^(-4 cos(key, mean key)), or e^(-10 cos) where that is all there is to tell. */
+   others: w e^(-4 cos(key, mean key)), or, without QUERY, w e^(-10 cos). */
 BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32_t importance,
                                    uint32_t dim, size_t stride) {
     const unsigned char *weight = (const unsigned char *)block->weight;
@@ -2695,7 +2694,7 @@ static void bkvi_k(gram)(const bkvi_head *h, const uint32_t *slots, bkvi_block *
     bkvi_k(add_share)(score, block->weight, NULL, 0.1f);
     constant = bkvi_k(total)(block->norm, BKVI_BLOCK) * (1.0f / 4096.0f);
     constant = constant > 1e-37f ? constant : 1.0f;
-    /* All entries at most about 1 (e^10 by KEY alone), whatever the size of the values. */
+    /* All entries at most about 1 (e^10 by KEY without QUERY), whatever the size of the values. */
     bkvi_k(products)(block, 1, v_dim, v_stride, 1.0f / (largest + constant), constant);
 }
 
@@ -2909,17 +2908,20 @@ BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float 
 
 /* Scores of a row that are to be scaled, capped or masked. */
 static void bkvi_k(prepare)(float *s, const unsigned char *scale, float cap, float limit) {
-    const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
+    const bkvi_vec one = bkvi_v(set)(1.0f), zero = bkvi_v(set)(0.0f), low = bkvi_v(set)(-126.0f);
     bkvi_vec x, t[4];
     uint32_t i, k;
     if (scale) bkvi_k(times)(s, scale);
     /* c tanh(z / c) log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
     for (i = 0; i < BKVI_PAGE && cap > 0.0f; i += 4 * BKVI_WIDTH) {
-        BKVI_FOUR for (k = 0; k < 4; k++) x = bkvi_v(load)(s + i + k * BKVI_WIDTH),
-            t[k] = bkvi_v(pick_gt)(x, top, top, x);
+        BKVI_FOUR for (k = 0; k < 4; k++) t[k] =
+            zero - bkvi_v(max)(low, zero - bkvi_v(load)(s + i + k * BKVI_WIDTH));
         bkvi_k(exp2)(t);
-        BKVI_FOUR for (k = 0; k < 4; k++) x = one - bkvi_v(set)(2.0f) / (one + t[k]),
+        BKVI_FOUR for (k = 0; k < 4; k++) {
+            BKVI_ROUND(t[k]);
+            x = one - bkvi_v(set)(2.0f) / (one + t[k]);
             bkvi_v(store)(s + i + k * BKVI_WIDTH, x * bkvi_v(set)(cap * BKVI_LOG2E));
+        }
     }
     for (i = 0; i < BKVI_PAGE && limit < (float)BKVI_PAGE; i += BKVI_WIDTH) {
         x = bkvi_v(set)((float)(i - i % BKVI_LANES) - limit);
@@ -2959,7 +2961,7 @@ BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t
             x = bkvi_v(max)(x, bkvi_v(load)(s + i));
         if (bkvi_v(any_gt)(x, old)) bkvi_k(rise)(t, r, bkvi_v(fold)(x, 0), bkvi_v_dim(c));
     }
-    for (r = 0; r < rows; r++) /* no call: constants stay in registers */
+    for (r = 0; r < rows; r++) /* no call (but of small builds): constants stay in registers */
         bkvi_k(raise)(t->scores + r * BKVI_PAGE, BKVI_PAGE, t->max[first + r], span->weight,
                       t->lanes + (first + r) * BKVI_LANES);
     for (r = first, s = t->scores; r < first + rows; r++, s += BKVI_PAGE) {

@@ -179,7 +179,7 @@ def bits_of(case):
 
 
 def unlike(case, block):
-    """How unlike the others the key of every token is; sharper where nothing else tells."""
+    """How unlike the others the key of every token is; sharper where queries do not tell."""
     mean = block.k.mean(axis=0)
     cosine = block.k @ mean / np.linalg.norm(block.k, axis=1) / np.linalg.norm(mean)
     return block.weights * np.exp(-(4 if bits_of(case) & QUERY else 10) * cosine)
