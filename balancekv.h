@@ -2908,14 +2908,14 @@ BKVI_NOINLINE void bkvi_k(settle)(unsigned char *error, const float *out, float 
 
 /* Scores of a row that are to be scaled, capped or masked. */
 static void bkvi_k(prepare)(float *s, const unsigned char *scale, float cap, float limit) {
-    const bkvi_vec one = bkvi_v(set)(1.0f), zero = bkvi_v(set)(0.0f), low = bkvi_v(set)(-126.0f);
+    const bkvi_vec one = bkvi_v(set)(1.0f), top = bkvi_v(set)(126.0f);
     bkvi_vec x, t[4];
     uint32_t i, k;
     if (scale) bkvi_k(times)(s, scale);
     /* c tanh(z / c) log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
     for (i = 0; i < BKVI_PAGE && cap > 0.0f; i += 4 * BKVI_WIDTH) {
-        BKVI_FOUR for (k = 0; k < 4; k++) t[k] =
-            zero - bkvi_v(max)(low, zero - bkvi_v(load)(s + i + k * BKVI_WIDTH));
+        BKVI_FOUR for (k = 0; k < 4; k++) x = bkvi_v(load)(s + i + k * BKVI_WIDTH),
+            t[k] = bkvi_v(pick_gt)(x, top, top, x);
         bkvi_k(exp2)(t);
         BKVI_FOUR for (k = 0; k < 4; k++) {
             BKVI_ROUND(t[k]);
@@ -2923,7 +2923,7 @@ static void bkvi_k(prepare)(float *s, const unsigned char *scale, float cap, flo
             bkvi_v(store)(s + i + k * BKVI_WIDTH, x * bkvi_v(set)(cap * BKVI_LOG2E));
         }
     }
-    for (i = 0; i < BKVI_PAGE && limit < (float)BKVI_PAGE; i += BKVI_WIDTH) {
+    if (limit < (float)BKVI_PAGE) for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
         x = bkvi_v(set)((float)(i - i % BKVI_LANES) - limit);
         bkvi_v(store)(s + i, bkvi_v(pick_gt)(bkvi_v(load)(bkvi_k(count) + i % BKVI_LANES), x,
                                              bkvi_v(load)(s + i), bkvi_v(set)(BKVI_MASKED)));
