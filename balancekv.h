@@ -3,8 +3,7 @@
    Keys and values of a transformer go in, one token or one chunk at a time; attention comes out.
    The memory is one block of the caller's, of a size known beforehand, and neither it nor the time
    per token grows with the stream. As long as the tokens fit the budget the result is exact softmax
-   attention; beyond it, an estimate from a weighted, balanced subset of the tokens ("BalanceKV",
-   arXiv 2502.07861). No allocation, no dependency, no thread, and the same bits on every CPU.
+   attention; beyond it, an estimate from a weighted subset ("BalanceKV", arXiv 2502.07861).
 
    Use: copy this file. In exactly one C or C++ file:
        #define BALANCEKV_IMPLEMENTATION
@@ -36,18 +35,12 @@
 
    ---- §1 MANUAL --------------------------------------------------------------------- >>manual
 
-   Words
-     token    one (key, value) pair of one KV head, the key as the runtime caches it (after RoPE)
-     group    query heads per KV head (GQA): n_q_heads / n_kv_heads, 1..16
-     slot     storage of one token, with an f32 weight, an f32 use and a position
-     use      sum of squared shares of attention that a token had while it was young
-     sink     one of the first tokens, kept exactly
-     window   the newest tokens, kept exactly
-     page     64 slots; pages stand in the order of their tokens, oldest first
-     level    how often the tokens of a page went through a halving (0: exact)
-     weight   w >= 1: how many tokens a kept token stands for
-     budget   slots per KV head, everything included: sinks, window, pages
-     halving  two neighbouring pages (128 tokens) become one (64 tokens, heavier)
+   Words. Token: a (key, value) pair of one KV head, the key after RoPE. Group: query heads per KV
+     head (GQA). Slot: storage of a token, with its position, an f32 weight (w >= 1, the number of
+     tokens that it stands for) and an f32 use (sum of squared shares of attention while it was
+     young). Sinks, window: the first and the newest tokens, kept exactly. Page: 64 slots, in the
+     order of their tokens; its level: how often they went through a halving, which makes one page
+     of two neighbours. Budget: slots per KV head, everything included.
 
    The estimate. For a query q, over all kept tokens i:
          out = sum_i w_i e^(s_i) v_i / sum_i w_i e^(s_i),     s_i = <q, k_i> * scale
@@ -65,24 +58,22 @@
    Memory. bkv_size() bytes, state and n_threads * scratch. The state holds no pointer: it may be
      copied, moved, mapped, then bkv_attach()ed. Any alignment works; 64 is fastest. Frames stay
      below 1 KiB. The library calls mem{cpy,set,move} and nothing else.
-   Storage. f32, f16 and bf16 round every element. BKV_I8 turns keys and values by Hadamard
-     matrices, which spreads outliers, and keeps bytes and one scale (bf16) per token and KV head,
-     BKV_I4 4 bits. From 512 slots on the first 16 sinks and the newest page, of 4 bits a quarter
-     of the pages up to four, have as many bits again for what rounding left.
+   Storage. f32, f16 and bf16 round every element. BKV_I8 turns rows by Hadamard matrices, which
+     spreads outliers, and keeps bytes, BKV_I4 4 bits, with one scale (bf16) per token and KV head.
+     From 512 slots on the first 16 sinks and the newest page, of 4 bits a quarter of the pages up
+     to four, have as many bits again for what rounding left.
    Threads. None inside, no global mutable state. A call with (ith, nth) does its share of the KV
-     heads; all nth calls must be made, with equal arguments, before the next operation on the cache
-     starts. (0, 1) does everything. The result does not depend on nth.
+     heads, (0, 1) all; all nth calls, with equal arguments, come before the next operation on the
+     cache. The result does not depend on nth.
    Errors. A negative bkv_result; the cache is then unchanged. Inputs are checked first, NaN and Inf
      included: a key or value must be finite in kv_type (|x| < 65520 for f16), all below 2^55.
    Arithmetic. Same input bytes + same config => same output and state bytes on every backend,
-     compiler and optimisation level, for any nth and any chunking of the same tokens: 16 float
-     lanes, one correctly rounded fused multiply-add (made of doubles where the CPU has none), one
-     reduction tree, own 2^x (1 ulp). BALANCEKV_FMA=0 is a second class of bits, equal everywhere,
-     too: product and sum round by themselves; states go from one class to the other. Not under
-     -ffast-math, nor where denormals are flushed (ARMv7's NEON). Machines: tests/MATRIX.md. */
+     compiler and optimisation level, for any nth and any chunking of the same tokens: one correctly
+     rounded fused multiply-add (of doubles where the CPU has none), one reduction tree, own 2^x.
+     BALANCEKV_FMA=0 rounds products: a second class of bits, as equal everywhere; states go from
+     one to the other. Not under -ffast-math, nor where denormals are flushed. */
 
 /* ---- §2 CONFIG --------------------------------------------------------------------- >>config
-
    BALANCEKV_IMPLEMENTATION   Affects: compiles the functions.  Define in exactly one file.
    BALANCEKV_STATIC           Affects: all functions become static, private to this file.
    BALANCEKV_API              Affects: decoration of public functions (DLL).  Default: extern.
@@ -103,7 +94,6 @@
    BALANCEKV_FMA              Affects: the bits, see §1. 0 rounds every product before it is added:
                               faster where no fused multiply-add exists.  Values: 0, 1.  Default: 1.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
-
    No switch changes a public type: files of different switches link. Only FMA changes results. */
 #ifndef BKVI_PASS /* the file includes itself for §11 and §12; everything else is read once */
 #ifndef BALANCEKV_H
@@ -420,9 +410,8 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_export(bkv_cache *c, uint32_t head, bk
 
 /* Chooses from the caller's own n_tokens keys and values what a cache of this config would hold at
    the end: per KV head *n_kept tokens with index[head * budget + i] and weight[..], in order. mem:
-   bkv_size(cfg) bytes of working memory. No queries are seen: set cfg.importance to
-   BKV_IMPORTANCE_KEY. The caller's values stay; those of a cache, which bkv_export() gives, move.
-   Returns the errors of bkv_init() and bkv_append(). */
+   bkv_size(cfg) bytes of working memory. No queries are seen: set importance to BKV_IMPORTANCE_KEY
+   (a cache would move values, too). Returns the errors of bkv_init() and bkv_append(). */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_select(const bkv_config *cfg, void *mem, size_t mem_bytes,
                                                  bkv_tensor k, bkv_tensor v, size_t n_tokens,
                                                  uint32_t *index, float *weight, uint32_t *n_kept);
@@ -1277,7 +1266,8 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     c->at[BKVI_END] = c->head_bytes = (size_t)end;
     c->scratch_bytes = 4 * BKVI_BLOCK * ((size_t)bkvi_max(r->head_dim, bkvi_v_dim(c)) + 1) +
                        offsetof(bkvi_block, panels); /* of these as much as a halving needs */
-    end = BKVI_HEADER_BYTES + r->n_kv_heads * end, c->state_bytes = (size_t)end;
+    end = BKVI_HEADER_BYTES + r->n_kv_heads * end;
+    c->state_bytes = (size_t)end;
     end += 64 + (uint64_t)r->n_threads * c->scratch_bytes; /* 64: to align the scratch anywhere */
     c->bytes = (size_t)end;
     return end <= SIZE_MAX ? BKV_OK : BKV_E_SIZE;
@@ -1370,7 +1360,8 @@ BALANCEKV_API bkv_result bkv_init(bkv_cache *c, const bkv_config *cfg, void *mem
     if (!c || !cfg || !mem) return BKV_E_NULL;
     if ((r = bkvi_plan(cfg, &made)) != BKV_OK) return r;
     if (mem_bytes < made.bytes) return BKV_E_MEMORY;
-    made.mem = (unsigned char *)mem, *c = made;
+    made.mem = (unsigned char *)mem;
+    *c = made;
     return bkv_reset(c);
 }
 
@@ -1391,7 +1382,8 @@ BALANCEKV_API bkv_result bkv_attach(bkv_cache *c, void *mem, size_t mem_bytes, u
 
 BALANCEKV_API bkv_result bkv_reset(bkv_cache *c) {
     if (!c || !c->mem) return BKV_E_NULL;
-    memset(c->mem, 0, c->state_bytes), bkvi_header_put(c, c->mem);
+    memset(c->mem, 0, c->state_bytes);
+    bkvi_header_put(c, c->mem);
     return BKV_OK;
 }
 
@@ -1502,7 +1494,8 @@ static void bkvi_take_back(bkvi_head *h, uint32_t n) {
     h->drafts = h->drafts > n ? h->drafts - n : 0;
     for (h->seen -= n; n; n--) {
         uint32_t slot = bkvi_slot_of(h, bkvi_held(h) - 1);
-        h->sum -= bkvi_sum(h, slot, 1), bkvi_clear(h, slot, 1);
+        h->sum -= bkvi_sum(h, slot, 1);
+        bkvi_clear(h, slot, 1);
         for (i = BKVI_K; i <= BKVI_V; i++)
             if ((rest = bkvi_rest(h, i, slot)) != NULL)
                 bkvi_copy(rest, i == BKVI_K ? BKVI_LANES : 1, &zero, 0,
@@ -1554,7 +1547,8 @@ BKVI_NOINLINE void bkvi_move_head(const bkvi_head *h, const bkv_cache *to) {
     for (i = BKVI_K_REST; i <= BKVI_V_REST && to->rests < c->rests; i++) {
         const size_t each = c->each[i], page = BKVI_PAGE * each, all = c->rests / BKVI_PAGE * page;
         unsigned char *rests = h->mem + c->at[i] + c->rests % BKVI_PAGE * each;
-        memcpy(taken, rests, all), memset(rests, 0, all);
+        memcpy(taken, rests, all);
+        memset(rests, 0, all);
         for (j = h->used; j > 0 && j + to->rests / BKVI_PAGE > h->used; j--)
             memcpy(rests + (h->halvings + j) % (to->rests / BKVI_PAGE) * page,
                    taken + (h->halvings + j) % (c->rests / BKVI_PAGE) * page, page);
@@ -1583,7 +1577,8 @@ BALANCEKV_API bkv_result bkv_shrink(bkv_cache *c, uint32_t budget) {
             bkvi_halve(&h, h.used - (made.window_pages + 1));
             bkvi_set_page(&h, --h.used, 0, 0);
         }
-        bkvi_head_put(&h), bkvi_move_head(&h, &made);
+        bkvi_head_put(&h);
+        bkvi_move_head(&h, &made);
     }
     *c = made;
     bkvi_header_put(c, c->mem);
@@ -1646,17 +1641,20 @@ BALANCEKV_API bkv_result bkv_save(const bkv_cache *c, void *out, size_t out_byte
     if (!c || !c->mem || !out) return BKV_E_NULL;
     if (out_bytes < c->state_bytes) return BKV_E_MEMORY;
     memcpy(p, c->mem, c->state_bytes);
-    bkvi_swap(p, BKVI_HEADER_BYTES, 4), bkvi_swap_heads(c, p);
+    bkvi_swap(p, BKVI_HEADER_BYTES, 4);
+    bkvi_swap_heads(c, p);
     bkvi_put_sum(p, bkvi_checksum(0, p, c->state_bytes));
     return BKV_OK;
 }
 
 /* Checks the bytes of a saved state as such and plans its cache. */
-static bkv_result bkvi_check_saved(const unsigned char *saved, size_t bytes, uint32_t n_threads,
+static bkv_result bkvi_check_saved(const void *from, size_t bytes, uint32_t n_threads,
                                    uint32_t backend, bkv_cache *made) {
+    const unsigned char *saved = (const unsigned char *)from;
     unsigned char header[BKVI_HEADER_BYTES];
     uint64_t check;
     bkv_result r;
+    if (!saved) return BKV_E_NULL;
     if (bytes < sizeof header) return BKV_E_STATE;
     memcpy(header, saved, sizeof header);
     bkvi_put_sum(header, 0);
@@ -1670,21 +1668,20 @@ static bkv_result bkvi_check_saved(const unsigned char *saved, size_t bytes, uin
 }
 BALANCEKV_API size_t bkv_load_size(const void *saved, size_t saved_bytes, uint32_t n_threads) {
     bkv_cache made;
-    return saved && bkvi_check_saved((const unsigned char *)saved, saved_bytes, n_threads,
-                                     BKV_BACKEND_AUTO, &made) == BKV_OK
-               ? made.bytes
-               : 0;
+    bkv_result r = bkvi_check_saved(saved, saved_bytes, n_threads, BKV_BACKEND_AUTO, &made);
+    return r == BKV_OK ? made.bytes : 0;
 }
 BALANCEKV_API bkv_result bkv_load(bkv_cache *c, const void *saved, size_t saved_bytes, void *mem,
                                   size_t mem_bytes, uint32_t n_threads, uint32_t backend) {
     bkv_cache made;
     bkv_result r;
-    if (!c || !saved || !mem) return BKV_E_NULL;
-    r = bkvi_check_saved((const unsigned char *)saved, saved_bytes, n_threads, backend, &made);
-    if (r != BKV_OK) return r;
+    if (!c || !mem) return BKV_E_NULL;
+    if ((r = bkvi_check_saved(saved, saved_bytes, n_threads, backend, &made)) != BKV_OK) return r;
     if (mem_bytes < made.bytes) return BKV_E_MEMORY;
-    memcpy(made.mem = (unsigned char *)mem, saved, made.state_bytes);
-    bkvi_swap_heads(&made, made.mem), bkvi_header_put(&made, made.mem);
+    made.mem = (unsigned char *)mem;
+    memcpy(mem, saved, made.state_bytes);
+    bkvi_swap_heads(&made, made.mem);
+    bkvi_header_put(&made, made.mem);
     if ((r = bkv_validate(&made)) == BKV_OK) *c = made;
     return r;
 }
@@ -1926,8 +1923,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
                                        of those that share x
      sqrt(a)                           to nearest
      max(a, b), pick_gt(a, b, x, y)    per lane a > b ? a : b, a > b ? x : y
-     any_gt(a, b)                      some lane a > b
-     fold(a, add)                      the largest lane; or their sum, in the order of over_lanes
+     any_gt(a, b), fold(a, add)        some lane a > b; the largest lane, or (add) their sum
      pow2(r)                           2^n for lanes r = 1.5 * 2^23 + n, n <= 127; 0 if n = -127
      zip(a, b)                         a0 b0 a1 b1 .. in a, the rest in b */
 #define bkvi_v(op) BKVI_FN(bkvi_v_##op)
@@ -1935,6 +1931,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 #define bkvi_vec BKVI_FN(bkvi_vec)
 #define bkvi_words BKVI_FN(bkvi_words)
 #define BKVI_WIDTH ((uint32_t)(sizeof(bkvi_vec) / sizeof(float)))
+#define BKVI_REGS ((int)(BKVI_LANES / BKVI_WIDTH)) /* registers of sixteen lanes */
 #define BKVI_TILES BKVI_UNROLL /* loops over the registers of a tile */
 
 #if BKVI_PASS == BALANCEKV_SIMD_AVX2
@@ -2352,20 +2349,20 @@ BKVI_ONCE void bkvi_k(exp2)(bkvi_vec *t) {
 /* n floats x, a multiple of 64, become 2^(x - shift) times weights, by whose sums lanes grow. */
 BKVI_ONCE void bkvi_k(raise)(float *x, uint32_t n, float shift, const unsigned char *weight,
                              float *lanes) {
-    enum { WIDE = BKVI_WIDTH, REGS = BKVI_LANES / WIDE };
-    bkvi_vec minus = bkvi_v(set)(shift), t[4], sum[REGS], w;
+    bkvi_vec minus = bkvi_v(set)(shift), t[4], sum[BKVI_REGS];
     uint32_t i, k;
-    BKVI_TILES for (k = 0; k < REGS; k++) sum[k] = bkvi_v(load)(lanes + k * WIDE);
-    for (i = 0; i < n; i += 4 * WIDE) {
-        BKVI_FOUR for (k = 0; k < 4; k++) t[k] = bkvi_v(load)(x + i + k * WIDE) - minus;
+    BKVI_TILES for (k = 0; k < BKVI_REGS; k++) sum[k] = bkvi_v(load)(lanes + k * BKVI_WIDTH);
+    for (i = 0; i < n; i += 4 * BKVI_WIDTH) {
+        BKVI_FOUR for (k = 0; k < 4; k++) t[k] = bkvi_v(load)(x + i + k * BKVI_WIDTH) - minus;
         bkvi_k(exp2)(t);
-        BKVI_FOUR for (k = 0; k < 4; k++, weight += 4 * WIDE) {
-            const uint32_t lane = (WIDE > 1 ? k : i + k) % REGS;
-            w = bkvi_v(load_f32)(weight), sum[lane] = bkvi_v(fma)(t[k], w, sum[lane]);
-            bkvi_v(store)(x + i + k * WIDE, t[k] * w);
+        BKVI_FOUR for (k = 0; k < 4; k++, weight += 4 * BKVI_WIDTH) {
+            const uint32_t lane = (BKVI_WIDTH > 1 ? k : i + k) % BKVI_REGS;
+            const bkvi_vec w = bkvi_v(load_f32)(weight);
+            sum[lane] = bkvi_v(fma)(t[k], w, sum[lane]);
+            bkvi_v(store)(x + i + k * BKVI_WIDTH, t[k] * w);
         }
     }
-    BKVI_TILES for (k = 0; k < REGS; k++) bkvi_v(store)(lanes + k * WIDE, sum[k]);
+    BKVI_TILES for (k = 0; k < BKVI_REGS; k++) bkvi_v(store)(lanes + k * BKVI_WIDTH, sum[k]);
 }
 
 /* ---- register tile ---- */
@@ -2379,9 +2376,8 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, uint32_t high, const int rows,
                                   const float *c, const size_t c_row, size_t c_step,
                                   const int fresh, float *acc_mem, size_t acc_row,
                                   const unsigned char *ahead) {
-    enum { REGS = BKVI_LANES / BKVI_WIDTH };
     const size_t es = bkvi_type_bytes((uint32_t)type);
-    const int regs = vecs * REGS, steps = c_row ? 4 : 1;
+    const int regs = vecs * BKVI_REGS, steps = c_row ? 4 : 1;
     const int by_row = regs <= rows || BKVI_WIDTH == 16; /* the side that is held in registers */
     const int waits = BKVI_CLANG_X86 && (BKVI_WIDTH == 8 || (BKVI_WIDTH == 16 && rows == 4));
     bkvi_vec acc[96], a[16];
@@ -2400,7 +2396,8 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, uint32_t high, const int rows,
             BKVI_TILES for (t = 0; t < rows * regs; t++) {
                 const int r = by_row ? t / regs : t % rows, v = by_row ? t % regs : t / rows;
                 if (r == 0) {
-                    const size_t at = (size_t)(v / REGS) * apart + (size_t)(v % REGS) * BKVI_WIDTH;
+                    const size_t sixteen = (size_t)(v / BKVI_REGS), reg = (size_t)(v % BKVI_REGS);
+                    const size_t at = sixteen * apart + reg * BKVI_WIDTH;
                     a[v] = bkvi_is_i4((uint32_t)type) ? bkvi_v(load_i4)(x + at, high)
                                                       : bkvi_v(get)(type, x + at * es);
                     if (BKVI_ARCH_X86 && !BALANCEKV_SIMDE && type == BKV_F32 && rows > 1 && !waits)
@@ -2444,11 +2441,10 @@ BKVI_NOINLINE void bkvi_k(turn)(float *to, size_t apart, const unsigned char *fr
 
 /* Sum of sixteen, in the order i + i+8, i+4, i+2, i+1; of n, a multiple of 16; and the largest. */
 static float bkvi_k(over_lanes)(const float *lanes) {
-    enum { REGS = BKVI_LANES / BKVI_WIDTH };
-    bkvi_vec x[REGS];
+    bkvi_vec x[BKVI_REGS];
     uint32_t i, n;
-    BKVI_TILES for (i = 0; i < REGS; i++) x[i] = bkvi_v(load)(lanes + i * BKVI_WIDTH);
-    BKVI_TILES for (n = REGS / 2; n; n /= 2)
+    BKVI_TILES for (i = 0; i < BKVI_REGS; i++) x[i] = bkvi_v(load)(lanes + i * BKVI_WIDTH);
+    BKVI_TILES for (n = BKVI_REGS / 2; n; n /= 2)
         BKVI_TILES for (i = 0; i < n; i++) x[i] = x[i] + x[i + n];
     return bkvi_v(fold)(x[0], 1);
 }
@@ -2571,6 +2567,7 @@ BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32
     bkvi_vec m, zero = bkvi_v(set)(0.0f);
     uint32_t head, i, padded = bkvi_round_up(dim, BKVI_LANES);
     memset(block->expected, 0, sizeof block->expected);
+    memset(block->tile, 0, BKVI_LANES * sizeof(float)); /* lanes that raise adds to: not used */
     for (head = 0; head < h->c->group && importance & BKV_IMPORTANCE_QUERY; head++) {
         bkvi_k(against)(block, dim, stride, bkvi_part(h, BKVI_QUERIES, head),
                         h->c->cfg.scale * BKVI_LOG2E, logit);
@@ -2914,11 +2911,11 @@ static void bkvi_k(prepare)(float *s, const unsigned char *scale, float cap, flo
     if (scale) bkvi_k(times)(s, scale);
     /* c tanh(z / c) log2 e with tanh(y) = 1 - 2 / (1 + e^2y); queries carry 2 log2(e) / c. */
     for (i = 0; i < BKVI_PAGE && cap > 0.0f; i += 4 * BKVI_WIDTH) {
-        BKVI_FOUR for (k = 0; k < 4; k++) x = bkvi_v(load)(s + i + k * BKVI_WIDTH),
-            t[k] = bkvi_v(pick_gt)(x, top, top, x);
+        BKVI_FOUR for (k = 0; k < 4; k++) t[k] = bkvi_v(load)(s + i + k * BKVI_WIDTH);
+        BKVI_FOUR for (k = 0; k < 4; k++) t[k] = bkvi_v(pick_gt)(t[k], top, top, t[k]);
         bkvi_k(exp2)(t);
         BKVI_FOUR for (k = 0; k < 4; k++) {
-            BKVI_ROUND(t[k]);
+            BKVI_ROUND(t[k]); /* exact, but fused it would look like a break of the contract */
             x = one - bkvi_v(set)(2.0f) / (one + t[k]);
             bkvi_v(store)(s + i + k * BKVI_WIDTH, x * bkvi_v(set)(cap * BKVI_LOG2E));
         }
@@ -2936,7 +2933,8 @@ static void bkvi_k(rise)(bkvi_tiles *t, uint32_t r, float max, uint32_t v_dim_pa
     bkvi_vec shrink[4];
     uint32_t i;
     for (i = 0; i < 4; i++) shrink[i] = bkvi_v(set)(t->max[r] - max);
-    bkvi_k(exp2)(shrink), t->max[r] = max;
+    bkvi_k(exp2)(shrink);
+    t->max[r] = max;
     for (i = 0; i < BKVI_LANES; i += BKVI_WIDTH)
         bkvi_v(store)(lanes + i, bkvi_v(load)(lanes + i) * shrink[0]);
     for (i = 0; i < v_dim_pad; i += BKVI_WIDTH)
@@ -2945,8 +2943,7 @@ static void bkvi_k(rise)(bkvi_tiles *t, uint32_t r, float max, uint32_t v_dim_pa
         bkvi_v(store)(t->doubt + i, bkvi_v(load)(t->doubt + i) * shrink[0] * shrink[0]);
 }
 
-/* Online softmax of a tile that starts with row `first`: scores become weights relative to the
-   row's maximum so far. */
+/* Online softmax of a tile: scores become weights relative to the rows' maxima so far. */
 BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t first,
                                   uint32_t rows, const bkv_cache *c) {
     float *s = t->scores;
@@ -2965,11 +2962,13 @@ BKVI_NOINLINE void bkvi_k(soften)(bkvi_tiles *t, const bkvi_span *span, uint32_t
         bkvi_k(raise)(t->scores + r * BKVI_PAGE, BKVI_PAGE, t->max[first + r], span->weight,
                       t->lanes + (first + r) * BKVI_LANES);
     for (r = first, s = t->scores; r < first + rows; r++, s += BKVI_PAGE) {
-        const float sum = span->use ? bkvi_k(over_lanes)(t->lanes + r * BKVI_LANES) : 1.0f;
-        for (i = 0; i < BKVI_PAGE && span->use; i += BKVI_WIDTH) {
-            unsigned char *use = span->use + 4 * (size_t)i; /* += squared share of attention */
-            x = bkvi_v(load)(s + i) * bkvi_v(set)(1.0f / sum);
-            bkvi_v(store_f32)(use, bkvi_v(fma)(x, x, bkvi_v(load_f32)(use)));
+        if (span->use) { /* it grows by the squared share of attention that a token just had */
+            const float share = 1.0f / bkvi_k(over_lanes)(t->lanes + r * BKVI_LANES);
+            for (i = 0; i < BKVI_PAGE; i += BKVI_WIDTH) {
+                unsigned char *use = span->use + 4 * (size_t)i;
+                x = bkvi_v(load)(s + i) * bkvi_v(set)(share);
+                bkvi_v(store_f32)(use, bkvi_v(fma)(x, x, bkvi_v(load_f32)(use)));
+            }
         }
         if (r == t->doubted) bkvi_k(doubt)(t->doubt, s, span, c);
         if (span->v_scale) bkvi_k(times)(s, span->v_scale);
@@ -3218,6 +3217,7 @@ static bkvi_kernels bkvi_kernels_of(uint32_t backend) {
 #undef BKVI_I
 #undef BKVI_4
 #undef BKVI_WIDTH
+#undef BKVI_REGS
 #undef BKVI_FN
 #undef BKVI_EACH_TILE
 #undef BKVI_EACH_ROWS

@@ -1286,16 +1286,21 @@ static void case_threads(const char *name) {
 
 /* ---- exp: the one internal that is measured by itself ---- */
 enum { EXP_N = 4096, EXP_FMAS = 6 };
-static float *exp_data, *exp_weights; /* weights: ones, then what they sum up to */
+static float *exp_data;
 /* In place, again and again; `self` is subtracted from the exponent. With 1 the numbers tend to 1.
    `target`: the instructions of what is inlined here. */
 #define EXP_SAMPLE(backend, target)                                                                \
     target static double sample_exp_##backend(void *self, size_t repeats) {                        \
-        const float shift = *(const float *)self;                                                  \
+        enum { WIDTH = sizeof(bkvi_vec_##backend) / sizeof(float) };                               \
+        const bkvi_vec_##backend shift = bkvi_v_set_##backend(*(const float *)self);               \
         double start = now_ns();                                                                   \
         for (; repeats; repeats--)                                                                 \
-            bkvi_raise_##backend(exp_data, EXP_N, shift, (unsigned char *)exp_weights,             \
-                                 exp_weights + EXP_N);                                             \
+            for (float *x = exp_data; x < exp_data + EXP_N; x += 4 * WIDTH) {                      \
+                bkvi_vec_##backend t[4];                                                           \
+                for (int k = 0; k < 4; k++) t[k] = bkvi_v_load_##backend(x + k * WIDTH) - shift;   \
+                bkvi_exp2_##backend(t);                                                            \
+                for (int k = 0; k < 4; k++) bkvi_v_store_##backend(x + k * WIDTH, t[k]);           \
+            }                                                                                      \
         return now_ns() - start;                                                                   \
     }
 #if defined(ALL_BACKENDS) && defined(__x86_64__)
@@ -1338,13 +1343,11 @@ static void case_exp(const char *name) {
     size_t i, b;
     if (!wanted(&r)) return;
     exp_data = (float *)allocate(EXP_N * sizeof(float));
-    exp_weights = (float *)allocate((EXP_N + 16) * sizeof(float));
-    memset(exp_weights, 0, (EXP_N + 16) * sizeof(float));
     x = (float *)allocate(EXP_N * sizeof(float));
     of_2 = (double *)allocate(EXP_N * sizeof(double));
     of_e = (double *)allocate(EXP_N * sizeof(double));
     for (i = 0; i < EXP_N; i++) { /* as after subtracting the maximum */
-        x[i] = -20.0f * (float)i / EXP_N, exp_weights[i] = 1.0f;
+        x[i] = -20.0f * (float)i / EXP_N;
         of_2[i] = exp2((double)x[i]);
         of_e[i] = exp((double)x[i]);
     }
@@ -1363,7 +1366,7 @@ static void case_exp(const char *name) {
     task.q = x;
     enter_peers(&r, &task, &want);
     run_race();
-    free(exp_weights), free(exp_data);
+    free(exp_data);
     free(x);
     free(of_2);
     free(of_e);
