@@ -204,7 +204,7 @@ typedef struct bkv_config {
     uint32_t kv_type;    /* storage: BKV_F32, _F16, _BF16, _I8, _I4; 0: BKV_F16 */
     uint32_t budget;     /* slots per KV head, everything included, up to 2^24; required */
     uint32_t sinks;      /* first tokens kept exactly, rounded up to 16; 0: 4; or BKV_NONE */
-    uint32_t window;     /* newest tokens kept exactly, rounded up to 64; 0: budget / 3 rounded
+    uint32_t window;     /* newest tokens kept exactly, rounded up to 64; 0: budget / 4 rounded
                             down to 64, below 512 slots 64, if two pages remain; or BKV_NONE */
     uint32_t rule;       /* BKV_RULE_*; 0: BKV_RULE_SAMPLE */
     uint32_t importance; /* BKV_IMPORTANCE_*, added up, or BKV_NONE; 0: all of them */
@@ -1227,7 +1227,7 @@ static bkv_result bkvi_plan(const bkv_config *cfg, bkv_cache *c) {
     pages = (c->slots - bkvi_round_up(sinks, BKVI_LANES)) / BKVI_PAGE;
     window = bkvi_round_up(window, BKVI_PAGE) / BKVI_PAGE;
     if (!r->window && pages > 2) /* of few slots halved pages need every one */
-        window = c->slots < BKVI_FEW ? 1 : bkvi_min(r->budget / 3 / BKVI_PAGE, pages - 2);
+        window = c->slots < BKVI_FEW ? 1 : bkvi_min(r->budget / 4 / BKVI_PAGE, pages - 2);
     if (pages < window + 2) return BKV_E_BUDGET;
     c->n_pages = pages, c->window_pages = window;
     c->sink_slots = c->slots - pages * BKVI_PAGE;
@@ -2557,13 +2557,12 @@ BKVI_NOINLINE void bkvi_k(add_share)(float *to, float *x, const float *value_nor
 
 /* Importance by keys. Expected: the mean over the group of the share of attention within the block
    that the queries' means give a token; the keys are centred, which no softmax notices. Unlike the
-   others: w e^(-4 cos(key, mean key)), or, without QUERY, w e^(-10 cos). */
+   others: w e^(-10 cos(key, mean key)). */
 BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32_t importance,
                                    uint32_t dim, size_t stride) {
     const unsigned char *weight = (const unsigned char *)block->weight;
     float *mean = block->mean, *work = block->matrix;
     float *logit = block->score, *unlike = block->unlike;
-    const float sharp = (importance & BKV_IMPORTANCE_QUERY ? -4.0f : -10.0f) * BKVI_LOG2E;
     bkvi_vec m, zero = bkvi_v(set)(0.0f);
     uint32_t head, i, padded = bkvi_round_up(dim, BKVI_LANES);
     memset(block->expected, 0, sizeof block->expected);
@@ -2584,7 +2583,7 @@ BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32
         dot = dot + m; /* of the key as it was; so is its norm */
         norm = bkvi_v(sqrt)((norm + dot) * m);
         cosine = dot / bkvi_v(pick_gt)(norm, zero, norm, bkvi_v(set)(1.0f));
-        bkvi_v(store)(unlike + i, cosine * bkvi_v(set)(sharp));
+        bkvi_v(store)(unlike + i, cosine * bkvi_v(set)(-10.0f * BKVI_LOG2E));
     }
     bkvi_k(raise)(unlike, BKVI_BLOCK, 0.0f, weight, block->tile);
 }
@@ -2775,7 +2774,7 @@ BKVI_NOINLINE void bkvi_k(contribute)(float *to, uint32_t width, const float *x,
 /* Regression: what the tokens that go leave unanswered moves the values of those that stay, unless
    for certain. Of token j the part s_j v_j is missing, s the scores; token i takes over d_i:
        d_i = -1/2 (sum_j H_ij (s_j - r_i) v_j + sum_k H_ik d_k),    v_i -= chance_i d_i,
-   one token after the other, k over those before it. H is the fourth power of the keys' kernel, 1
+   one token after the other, k over those before it. H is the third power of the keys' kernel, 1
    on its diagonal, times factors; r_i, by how much weights are short near token i, is no error of
    the quotient that attention is. Half steps are its ridge. */
 static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block *block) {
@@ -2795,7 +2794,7 @@ static void bkvi_k(refit)(const bkvi_head *h, const uint32_t *slots, bkvi_block 
         const bkvi_vec b = bkvi_v(set)(-0.5f / (block->factor[i] + 1e-12f));
         for (j = 0; j < BKVI_BLOCK; j += BKVI_WIDTH) {
             x = bkvi_v(load)(from + j) * a;
-            x = x * x * (x * x) * (bkvi_v(load)(block->factor + j) * b);
+            x = x * x * (x * (bkvi_v(load)(block->factor + j) * b));
             bkvi_v(store)(h_i + j, x);
             bkvi_v(store)(row + j, x * bkvi_v(load)(block->score + j));
         }

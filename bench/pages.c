@@ -31,7 +31,7 @@ uint32_t pages_resolve(bl_config *cfg, int default_window) {
     uint32_t pages = room > sinks ? (room - sinks) / PAGE : 0;
     uint32_t window = (cfg->window + PAGE - 1) / PAGE;
     if (default_window) {
-        window = cfg->budget >= FEW ? cfg->budget / 3 / PAGE : 1;
+        window = cfg->budget >= FEW ? cfg->budget / 4 / PAGE : 1;
         if (window + 2 > pages) window = pages > 2 ? pages - 2 : 0;
     }
     cfg->window = window * PAGE;

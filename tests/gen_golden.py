@@ -42,26 +42,26 @@ G = 0x9E3779B97F4A7C15  # the increment of splitmix64
 FIELDS = ("rule importance rounds n_q_heads n_kv_heads head_dim value_dim budget sinks window "
           "temp scale softcap seed data every pin integers at").split()
 CASES = [dict(zip(FIELDS, row)) for row in [
-    (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 14, 1, 1, 0, 0, (340, 700)),
+    (SAMPLE,  0,     0,    4, 2, 8, 16, 272, 4, 64, 0, 0, 0, 14, 2, 1, 0, 0, (340, 700)),
     (SAMPLE,  0,     0,    3, 1, 16, 8, 350, 0, 0, 0, 1, 20, 15, 1, 1, 0, 0, (400, 900)),
-    (SAMPLE,  3,     0,    3, 1, 16, 24, 480, 20, 128, 0, 0, 0, 12, 2, 2, 0, 0, (500, 1100)),
+    (SAMPLE,  3,     0,    3, 1, 16, 24, 480, 20, 128, 0, 0, 0, 12, 1, 2, 0, 0, (500, 1100)),
     (SAMPLE,  QUERY, 0,    2, 1, 24, 24, 272, NONE, 100, 0.5, 0.25, 0, G, 1, 3, 0, 0, (321, 700)),
     (SAMPLE,  USE,   0,    2, 1, 16, 16, 208, 4, NONE, 0, 1, 5, 21, 1, 1, 0, 0, (209, 500)),
     (SAMPLE,  KEY,   3,    1, 1, 16, 16, 208, 4, 64, 0, 0, 0, 22, 1, 0, 0, 0, (272, 800)),
     (SAMPLE,  NONE,  0,    2, 2, 8, 8, 208, 4, NONE, 1, 0, 0, 23, 1, 0, 0, 0, (209, 270)),
     (SAMPLE,  6,     2,    3, 1, 16, 24, 272, 4, 64, 0, 1, 0, 24, 1, 1, 0, 0, (300, 700)),
     (SAMPLE,  7,     NONE, 2, 1, 16, 16, 272, 4, 64, 0, 1, 0, 25, 1, 1, 0, 0, (300, 900)),
-    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 2, 0, 26, 2, 1, 0, 0, (400, 1500)),
+    (SAMPLE,  5,     NONE, 1, 1, 16, 16, 336, 4, 0, 0, 2, 0, 26, 1, 1, 0, 0, (400, 1500)),
     (SAMPLE,  0,     0,    1, 1, 8, 100, 144, 4, NONE, 0, 2, 0, 27, 1, 1, 0, 0, (200, 700)),
     (SAMPLE,  0,     0,    2, 1, 16, 16, 400, 4, 64, 0, 1, 0, 28, 1, 1, 2, 0, (450, 1200)),
     (SAMPLE,  KEY,   0,    1, 1, 16, 8, 400, 4, 64, 0, 1, 0, 29, 1, 0, 5, 0, (450, 1200)),
     (WINDOW,  0,     0,    3, 1, 24, 8, 350, 4, 64, 0, 0, 5, 19, 1, 0, 0, 0, (337, 640)),
-    (SAMPLE,  0,     0,    4, 2, 8, 16, 560, 4, 0, 0, 0, 0, 30, 14, 1, 0, I8, (600, 700)),
+    (SAMPLE,  0,     0,    4, 2, 8, 16, 560, 4, 0, 0, 0, 0, 30, 1, 1, 0, I8, (600, 700)),
     (SAMPLE,  7,     0,    3, 1, 16, 24, 350, 40, 64, 0, 1, 20, 31, 4, 1, 3, I8, (400, 590)),
     (WINDOW,  0,     0,    2, 1, 24, 8, 208, NONE, NONE, 0, 1, 0, 32, 1, 1, 0, I8, (193, 640)),
     (SAMPLE,  0,     0,    3, 1, 20, 24, 272, 20, 0, 0, 1, 0, 33, 1, 1, 0, I4, (300, 450)),
     (SAMPLE,  0,     0,    4, 2, 24, 8, 560, 20, 64, 0, 0, 20, 34, 1, 1, 3, I4, (600, 700)),
-    (SAMPLE,  0,     0,    2, 1, 24, 24, 848, 4, 64, 0, 0, 0, 35, 1, 1, 0, I4, (840, 1000)),
+    (SAMPLE,  0,     0,    2, 1, 24, 24, 848, 4, 64, 0, 0, 0, 35, 3, 1, 0, I4, (840, 1000)),
 ]]
 
 
@@ -179,10 +179,10 @@ def bits_of(case):
 
 
 def unlike(case, block):
-    """How unlike the others the key of every token is; sharper where queries do not tell."""
+    """How unlike the others the key of every token is."""
     mean = block.k.mean(axis=0)
     cosine = block.k @ mean / np.linalg.norm(block.k, axis=1) / np.linalg.norm(mean)
-    return block.weights * np.exp(-(4 if bits_of(case) & QUERY else 10) * cosine)
+    return block.weights * np.exp(-10 * cosine)
 
 
 def factors(case, block):
@@ -267,7 +267,7 @@ def exchange(stay, p, K, size, rounds, margins):
 
 def refit(E, v, a, p, stay):
     """Which tokens move, by what a round of coordinate descent leaves of the error z, and how far."""
-    H = (E / (np.diag(E) + 1e-6)[:, None])**4 * a / (a + 1e-12)[:, None]
+    H = (E / (np.diag(E) + 1e-6)[:, None])**3 * a / (a + 1e-12)[:, None]
     short, v = np.where(stay, 1 - 1 / p, 1), v - v.mean(axis=0)
     near = H @ short / (H.sum(axis=1) + 2e-30)
     before = short[:, None] * v
@@ -323,7 +323,7 @@ class Head:
         self.n_sinks = slots - self.n_pages * PAGE
         self.few = slots < FEW
         if case["window"] == 0:
-            wanted = 1 if self.few else case["budget"] // 3 // PAGE
+            wanted = 1 if self.few else case["budget"] // 4 // PAGE
             self.n_exact = wanted if self.n_pages > 2 else 0
         else:
             self.n_exact = 0 if case["window"] == NONE else -(-case["window"] // PAGE)

@@ -253,7 +253,7 @@ static void defaults(void) {
         CHECK(full.rounds == 1);
         CHECK(full.sinks > 0 && full.window > 0 && full.n_threads == 1);
         if (budgets[i] > 208)
-            CHECK(full.window == (budgets[i] < 512 ? 64 : budgets[i] / 3 / 64 * 64));
+            CHECK(full.window == (budgets[i] < 512 ? 64 : budgets[i] / 4 / 64 * 64));
         CHECK(full.temp == 0.1f && full.softcap == 0);
         CHECK(full.scale == 0.125f && full.budget == budgets[i] && full.seed == 0);
         CHECK(bkv_size(&zero) == bkv_size(&full));
