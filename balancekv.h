@@ -38,9 +38,9 @@
    Words. Token: a (key, value) pair of one KV head, the key after RoPE. Group: query heads per KV
      head (GQA). Slot: storage of a token, with its position, an f32 weight (w >= 1, the number of
      tokens that it stands for) and an f32 use (sum of squared shares of attention while it was
-     young). Sinks, window: the first and the newest tokens, kept exactly. Page: 64 slots, in the
-     order of their tokens; its level: how often they went through a halving, which makes one page
-     of two neighbours. Budget: slots per KV head, everything included.
+     young). Sinks, window: the first and the newest tokens, kept exactly. Page: 64 slots; pages are
+     in the order of their tokens. Level of a page: how often its tokens went through a halving,
+     which makes one page of two neighbours. Budget: slots per KV head, everything included.
 
    The estimate. For a query q, over all kept tokens i:
          out = sum_i w_i e^(s_i) v_i / sum_i w_i e^(s_i),     s_i = <q, k_i> * scale
@@ -94,6 +94,7 @@
    BALANCEKV_FMA              Affects: the bits, see §1. 0 rounds every product before it is added:
                               faster where no fused multiply-add exists.  Values: 0, 1.  Default: 1.
    BALANCEKV_ALLOW_FAST_MATH  Affects: lets -ffast-math compile; results are then not reproducible.
+
    No switch changes a public type: files of different switches link. Only FMA changes results. */
 #ifndef BKVI_PASS /* the file includes itself for §11 and §12; everything else is read once */
 #ifndef BALANCEKV_H
@@ -410,8 +411,8 @@ BALANCEKV_API BKV_MUST_USE bkv_result bkv_export(bkv_cache *c, uint32_t head, bk
 
 /* Chooses from the caller's own n_tokens keys and values what a cache of this config would hold at
    the end: per KV head *n_kept tokens with index[head * budget + i] and weight[..], in order. mem:
-   bkv_size(cfg) bytes of working memory. No queries are seen: set importance to BKV_IMPORTANCE_KEY
-   (a cache would move values, too). Returns the errors of bkv_init() and bkv_append(). */
+   bkv_size(cfg) bytes of working memory. No queries are seen: set importance to BKV_IMPORTANCE_KEY.
+   The caller's values stay; a cache moves its own. Errors: those of bkv_init(), bkv_append(). */
 BALANCEKV_API BKV_MUST_USE bkv_result bkv_select(const bkv_config *cfg, void *mem, size_t mem_bytes,
                                                  bkv_tensor k, bkv_tensor v, size_t n_tokens,
                                                  uint32_t *index, float *weight, uint32_t *n_kept);
@@ -1931,7 +1932,7 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
 #define bkvi_vec BKVI_FN(bkvi_vec)
 #define bkvi_words BKVI_FN(bkvi_words)
 #define BKVI_WIDTH ((uint32_t)(sizeof(bkvi_vec) / sizeof(float)))
-#define BKVI_REGS ((int)(BKVI_LANES / BKVI_WIDTH)) /* registers of sixteen lanes */
+#define BKVI_REGS ((int)(BKVI_LANES / BKVI_WIDTH)) /* registers that hold sixteen lanes */
 #define BKVI_TILES BKVI_UNROLL /* loops over the registers of a tile */
 
 #if BKVI_PASS == BALANCEKV_SIMD_AVX2
@@ -2566,7 +2567,7 @@ BKVI_NOINLINE void bkvi_k(foresee)(const bkvi_head *h, bkvi_block *block, uint32
     bkvi_vec m, zero = bkvi_v(set)(0.0f);
     uint32_t head, i, padded = bkvi_round_up(dim, BKVI_LANES);
     memset(block->expected, 0, sizeof block->expected);
-    memset(block->tile, 0, BKVI_LANES * sizeof(float)); /* lanes that raise adds to: not used */
+    memset(block->tile, 0, BKVI_LANES * sizeof(float)); /* raise adds to them; nobody reads them */
     for (head = 0; head < h->c->group && importance & BKV_IMPORTANCE_QUERY; head++) {
         bkvi_k(against)(block, dim, stride, bkvi_part(h, BKVI_QUERIES, head),
                         h->c->cfg.scale * BKVI_LOG2E, logit);
@@ -2914,7 +2915,7 @@ static void bkvi_k(prepare)(float *s, const unsigned char *scale, float cap, flo
         BKVI_FOUR for (k = 0; k < 4; k++) t[k] = bkvi_v(pick_gt)(t[k], top, top, t[k]);
         bkvi_k(exp2)(t);
         BKVI_FOUR for (k = 0; k < 4; k++) {
-            BKVI_ROUND(t[k]); /* exact, but fused it would look like a break of the contract */
+            BKVI_ROUND(t[k]); /* fusing would change no bit, but check_symbols.py would report it */
             x = one - bkvi_v(set)(2.0f) / (one + t[k]);
             bkvi_v(store)(s + i + k * BKVI_WIDTH, x * bkvi_v(set)(cap * BKVI_LOG2E));
         }

@@ -89,7 +89,7 @@ done
 settings=balancekv
 for x in temp=0.03 temp=0.3 temp=1 importance=1 importance=2 importance=4 importance=6 \
     importance=none rounds=none rounds=1 rounds=4 sinks=none sinks=128 window=64 window=128 \
-    window=320 window=640; do
+    window=256 window=320; do
     settings=$settings,balancekv:$x
 done
 run settings "$traces" --seed "$seeds" --every 16 --method "$settings"

@@ -1287,8 +1287,8 @@ static void case_threads(const char *name) {
 /* ---- exp: the one internal that is measured by itself ---- */
 enum { EXP_N = 4096, EXP_FMAS = 6 };
 static float *exp_data;
-/* In place, again and again; `self` is subtracted from the exponent. With 1 the numbers tend to 1.
-   `target`: the instructions of what is inlined here. */
+/* In place, again and again; what `self` points to is subtracted from the exponent. With 1 the
+   numbers tend to 1. `target`: the instructions of what is inlined here. */
 #define EXP_SAMPLE(backend, target)                                                                \
     target static double sample_exp_##backend(void *self, size_t repeats) {                        \
         enum { WIDTH = sizeof(bkvi_vec_##backend) / sizeof(float) };                               \

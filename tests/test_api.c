@@ -243,7 +243,7 @@ static void default_scales(void) {
 
 /* A zeroed config with the four fields, and bkv_config_default(), make the same cache. */
 static void defaults(void) {
-    static const uint32_t budgets[] = {144, 208, 300, 511, 512, 1024, 4096};
+    static const uint32_t budgets[] = {144, 208, 300, 511, 512, 575, 576, 767, 1024, 4096};
     for (size_t i = 0; i < COUNT(budgets); i++) {
         bkv_config zero, full = bkv_config_default(6, 3, 64, budgets[i]);
         memset(&zero, 0, sizeof zero);
@@ -264,6 +264,11 @@ static void defaults(void) {
         CHECK(memcmp(&a.cfg, &full, sizeof full) == 0);
         cache_free(&a), cache_free(&b);
     }
+    bkv_config cfg = {0}; /* three pages beside the sinks: two must remain */
+    cfg.n_kv_heads = 1, cfg.head_dim = 64, cfg.budget = 512, cfg.sinks = 300;
+    bkv_cache few = cache_new(&cfg);
+    CHECK(few.cfg.window == 64);
+    cache_free(&few);
     bkv_config bad = bkv_config_default(5, 3, 64, 208); /* repairs nothing */
     RESULT(bkv_check(&bad), BKV_E_HEADS);
     bad = bkv_config_default(0, 0, 0, 0);

@@ -483,7 +483,7 @@ def check_pages(tally, program, folder, t):
     for method, budget, sinks, window, settings in (
             ("walk", 300, 4, 64, ""), ("uniform", 300, 4, 64, ""), ("pair", 300, 4, 64, ""),
             ("stride", 300, 4, 64, ""), ("walk", 400, 30, 0, ":sinks=30:window=none:temp=0.1"),
-            ("pair", 400, 30, 0, ":sinks=30:window=none:temp=0.1")):
+            ("pair", 400, 30, 0, ":sinks=30:window=none:temp=0.1"), ("walk", 592, 4, 128, "")):
         temp = 0.1 if "temp" in settings else 1.0
         row, = program.rows("--trace", folder, "--budget", budget, "--seed", 5, "--method",
                             method + settings)
@@ -954,7 +954,7 @@ def main():
         check_oneshot(tally, program, prompt, t_prompt, 9, 2, "walk,uniform:window=none")
         small = os.path.join(work, "small")
         t_small = make_trace(small, 1000, 3, 0.15)
-        check_pages(tally, program, folder, t)
+        check_pages(tally, program, small, t_small)
         check_pools(tally, program, small, t_small)
         check_theory(tally, program, folder, small)
         check_reports(tally, program, folder, work)
