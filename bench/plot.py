@@ -26,7 +26,7 @@ except ImportError:
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "balancekv", "font.size": 9,
                             "axes.axisbelow": True, "axes.grid": True, "grid.color": "#dddddd"})
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-DASHES = ("-", "--", ":")
+DASHES = ("-", "--", ":", "-.")
 SHAPES = "os^DXvP"
 
 
@@ -48,7 +48,7 @@ def line_chart(title, x_name, y_name, lines):
     figure, axes = canvas(title, 5.4)
     axes.set(xscale="log", yscale="log", xlabel=x_name, ylabel=y_name)
     for i, (name, points) in enumerate(lines.items()):
-        turn, colour = divmod(i, len(COLOURS))
+        turn, colour = i // len(COLOURS) % len(DASHES), i % len(COLOURS)
         axes.plot(*zip(*points), label=name, color=COLOURS[colour], linestyle=DASHES[turn],
                   linewidth=3 if name.split(",")[0] == "balancekv" else 1.5)
     logarithmic(axes.xaxis)

@@ -38,6 +38,11 @@ if [ -z "$traces$first$others" ]; then
     exit 2
 fi
 
+pictures=true
+python3 -c 'import matplotlib' 2>/dev/null || {
+    pictures=false
+    echo 'quality.sh: tables only, no pictures: python3 -m pip install matplotlib' >&2
+}
 mkdir -p "$out"
 new=$(mktemp -d) # of this run; what is finished is kept, also if the rest fails
 leave() {
@@ -112,7 +117,7 @@ set +f
 keep
 
 for name in stream oneshot; do
-    [ ! -f "$new/$name.json" ] || {
+    ! $pictures || [ ! -f "$new/$name.json" ] || {
         python3 "$root/bench/plot.py" quality "$new/$name.json" >"$out/quality-$name.svg"
         ! $write || cp "$out/quality-$name.svg" "$root/bench/"
     }

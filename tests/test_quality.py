@@ -752,6 +752,9 @@ def check_reports(tally, program, folder, work):
     tally.check(all(m in words for m in ("balancekv", "walk", "knorm", "keydiff")) and
                 not any("nan" in e.get("d") for e in picture.iter(
                     "{http://www.w3.org/2000/svg}path")), "a line for each method", str(words))
+    with open(text, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps({**rows[0], "method": "m%d" % i}) + "\n" for i in range(28))
+    tally.check("m27" in script("plot.py", "quality", text), "a line for each of 28 methods")
     drawn = os.path.join(work, "it's a picture.svg")
     ran = subprocess.run([program.path, *args, "--plot", drawn], stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, universal_newlines=True, check=False,
