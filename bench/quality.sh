@@ -85,10 +85,10 @@ published:block=256:temp=0.1,published:block=128:temp=1,published-both:block=128
 run wide "$others" --seed "$seeds" --every 4 --method \
 balancekv,balancekv:importance=1,walk,pair,window,knorm,keydiff,h2o,tova,expected
 # The slots of i8 are what bkv_budget_for_bytes() gives for the bytes of the others (head_dim 64).
-run storage "$traces" --seed "$seeds" --every 8 --budget 256,512,1024,2048 \
+run storage "$traces" --seed "$seeds" --budget 256,512,1024,2048 \
     --method balancekv:kv_type=f16
 for x in i8=464,880,1824,3728 i4=736,1488,3200,6624; do # equal bytes
-    run storage "$traces" --seed "$seeds" --every 8 --budget "${x#*=}" \
+    run storage "$traces" --seed "$seeds" --budget "${x#*=}" \
         --method "balancekv:kv_type=${x%=*}"
 done
 settings=balancekv
