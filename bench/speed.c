@@ -779,8 +779,20 @@ static double sample_partial(void *self, size_t repeats) {
     return now_ns() - start;
 }
 
+/* The newest token of each cache again, as a draft: nothing is learnt while it is there. */
+static void redraft(pool *p, size_t n) {
+    const bkv_tensor k = bkv_dense(p->t->k + (n - 1) * p->t->kv, BKV_F32);
+    const bkv_tensor v = bkv_dense(p->t->v + (n - 1) * p->t->kv, BKV_F32);
+    size_t i;
+    for (i = 0; i < p->copies; i++) {
+        require(bkv_truncate(&p->cache[i], n - 1), "bkv_truncate");
+        require(bkv_append(&p->cache[i], k, v, 1, BKV_DRAFT, 0, 1), "bkv_append");
+    }
+}
+
 /* With weights: of twice as many tokens as fit, and some more, as the error is estimated where a page
-   ends. With a softcap. As (max, sum) partials. Beside each, `plain`: as many tokens without. */
+   ends. With a softcap. As (max, sum) partials. With a draft, which is without learning. Beside
+   each, `plain`: as many tokens without. */
 static void attend_variant(const char *name, const shape *s, size_t n, const char *type, int cold) {
     int weights = strstr(type, "weights") != NULL, partial = strstr(type, "partial") != NULL;
     size_t pool_bytes = cold ? opt.pool_bytes : 0, b, i;
@@ -807,6 +819,7 @@ static void attend_variant(const char *name, const shape *s, size_t n, const cha
         cfg.softcap = 0.0f;
         plain[b] = make_pool(&cfg, &t, NULL, info.tokens_held, pool_bytes, 1);
         if (!reference) want.reference = reference = exact_of_held(&p[b]->cache[0], &t);
+        if (strstr(type, "draft")) redraft(p[b], n);
         (partial ? sample_partial : sample_attend)(p[b], p[b]->copies); /* ends where it began */
         for (i = 0; partial && i < t.q_size; i++) p[b]->out[i] /= partial_sum[i / s->d];
         e = enter(&r, OURS, bkv_backend_name(backends[b]), partial ? sample_partial : sample_attend,
@@ -825,10 +838,13 @@ static void attend_variant(const char *name, const shape *s, size_t n, const cha
 }
 static void attend_variants(const char *name, int cold) {
     static const char *const types[] = {"f16 weights", "f16 softcap", "f16 partial"};
-    size_t i, s;
+    size_t i, s, n;
     for (i = 0; i < 3; i++)
         for (s = 0; s < N_SHAPES; s++)
             attend_variant(name, &shapes[s], opt.quick ? 1024 : 4096, types[i], cold);
+    for (s = 0; s < N_SHAPES; s++)
+        for (n = 512; n <= (opt.quick ? 512 : 4096) && !cold; n *= n == 512 ? 2 : 4)
+            attend_variant(name, &shapes[s], n, "f16 draft", cold);
 }
 
 static const char *const attend_types[] = {"f16", "bf16", "f32", "i8", "i4"};
