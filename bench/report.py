@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 from statistics import median
 
@@ -53,9 +54,12 @@ def name_of(row):
 
 
 def chosen(rows):
-    """Of rows that differ only in n: for attend and prefill the one next to 4096."""
+    """Of rows that differ only in n: for attend and prefill the one next to 4096. Those with a draft
+    are there for what learning costs, which bars_of() has."""
     group = collections.defaultdict(list)
     for r in rows:
+        if r["type"] == "f16 draft":
+            continue
         more = 0 if r["case"].startswith(("attend", "prefill")) else r["n"]
         group[r["case"], r["backend"], r["d"], r["group"], r["type"], more].append(r)
     return [min(g, key=lambda r: abs(math.log(r["n"] / 4096))) for g in group.values()]
@@ -253,6 +257,9 @@ def bars_of(path):
     for variant in ("weights", "softcap", "partial"):
         bar("the same, %s" % VARIANTS[variant], ">= 80 %",
             share("attend_hot", backend=wide, type="f16 " + variant, group=(3, 4, 7)))
+    learning = ratio("attend_hot", "plain", type="f16 draft")
+    bar("attend in cache with learning, over without, median", "<= 1.02",
+        [statistics.median(learning)] if learning else [], "%.3f", most=True)
     for kind in dict.fromkeys(r["type"] for r in find("attend_cold") if " " not in r["type"]):
         bar("attend cold %s, group <= 4, of read (or FMA)" % kind, ">= 90 %",
             share("attend_cold", backend=wide, group=(2, 3, 4), type=kind))
