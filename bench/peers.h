@@ -8,13 +8,13 @@
 /* One problem. All arrays are f32 and dense. */
 typedef struct peer_task {
     const char *work; /* "halve", "attend", "prefill" or "exp" */
-    const char *type; /* in which the peer holds K and V: "f32" or "f16" */
+    const char *type; /* in which the peer holds K and V: "f32", "f16"; halve: or "f32 unmoved" */
     size_t n_q_heads, n_kv_heads, dim;
     size_t n, n_queries; /* tokens; queries: of the last tokens, causal */
     size_t copies;       /* of K and V, used in turn: more than the caches hold, or 1 */
     const float *k, *v;  /* [n][n_kv_heads][dim] */
     const float *q;      /* [n_queries][n_q_heads][dim]; exp: [n] */
-    const float *bound;  /* halve: token i gets +1 if its signed sum is below bound[i], else -1 */
+    const float *u;      /* halve: the random numbers of the draw, [128], in [0, 1) */
 } peer_task;
 
 typedef struct peer {
@@ -22,8 +22,8 @@ typedef struct peer {
     double tolerance; /* of its relative error against the same in double */
     void *(*open)(const struct peer *self, const peer_task *task);
     void (*run)(void *state, size_t copy);
-    /* Of the last run. attend, prefill: [n_queries][n_q_heads][dim]; exp: [n]; halve: the kernel
-       below its diagonal in [128][128], then the 128 signs. */
+    /* Of the last run. attend, prefill: [n_queries][n_q_heads][dim]; exp: [n]; halve: [128] weights
+       and [128][dim] values, 0 of tokens that went. */
     const float *(*result)(void *state);
     void (*close)(void *state);
 } peer;

@@ -184,7 +184,7 @@ def peers(path):
 
 def summary(path):
     rows = [r for r in best_rows(chosen(read(path)))
-            if r["type"] == "f32" and r["case"] == "halve" or
+            if r["type"] in ("f32", "f32 unmoved") and r["case"] == "halve" or
             r["type"] == "f16" and r["case"] in ("attend_hot", "attend_cold", "prefill") or
             r["type"] == "f16 1/16" and r["n"] == 65536]
     more, families = details(path), used_families(rows)
@@ -211,7 +211,8 @@ def growth(path):
 
 
 def bars_of(path):
-    """Lines of (bar, wanted, measured, met)."""
+    """Lines of (bar, wanted, measured, met, what it takes): of bars against others the share of
+    the machine's limit at which they would be met, of those in memory what it is in the cache."""
     rows = read(path)
 
     def find(case, **want):
@@ -222,56 +223,84 @@ def bars_of(path):
     def share(case, **want):
         return [r["share_of_limit"] for r in find(case, **want)]
 
-    def ratio(case, family, **want):
-        """Per row the faster backend."""
-        prefixes = FAMILIES.get(family, (family,))
-        return [x for x in (family_ratio(r, prefixes) for r in best_rows(find(case, **want))) if x]
+    def ratios(case, family, **want):
+        """Per row, of the faster backend: (ratio, share of the limit)."""
+        if not isinstance(family, tuple):
+            family = FAMILIES.get(family, (family,))
+        found = [(family_ratio(r, family), r["share_of_limit"])
+                 for r in best_rows(find(case, **want))]
+        return [x for x in found if x[0]]
 
     wide = "avx512" if any(r["backend"] == "avx512" for r in rows) else "avx2"
     lines = []
 
-    def bar(text, wanted, values, form="%.2f", most=False):
+    def percent(values):
+        ends = ["%.0f %%" % (100 * x) for x in (min(values), max(values))]
+        return " .. ".join(dict.fromkeys(ends))
+
+    def bar(text, wanted, values, form="%.2f", most=False, takes=""):
         if not values:
-            lines.append([text, wanted, "not measured", ""])
+            lines.append([text, wanted, "not measured", "", ""])
             return
         worst = max(values) if most else min(values)
         limit = float(re.search(r"[\d.e-]+", wanted)[0])
         limit /= 100 if "%" in wanted else 1
         met = worst <= limit if most else worst >= limit
-        shown = ["%.0f %%" % (100 * x) if "%" in wanted else form % x
-                 for x in (min(values), max(values))]
-        lines.append([text, wanted, shown[0] if shown[0] == shown[1] else " .. ".join(shown),
-                      "yes" if met else "no"])
+        shown = " .. ".join(dict.fromkeys(form % x for x in (min(values), max(values))))
+        lines.append([text, wanted, percent(values) if "%" in wanted else shown,
+                      "yes" if met else "no", takes])
 
+    def against(text, wanted, found, form="%.2f"):
+        """Times another system: found as of ratios()."""
+        takes = [wanted / x * share for x, share in found if share]
+        bar(text, ">= %g" % wanted, [x for x, _ in found], form,
+            takes=percent(takes) if takes else "")
+
+    def cold(text, wanted, **want):
+        """In memory; beside it the share that the time in the cache would be, by its tokens."""
+        free = []
+        for r in find("attend_cold", backend=wide, **want):
+            hot = min((h for h in find("attend_hot", backend=wide, type=r["type"], d=r["d"],
+                                       group=r["group"])),
+                      key=lambda h: abs(math.log(h["n"] / r["n"])), default=None)
+            if hot:
+                free.append(r["share_of_limit"] * r["ns"] / r["n"] / (hot["ns"] / hot["n"]))
+        bar(text, wanted, share("attend_cold", backend=wide, **want),
+            takes="in the cache it is " + percent(free) if free else "")
+
+    halvings = (("f32", ""), ("f32 unmoved", ", no values moved"),
+                ("f32 gram", ", kernel matrix alone"))
     for backend, wanted in ((wide, (">= 70 %", ">= 72 %")), ("avx2", (">= 65 %", ">= 65 %"))):
         for d, w in zip((64, 128), wanted):
-            bar("halving d %d, %s, of FMA peak" % (d, backend), w,
-                share("halve", backend=backend, d=d, type="f32"))
+            for kind, what in halvings:
+                bar("halving d %d%s, %s, of FMA peak" % (d, what, backend), w,
+                    share("halve", backend=backend, d=d, type=kind))
     for family, wanted in (("openblas_ssyrk", (1.8, 1.6)), ("naive", (4.5, 3.5)),
                            ("reference_4k", (7, 7)), ("reference_32k", (15, 15))):
         for d, w in zip((64, 128), wanted):
-            bar("halving d %d, times %s" % (d, family), ">= %g" % w,
-                ratio("halve", family, d=d, type="f32"))
+            for kind, what in halvings[:2]:
+                against("halving d %d%s, times %s" % (d, what, family), w,
+                        ratios("halve", family, d=d, type=kind))
     bar("attend f16 in cache, group >= 3, %s, of FMA peak" % wide, ">= 80 %",
         share("attend_hot", backend=wide, type="f16", group=(3, 4, 7), n=(1024, 4096)))
     for variant in ("weights", "softcap", "partial"):
         bar("the same, %s" % VARIANTS[variant], ">= 80 %",
             share("attend_hot", backend=wide, type="f16 " + variant, group=(3, 4, 7)))
-    learning = ratio("attend_hot", "plain", type="f16 draft")
+    learning = [x for x, _ in ratios("attend_hot", "plain", type="f16 draft")]
     bar("attend in cache with learning, over without, median", "<= 1.02",
         [statistics.median(learning)] if learning else [], "%.3f", most=True)
     for kind in dict.fromkeys(r["type"] for r in find("attend_cold") if " " not in r["type"]):
-        bar("attend cold %s, group <= 4, of read (or FMA)" % kind, ">= 90 %",
-            share("attend_cold", backend=wide, group=(2, 3, 4), type=kind))
-    bar("attend cold f16 with weights, a softcap, as partials", ">= 90 %",
-        share("attend_cold", backend=wide, group=(2, 3, 4),
-              type=tuple("f16 " + v for v in VARIANTS)))
+        cold("attend cold %s, group <= 4, of read (or FMA)" % kind, ">= 90 %", group=(2, 3, 4),
+             type=kind)
+    cold("attend cold f16 with weights, a softcap, as partials", ">= 90 %", group=(2, 3, 4),
+         type=tuple("f16 " + v for v in VARIANTS))
     flash, best = list(FAMILIES)[:2]
-    bar("attend cold f16, times ggml flash as in llama.cpp", ">= 6",
-        ratio("attend_cold", flash, type="f16"))
+    against("attend cold f16, times ggml flash as in llama.cpp", 6,
+            ratios("attend_cold", flash, type="f16"))
     for group, w in ((2, 2.4), (3, 3.3), (4, 3.5), (7, 5)):
-        bar("attend cold f16 group %d, times ggml's best path" % group, ">= %g" % w,
-            ratio("attend_cold", best, type="f16", group=group))
+        for where in ("cold", "hot"):
+            against("attend %s f16 group %d, times ggml's best path" % (where, group), w,
+                    ratios("attend_" + where, best, type="f16", group=group))
     errors = [found for (case, _, _, _, kind), found in details(path).items()
               if case == "attend_cold" and kind == "f16"]
     bar("attend cold f16: our relative error", "<= 1e-3",
@@ -279,26 +308,28 @@ def bars_of(path):
     theirs = [float(f["ggml_flash_llama"]) for f in errors if "ggml_flash_llama" in f]
     if theirs:
         lines.append(["the same of ggml flash", "",
-                      "%.1e .. %.1e" % (min(theirs), max(theirs)), ""])
-    bar("prefill f16, times the better of ggml and torch SDPA", ">= 2",
-        [min(x for p, x in r["ratio_to"].items() if p.startswith(("ggml", "torch")))
-         for r in best_rows(find("prefill")) if r["ratio_to"]])
-    for first, where in ((2048, "from where it is full"), (1024, "from 1k, where it is half full,")):
+                      "%.1e .. %.1e" % (min(theirs), max(theirs)), "", ""])
+    against("prefill f16, times the better of ggml and torch SDPA", 2,
+            ratios("prefill", ("ggml", "torch")))
+    for first, where in ((2048, "from where it is full"),
+                         (1024, "from 1k, where it is half full,")):
         fixed = [r["ns"] for r in find("growth", backend=wide, type="f16") if r["n"] >= first]
         bar("growth, budget 2048, %s to 1M tokens: max/min" % where, "<= 1.2",
             [max(fixed) / min(fixed)] if fixed else [], most=True)
-    bar("growth at 1/16 of the keys, times ggml flash on all", ">= 70",
-        ratio("growth", flash, type="f16 1/16"), "%.0f")
+    for d in (64, 128):
+        against("growth at 1/16 of the keys, d %d, n from 4k, times ggml flash on all" % d, 70,
+                ratios("growth", flash, d=d, type="f16 1/16"), "%.0f")
     for r in best_rows(find("worst_append")): # bench/speed counts, and fails if there are more
         lines.append(["worst append d %d" % r["d"], "one halving per KV head",
                       "one; %.2f times its time in a cache by itself" % (
-                          1 / r["ratio_to"]["halvings"]), "yes"])
+                          1 / r["ratio_to"]["halvings"]), "yes", ""])
     for d in (64, 128):
         ends = sorted(find("append", backend=wide, d=d), key=lambda r: r["n"])
         bar("append d %d, after 1M tokens over after 1k" % d, "<= 1.15",
             [ends[-1]["ns"] / ends[0]["ns"]] if len(ends) > 1 else [], most=True)
-    bar("two threads over one", ">= 1.9",
-        [r["ratio_to"]["one_thread"] for r in find("threads") if r["ratio_to"]])
+    for kind, where in (("f16", "in the cache"), ("f16 cold", "in memory")):
+        bar("two threads over one, %s" % where, ">= 1.9",
+            [r["ratio_to"]["one_thread"] for r in find("threads", type=kind) if r["ratio_to"]])
     return lines
 
 
@@ -310,7 +341,8 @@ def compiler_of(path):
 def bars(path, *others):
     """The first file says which bars; of others only what they measured."""
     more = [dict((line[0], line[2]) for line in bars_of(other)) for other in others]
-    return table(["bar", "wanted", compiler_of(path), "met"] + list(map(compiler_of, others)),
+    head = ["bar", "wanted", compiler_of(path), "met", "takes"]
+    return table(head + list(map(compiler_of, others)),
                  [line + [m.get(line[0], "") for m in more] for line in bars_of(path)])
 
 

@@ -567,43 +567,41 @@ static pool *make_halver(const bkv_config *cfg, const tokens *t) {
 
 static double halving_flops(unsigned d) { return 2.0 * (128 * 127 / 2) * 2.0 * d; }
 
-/* The kernel of the paper's walk, which the peers compute, below the diagonal, in double. */
-static double *exact_kernel(const tokens *t, size_t d) {
-    double *w = (double *)allocate(128 * 128 * sizeof *w), mean[512] = {0};
-    size_t i, j, x;
-    for (i = 0; i < 128; i++)
-        for (x = 0; x < d; x++) mean[x] += (double)t->k[i * d + x] / 128.0;
-    for (i = 0; i < 128; i++)
-        for (j = 0; j < i; j++) {
-            double kk = 0.0, vv = 0.0;
-            for (x = 0; x < d; x++) {
-                kk += ((double)t->k[i * d + x] - mean[x]) * ((double)t->k[j * d + x] - mean[x]);
-                vv += (double)t->v[i * d + x] * (double)t->v[j * d + x];
-            }
-            w[i * 128 + j] = exp(kk / sqrt((double)d)) * (vv + 0.025);
-        }
-    return w;
+/* What the first halving made of its 128 tokens: weights, then values, 0 of those that went. */
+static double *first_halving(bkv_cache *c, size_t sinks, size_t d) {
+    double *out = (double *)allocate(128 * (1 + d) * sizeof *out);
+    float *v = (float *)allocate(c->slots * d * sizeof *v);
+    bkv_rows rows;
+    size_t i, j;
+    memset(&rows, 0, sizeof rows);
+    rows.v = v;
+    rows.type = BKV_F32;
+    rows.n_rows = c->slots;
+    require(bkv_export(c, 0, &rows), "bkv_export");
+    for (i = sinks; i < sinks + 64; i++) {
+        bkv_token_info info;
+        require(bkv_token(c, 0, (uint32_t)i, &info), "bkv_token");
+        out[info.position - sinks] = (double)info.weight;
+        for (j = 0; j < d; j++)
+            out[128 + (info.position - sinks) * d + j] = (double)v[i * d + j];
+    }
+    free(v);
+    return out;
 }
 
-static float bounds[128]; /* the walk's random numbers, for the peers */
-
-/* The error of the kernel; infinite if the signs are not those that the kernel gives, but for two
-   where rounding may decide. */
-static double walk_error(const float *result, const target *want) {
-    double off = 0.0, all = 0.0;
-    const float *sign = result + (ptrdiff_t)(128 * 128);
-    size_t i, j, wrong = 0;
-    for (i = 0; i < 128; i++) {
-        double sum = 0.0;
-        for (j = 0; j < i; j++) {
-            double x = want->reference[i * 128 + j], y = (double)result[i * 128 + j];
-            off += (y - x) * (y - x);
-            all += x * x;
-            sum += y * (double)sign[j];
-        }
-        wrong += (sum < (double)bounds[i]) != (sign[i] > 0.0f);
-    }
-    return wrong > 2 ? HUGE_VAL : sqrt(off / all);
+/* The kernel matrix alone, of the two oldest pages: packing, products, 2^x, scores. */
+static double sample_gram(void *self, size_t repeats) {
+    const bkv_cache *c = &((pool *)self)->cache[0];
+    const bkvi_head h = bkvi_head_get(c, 0, 0);
+    const bkvi_kernels kernels = bkvi_kernels_of(c->cfg.backend);
+    const uint32_t slots[2] = {bkvi_page_slot(&h, 0), bkvi_page_slot(&h, 1)};
+    bkvi_block *block = (bkvi_block *)(void *)h.scratch;
+    double start;
+    size_t i;
+    for (i = 0; i < 128; i++) block->weight[i] = 1.0f, block->use[i] = 0.0f;
+    start = now_ns();
+    for (; repeats; repeats--) kernels.gram(&h, slots, block);
+    return now_ns() - start;
 }
 
 /* Of the reference in PyTorch: it must keep half of the tokens of each head. */
@@ -618,7 +616,7 @@ static double kept_error(const float *kept, const target *want) {
 static void enter_reference(const row *r, unsigned d) {
     static const char *const names[] = {"reference_4k", "reference_32k"};
     size_t i, heads = d == 64 ? 3 : 8;
-    for (i = 0; has_reference && i < (opt.quick ? 1 : 2); i++) {
+    for (i = 0; i < (opt.quick ? 1 : 2); i++) {
         peer_task task = {"halve", "f32", 0, 0, 0, 0, 0, 1, NULL, NULL, NULL, NULL};
         target want = {NULL, 0, 0, 0, kept_error};
         size_t before = n_entries;
@@ -631,42 +629,50 @@ static void enter_reference(const row *r, unsigned d) {
     }
 }
 
-static void case_halve(const char *name) {
-    unsigned d;
-    size_t i, b;
-    for (i = 0; i < 128; i++) {
-        float x;
-        fill_normal(&x, 1, 100 + i);
-        bounds[i] = x / 8.0f;
+/* "unmoved": without the refit, so that only keys and values are multiplied with themselves. */
+static void halve_row(const char *name, const char *type, unsigned d) {
+    row r = {name, type, d, 1, 128, 1.0, halving_flops(d), 0.0, 1.0};
+    const shape s = {1, 1, d};
+    peer_task task = {"halve", type, 1, 1, d, 128, 0, 1, NULL, NULL, NULL, NULL};
+    target want = {NULL, 128 * (1 + (size_t)d), 128 * (1 + (size_t)d), 1, attention_error};
+    int gram = strstr(type, "gram") != NULL;
+    bkv_stats_info info;
+    tokens t;
+    pool *p[8];
+    float u[128];
+    double *first = NULL;
+    size_t b, i;
+    if (!wanted(&r)) return;
+    progress("%s", label(&r));
+    t = make_tokens(&s, RING, 1);
+    for (b = 0; b < n_backends; b++) {
+        bkv_config cfg = config(&s, "f32", 512, backends[b]);
+        if (strstr(type, "unmoved")) cfg.importance = BKV_IMPORTANCE_USE;
+        p[b] = make_halver(&cfg, &t);
+        enter(&r, OURS, bkv_backend_name(backends[b]), gram ? sample_gram : sample_halving, p[b]);
     }
-    for (d = 64; d <= 128; d += 64) {
-        row r = {name, "f32", d, 1, 128, 1.0, halving_flops(d), 0.0, 1.0};
-        shape s = {1, 1, 0};
-        tokens t;
-        pool *p[8];
-        peer_task task = {"halve", "f32", 1, 1, 0, 128, 0, 1, NULL, NULL, NULL, bounds};
-        target want = {NULL, 0, 0, 0, walk_error};
-        double *kernel;
-        s.d = d;
-        if (!wanted(&r)) continue;
-        progress("%s", label(&r));
-        t = make_tokens(&s, RING, 1);
-        for (b = 0; b < n_backends; b++) {
-            bkv_config cfg = config(&s, "f32", 512, backends[b]);
-            p[b] = make_halver(&cfg, &t);
-            enter(&r, OURS, bkv_backend_name(backends[b]), sample_halving, p[b]);
-        }
-        want.reference = kernel = exact_kernel(&t, d);
-        task.dim = d;
-        task.k = t.k;
-        task.v = t.v;
+    if (!gram) {
+        const uint64_t key = bkvi_draw_key(p[0]->cache[0].cfg.seed, 0, 0);
+        for (i = 0; i < 128; i++) u[i] = bkvi_uniform(key, (uint32_t)i);
+        require(bkv_stats(&p[0]->cache[0], &info), "bkv_stats");
+        want.reference = first = first_halving(&p[0]->cache[0], info.sinks, d);
+        task.k = t.k + info.sinks * t.kv;
+        task.v = t.v + info.sinks * t.kv;
+        task.u = u;
         enter_peers(&r, &task, &want);
-        enter_reference(&r, d);
-        run_race();
-        for (b = 0; b < n_backends; b++) free_pool(p[b]);
-        free(kernel);
-        free_tokens(&t);
+        if (has_reference) enter_reference(&r, d);
     }
+    run_race();
+    for (b = 0; b < n_backends; b++) free_pool(p[b]);
+    free(first);
+    free_tokens(&t);
+}
+static void case_halve(const char *name) {
+    static const char *const types[] = {"f32", "f32 unmoved", "f32 gram"};
+    size_t i;
+    unsigned d;
+    for (i = 0; i < 3; i++)
+        for (d = 64; d <= 128; d += 64) halve_row(name, types[i], d);
 }
 
 /* ---- attend ---- */

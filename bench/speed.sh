@@ -6,7 +6,8 @@
 # Needs build/bench/speed, matplotlib (tests/requirements.txt), and a quiet machine for three
 # quarters of an hour with all peers.
 # Environment: RUN, a command before each part, e.g. RUN='chrt -f 1'; LENGTHS, the tokens of attend
-# and prefill; PEER_LENGTHS, those of them with peers. A second compiler gets a column of the bars:
+# in memory and of prefill; PEER_LENGTHS, those of them with peers. A second compiler gets a column of
+# the bars:
 #     CC=clang-16 meson setup build-clang && ninja -C build-clang
 #     BUILD=build-clang NAME=speed-clang sh bench/speed.sh
 set -eu
@@ -44,8 +45,12 @@ part() { # command.., of a part that is a share of the whole
 # shellcheck disable=SC2086
 for case in $($program --list | cut -d ' ' -f 1); do
     case $case in
-    attend_* | prefill) # in parts of a minute or two
+    attend_hot | attend_cold | prefill) # in parts of a minute or two
         for shape in 'd64 g3' 'd128 g4' 'd64 g7' 'd128 g2'; do
+            if [ $case = attend_hot ]; then # it has lengths of its own
+                part ${RUN:-} $program --case $case --filter "$shape " "$@"
+                continue
+            fi
             for n in ${LENGTHS:-1024 4096 16384 65536}; do
                 case " ${PEER_LENGTHS:-$n} " in
                 *" $n "*) part ${RUN:-} $program --case $case --filter "$shape n$n " "$@" ;;
