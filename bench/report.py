@@ -54,11 +54,11 @@ def name_of(row):
 
 
 def chosen(rows):
-    """Of rows that differ only in n: for attend and prefill the one next to 4096. Those with a draft
-    are there for what learning costs, which bars_of() has."""
+    """Of rows that differ only in n: for attend and prefill the one next to 4096. Those with a draft,
+    and of the kernel matrix alone, are there for bars_of()."""
     group = collections.defaultdict(list)
     for r in rows:
-        if r["type"] == "f16 draft":
+        if r["type"] in ("f16 draft", "f32 gram"):
             continue
         more = 0 if r["case"].startswith(("attend", "prefill")) else r["n"]
         group[r["case"], r["backend"], r["d"], r["group"], r["type"], more].append(r)
