@@ -3084,6 +3084,7 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
     for (begin = 0; begin < run->n * group; begin += BKVI_ROWS) {
         uint32_t n = bkvi_min(BKVI_ROWS, run->n * group - begin), tile_rows, size;
         uint32_t slots, slot = bkvi_block_slot(h, 0, &slots);
+        const unsigned char *k = bkvi_part(h, BKVI_K, slot), *v = bkvi_part(h, BKVI_V, slot);
         /* Behind the last block of the last rows comes the next KV head, if there is one. */
         const size_t beyond =
             begin + n < run->n * group || h->index + 1 == c->cfg.n_kv_heads ? 0 : c->head_bytes;
@@ -3104,23 +3105,22 @@ static void bkvi_k(attend)(const bkvi_head *h, const bkvi_queries *run) {
         memset(t->lanes, 0, (size_t)n * BKVI_LANES * sizeof *t->lanes);
         memset(t->doubt, 0, (BKVI_LANES + 2 * (size_t)v_dim_pad) * sizeof *t->doubt);
         t->doubted = doubted - begin;
-
         for (b = 0; b < n_blocks; b++) {
             bkvi_span span;
             span.slots = slots, span.last = b + 1 == n_blocks;
-            span.k = bkvi_part(h, BKVI_K, slot), span.v = bkvi_part(h, BKVI_V, slot);
-            span.weight = bkvi_part(h, BKVI_WEIGHT, slot);
+            span.k = k, span.v = v, span.weight = bkvi_part(h, BKVI_WEIGHT, slot);
             span.use = b + 2 < n_blocks || h->drafts ? NULL : bkvi_part(h, BKVI_USE, slot);
             span.k_scale = work ? bkvi_part(h, BKVI_K_SCALE, slot) : NULL;
             span.v_scale = work ? bkvi_part(h, BKVI_V_SCALE, slot) : NULL;
-            span.k_rest = bkvi_rest(h, BKVI_K, slot), span.v_rest = bkvi_rest(h, BKVI_V, slot);
+            span.k_rest = work ? bkvi_rest(h, BKVI_K, slot) : NULL;
+            span.v_rest = work ? bkvi_rest(h, BKVI_V, slot) : NULL;
             span.rests = bkvi_min(span.slots, slot < c->sink_slots ? BKVI_LANES : BKVI_PAGE);
             slot = span.last ? 0 : bkvi_block_slot(h, b + 1, &slots);
-            span.next_k = BKVI_SMALL ? NULL : bkvi_part(h, BKVI_K, slot) + (span.last ? beyond : 0);
-            span.next_v = BKVI_SMALL ? NULL : bkvi_part(h, BKVI_V, slot) + (span.last ? beyond : 0);
+            k = bkvi_part(h, BKVI_K, slot), v = bkvi_part(h, BKVI_V, slot);
+            span.next_k = k + span.last * beyond, span.next_v = v + span.last * beyond;
             for (r = 0; r < n; r += tile_rows) {
                 tile_rows = bkvi_min(size, n - r);
-                if (r || (span.last && !beyond)) span.next_k = span.next_v = NULL;
+                if (BKVI_SMALL || r || (span.last && !beyond)) span.next_k = span.next_v = NULL;
                 switch (BKVI_TYPE(c->cfg.kv_type) * 8 + tile_rows) {
 #define BKVI_X(type, rows)                                                                         \
     case (type)*8 + (rows): BKVI_FN(bkvi_attend_##type##_##rows)(c, t, &span, r); break;
