@@ -177,6 +177,7 @@ static void plain_close(void *state) {
 /* ---- the same three: a halving, the same as ours; products by theirs, the rest in plain C ---- */
 typedef struct halving {
     int kind;
+    const float *k, *v; /* of all blocks */
     naive_block *b;
     double *gram;  /* numkong's, the upper triangle */
     float *result; /* [128] weights, [128][dim] values, 0 of those that went */
@@ -186,8 +187,8 @@ static void *halving_open(const peer *self, const peer_task *task) {
     halving *h = (halving *)calloc(1, sizeof *h);
     h->kind = kind_of(self);
     h->b = (naive_block *)allocate(sizeof *h->b);
-    h->b->k = task->k;
-    h->b->v = task->v;
+    h->k = task->k;
+    h->v = task->v;
     h->b->u = task->u;
     h->b->d = task->dim;
     h->b->moves = strstr(task->type, "unmoved") == NULL;
@@ -209,10 +210,11 @@ static void gram(halving *h, const float *x, float *to) {
 #endif
 #ifdef PEERS_NUMKONG
     if (h->kind == NUMKONG) {
-        size_t i, j;
+        size_t i, j, a;
         NK_GRAM(x, BLOCK, d, d * sizeof(float), h->gram, BLOCK * sizeof(double), 0, BLOCK);
-        for (i = 0; i < BLOCK; i++)
-            for (j = 0; j <= i; j++) to[i * BLOCK + j] = (float)h->gram[j * BLOCK + i];
+        for (i = 0; i < BLOCK; i += 16) /* turned, in squares */
+            for (j = 0; j < i + 16; j++)
+                for (a = i; a < i + 16; a++) to[a * BLOCK + j] = (float)h->gram[j * BLOCK + a];
     }
 #endif
 }
@@ -223,8 +225,8 @@ static void steps(halving *h) {
     int d = (int)b->d, n = (int)b->n;
     if (h->kind == SSYRK || h->kind == SGEMM) {
         PEERS_BLAS(cblas_sgemm)
-        (CblasRowMajor, CblasNoTrans, CblasNoTrans, n, d, BLOCK, -0.5f, b->c, BLOCK, b->v_centred, d,
-         0.0f, b->step, d);
+        (CblasRowMajor, CblasNoTrans, CblasNoTrans, n, d, BLOCK, -0.5f, b->c, BLOCK, b->v_centred,
+         d, 0.0f, b->step, d);
         PEERS_BLAS(cblas_strsm)
         (CblasRowMajor, CblasLeft, CblasLower, CblasNoTrans, CblasUnit, n, d, 1.0f, b->among, PAGE,
          b->step, d);
@@ -238,7 +240,8 @@ static void halving_run(void *state, size_t copy) {
     halving *h = (halving *)state;
     naive_block *b = h->b;
     float mean[MAX_DIM];
-    (void)copy;
+    b->k = h->k + copy * BLOCK * b->d;
+    b->v = h->v + copy * BLOCK * b->d;
     naive_centre(b->v, mean, b->v_centred, b->d);
     naive_centre(b->k, b->mean, b->k_centred, b->d);
     gram(h, b->k_centred, b->kk);
@@ -432,20 +435,21 @@ static void graph_close(void *state) {
 #define EXP exp_open, exp_run, exp_result, exp_close
 #define GRAPH graph_open, graph_run, graph_result, graph_close
 
-/* Tolerances. ggml's flash attention sums values of f16 in f16. */
+/* Tolerances. ggml's flash attention sums values of f16 in f16. Of a halving one token kept instead
+   of another is an error of about 0.2: a tie that rounding decides would look like that. */
 static const peer all[] = {
-    {"naive", "halve", "f32 unmoved", 1e-4, HALVING},
+    {"naive", "halve", "f32 unmoved", 1e-5, HALVING},
     {"naive", "attend", "f32", 1e-4, PLAIN},
     {"libm", "exp", "f32", 1e-6, EXP},
     {"naive", "exp", "f32", 1e-6, EXP},
 #ifdef PEERS_OPENBLAS
-    {"openblas_ssyrk", "halve", "f32 unmoved", 1e-4, HALVING},
-    {"openblas_sgemm", "halve", "f32 unmoved", 1e-4, HALVING},
+    {"openblas_ssyrk", "halve", "f32 unmoved", 1e-5, HALVING},
+    {"openblas_sgemm", "halve", "f32 unmoved", 1e-5, HALVING},
     {"openblas_sgemm", "attend", "f32", 1e-4, PLAIN},
     {"openblas_sgemv", "attend", "f32", 1e-4, PLAIN},
 #endif
 #ifdef PEERS_NUMKONG
-    {"numkong", "halve", "f32 unmoved", 1e-4, HALVING},
+    {"numkong", "halve", "f32 unmoved", 1e-5, HALVING},
     {"numkong", "attend", "f32", 1e-4, PLAIN},
 #endif
 #ifdef PEERS_GGML

@@ -12,14 +12,14 @@ typedef struct peer_task {
     size_t n_q_heads, n_kv_heads, dim;
     size_t n, n_queries; /* tokens; queries: of the last tokens, causal */
     size_t copies;       /* of K and V, used in turn: more than the caches hold, or 1 */
-    const float *k, *v;  /* [n][n_kv_heads][dim] */
+    const float *k, *v;  /* [n][n_kv_heads][dim]; halve: as many blocks as copies */
     const float *q;      /* [n_queries][n_q_heads][dim]; exp: [n] */
     const float *u;      /* halve: the random numbers of the draw, [128], in [0, 1) */
 } peer_task;
 
 typedef struct peer {
     const char *name, *work, *types;
-    double tolerance; /* of its relative error against the same in double */
+    double tolerance; /* of its relative error against the same in double; halve: against ours */
     void *(*open)(const struct peer *self, const peer_task *task);
     void (*run)(void *state, size_t copy);
     /* Of the last run. attend, prefill: [n_queries][n_q_heads][dim]; exp: [n]; halve: [128] weights

@@ -124,33 +124,42 @@ static void draw(const float *chance, const float *u, unsigned char *keep) {
 
 /* One round of exchanges; K is symmetric. */
 static void exchange(naive_block *b) {
-    const float *k = b->vv;
-    float f[BLOCK], *y = b->lack, *p = b->chance;
-    size_t i, j, a;
+    const float *k = b->vv, *up = b->inverse;
+    float f[BLOCK], own[BLOCK], fall[BLOCK], *y = b->lack;
+    size_t i, j;
     for (i = 0; i < BLOCK; i++) {
         f[i] = 0.0f;
         for (j = 0; j < BLOCK; j++) f[i] += k[i * BLOCK + j] * y[j];
+        own[i] = b->keep[i] ? 1e30f : up[i] * up[i] * k[i * (BLOCK + 1)]; /* who may come */
     }
     for (i = 0; i < BLOCK; i++) {
-        float least = 0.0f, up = 1.0f / p[i], fall[BLOCK];
-        size_t best = BLOCK;
-        if (!b->keep[i] || p[i] >= 1.0f) continue;
-        for (j = 0; j < BLOCK; j++) {
-            float down = 1.0f / p[j];
-            fall[j] = 2.0f * (up * f[i] - down * f[j] - up * down * k[i * BLOCK + j]) +
-                      up * up * k[i * BLOCK + i] + down * down * k[j * BLOCK + j];
-        }
+        const float *row = k + i * BLOCK, *other;
+        const float alone = up[i] * up[i] * row[i], at_first = 2.0f * up[i] * f[i] + alone;
+        float least = 0.0f;
+        if (!b->keep[i] || b->chance[i] >= 1.0f) continue;
         for (j = 0; j < BLOCK; j++)
-            if (!b->keep[j] && fall[j] < least) least = fall[j], best = j;
-        if (best == BLOCK) continue;
-        b->keep[i] = 0, b->keep[best] = 1;
-        y[i] = 1.0f, y[best] = 1.0f - 1.0f / p[best];
-        for (a = 0; a < BLOCK; a++)
-            f[a] += up * k[i * BLOCK + a] - k[best * BLOCK + a] / p[best];
+            fall[j] = at_first + own[j] - 2.0f * up[j] * (f[j] + up[i] * row[j]);
+        for (j = 0; j < BLOCK; j++) least = fall[j] < least ? fall[j] : least;
+        if (least >= 0.0f) continue;
+        for (j = 0; fall[j] > least;) j++;
+        other = k + j * BLOCK;
+        b->keep[i] = 0, b->keep[j] = 1;
+        y[i] = 1.0f, y[j] = 1.0f - up[j];
+        own[i] = alone, own[j] = 1e30f;
+        for (size_t a = 0; a < BLOCK; a++) f[a] += up[i] * row[a] - up[j] * other[a];
     }
 }
 
-/* From the Gram matrices to those who stay. */
+/* The lower triangle, turned, becomes the upper one, in squares that stay in the cache. */
+static void mirror(float *x) {
+    size_t i, j, a, c;
+    for (i = 0; i < BLOCK; i += 16)
+        for (j = 0; j <= i; j += 16)
+            for (a = i; a < i + 16; a++)
+                for (c = j; c < j + 16 && c < a; c++) x[c * BLOCK + a] = x[a * BLOCK + c];
+}
+
+/* From the Gram matrices, of which the lower triangles count, to those who stay. */
 void naive_choose(naive_block *b) {
     const float scale = 0.1f / sqrtf((float)b->d);
     float score[BLOCK], most = 0.0f, constant = 0.0f;
@@ -168,15 +177,15 @@ void naive_choose(naive_block *b) {
             b->vv[i * BLOCK + j] =
                 e * (b->vv[i * BLOCK + j] + constant) * b->factor[i] * b->factor[j];
         }
-    for (i = 0; i < BLOCK; i++)
-        for (j = 0; j < i; j++) {
-            b->kk[j * BLOCK + i] = b->kk[i * BLOCK + j];
-            b->vv[j * BLOCK + i] = b->vv[i * BLOCK + j];
-        }
+    mirror(b->vv);
+    if (b->moves) mirror(b->kk);
     weigh(b, score);
     to_chances(score, b->chance);
     draw(b->chance, b->u, b->keep);
-    for (i = 0; i < BLOCK; i++) b->lack[i] = b->keep[i] ? 1.0f - 1.0f / b->chance[i] : 1.0f;
+    for (i = 0; i < BLOCK; i++) {
+        b->inverse[i] = 1.0f / b->chance[i];
+        b->lack[i] = b->keep[i] ? 1.0f - b->inverse[i] : 1.0f;
+    }
     exchange(b);
 }
 
@@ -232,7 +241,7 @@ void naive_keep(naive_block *b) {
                 b->v[i * b->d + j] - (moves ? b->chance[i] * b->step[moved * b->d + j] : 0.0f);
         }
         moved += (size_t)moves;
-        b->weight[n++] = 1.0f / b->chance[i];
+        b->weight[n++] = b->inverse[i];
     }
 }
 

@@ -3,7 +3,8 @@
 
     build/bench/speed --peers --json >speed.json 2>speed.log
     report.py bars speed.json MORE..    the bars the project set itself, and what was measured; a
-                                        column more for each file of another compiler
+                                        column more for each file of another
+                                        compiler or CPU
     report.py summary speed.json        the most telling rows of the next two
     report.py shares speed.json         share of the machine's limit
     report.py peers speed.json          other implementations, in multiples of our time
@@ -54,8 +55,8 @@ def name_of(row):
 
 
 def chosen(rows):
-    """Of rows that differ only in n: for attend and prefill the one next to 4096. Those with a draft,
-    and of the kernel matrix alone, are there for bars_of()."""
+    """Of rows that differ only in n: for attend and prefill the one next to 4096. Those with a
+    draft, and of the kernel matrix alone, are there for bars_of()."""
     group = collections.defaultdict(list)
     for r in rows:
         if r["type"] in ("f16 draft", "f32 gram"):
@@ -211,8 +212,8 @@ def growth(path):
 
 
 def bars_of(path):
-    """Lines of (bar, wanted, measured, met, what it takes): of bars against others the share of
-    the machine's limit at which they would be met, of those in memory what it is in the cache."""
+    """Lines of (bar, wanted, measured, met, beside it): of bars against others the share of the
+    limit at which they would be met, of those in memory what the time in the cache would be."""
     rows = read(path)
 
     def find(case, **want):
@@ -238,7 +239,7 @@ def bars_of(path):
         ends = ["%.0f %%" % (100 * x) for x in (min(values), max(values))]
         return " .. ".join(dict.fromkeys(ends))
 
-    def bar(text, wanted, values, form="%.2f", most=False, takes=""):
+    def bar(text, wanted, values, form="%.2f", most=False, beside=""):
         if not values:
             lines.append([text, wanted, "not measured", "", ""])
             return
@@ -248,25 +249,22 @@ def bars_of(path):
         met = worst <= limit if most else worst >= limit
         shown = " .. ".join(dict.fromkeys(form % x for x in (min(values), max(values))))
         lines.append([text, wanted, percent(values) if "%" in wanted else shown,
-                      "yes" if met else "no", takes])
+                      "yes" if met else "no", beside])
 
     def against(text, wanted, found, form="%.2f"):
         """Times another system: found as of ratios()."""
         takes = [wanted / x * share for x, share in found if share]
         bar(text, ">= %g" % wanted, [x for x, _ in found], form,
-            takes=percent(takes) if takes else "")
+            beside="met at " + percent(takes) if takes else "")
 
     def cold(text, wanted, **want):
-        """In memory; beside it the share that the time in the cache would be, by its tokens."""
+        """In memory; beside it the share that the time in the cache would be."""
         free = []
         for r in find("attend_cold", backend=wide, **want):
-            hot = min((h for h in find("attend_hot", backend=wide, type=r["type"], d=r["d"],
-                                       group=r["group"])),
-                      key=lambda h: abs(math.log(h["n"] / r["n"])), default=None)
-            if hot:
-                free.append(r["share_of_limit"] * r["ns"] / r["n"] / (hot["ns"] / hot["n"]))
+            free += [r["share_of_limit"] * r["ns"] / hot["ns"] for hot in find(
+                "attend_hot", backend=wide, **{k: r[k] for k in ("type", "d", "group", "n")})]
         bar(text, wanted, share("attend_cold", backend=wide, **want),
-            takes="in the cache it is " + percent(free) if free else "")
+            beside="in the cache " + percent(free) if free else "")
 
     halvings = (("f32", ""), ("f32 unmoved", ", no values moved"),
                 ("f32 gram", ", kernel matrix alone"))
@@ -328,8 +326,7 @@ def bars_of(path):
         bar("append d %d, after 1M tokens over after 1k" % d, "<= 1.15",
             [ends[-1]["ns"] / ends[0]["ns"]] if len(ends) > 1 else [], most=True)
     for kind, where in (("f16", "in the cache"), ("f16 cold", "in memory")):
-        bar("two threads over one, %s" % where, ">= 1.9",
-            [r["ratio_to"]["one_thread"] for r in find("threads", type=kind) if r["ratio_to"]])
+        against("two threads over one, %s" % where, 1.9, ratios("threads", "one_thread", type=kind))
     return lines
 
 
@@ -338,11 +335,17 @@ def compiler_of(path):
     return words[1] + " " + next(w for w in words[2:] if w[0].isdigit()).split(".")[0]
 
 
+def heading(path):
+    """The compiler, and what else the name of the file says: speed-zen5."""
+    name = os.path.splitext(os.path.basename(path))[0].partition("-")[2]
+    compiler = compiler_of(path)
+    return compiler if not name or compiler.startswith(name) else compiler + ", " + name
+
+
 def bars(path, *others):
     """The first file says which bars; of others only what they measured."""
     more = [dict((line[0], line[2]) for line in bars_of(other)) for other in others]
-    head = ["bar", "wanted", compiler_of(path), "met", "takes"]
-    return table(head + list(map(compiler_of, others)),
+    return table(["bar", "wanted", heading(path), "met", "beside it"] + list(map(heading, others)),
                  [line + [m.get(line[0], "") for m in more] for line in bars_of(path)])
 
 

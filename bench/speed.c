@@ -27,7 +27,7 @@
 #define BENCH_FLAGS "unknown flags"
 #endif
 
-enum { RING = 4096, MAX_ENTRIES = 96, PREFILL = 512 };
+enum { RING = 4096, MAX_ENTRIES = 96, PREFILL = 512, TEAM_RUN = 16, STRETCHES = 8 };
 
 /* ---- options and output ---- */
 static struct {
@@ -171,6 +171,7 @@ static double sample_read(void *self, size_t repeats) {
     }
     return now_ns() - start;
 }
+static double sample_readers(void *self, size_t repeats); /* two threads */
 static reader *memory_reader(void) {
     static reader r;
     if (!r.data) {
@@ -264,7 +265,8 @@ static void run_race(void) {
         }
         if (r->bytes > 0.0 && !memory) {
             memory = n_entries;
-            enter(r, LIMIT_READ, "read", sample_read, memory_reader());
+            enter(r, LIMIT_READ, "read", r->cores > 1.0 ? sample_readers : sample_read,
+                  memory_reader());
         }
     }
     race(list, n_entries, &opt.rules);
@@ -279,7 +281,9 @@ static void run_race(void) {
                 part = r->flops / ns / fma_gflops(list[j].best, entries[j].lanes) / r->cores;
                 if (part > share) share = part, of = "FMA";
             } else if (entries[j].role == LIMIT_READ && r->bytes > 0.0) {
-                part = r->bytes / ns / ((double)memory_reader()->stretch / list[j].best);
+                part = (double)memory_reader()->stretch;
+                if (r->cores > 1.0) part *= 2 * TEAM_RUN * STRETCHES;
+                part = r->bytes / ns / (part / list[j].best);
                 if (part > share) share = part, of = "read";
             }
         }
@@ -537,7 +541,7 @@ static uint64_t halvings(const bkv_cache *c) {
     return bkv_stats(c, &s) == BKV_OK ? s.halvings : 0;
 }
 
-/* One append in 64 halves; only that one is timed. */
+/* One append in 64 halves; only that one is timed. No queries are seen, as peers see none. */
 static double sample_halving(void *self, size_t repeats) {
     pool *p = (pool *)self;
     bkv_cache *c = &p->cache[0];
@@ -546,7 +550,6 @@ static double sample_halving(void *self, size_t repeats) {
     size_t i;
     for (i = 0; i < repeats; i++) {
         append(c, p->t, p->seen[0], 63);
-        attend(c, p->t, p->out);
         start = now_ns();
         append(c, p->t, p->seen[0] + 63, 1);
         ns += now_ns() - start;
@@ -567,6 +570,7 @@ static pool *make_halver(const bkv_config *cfg, const tokens *t) {
 
 static double halving_flops(unsigned d) { return 2.0 * (128 * 127 / 2) * 2.0 * d; }
 
+enum { BLOCKS = 4 }; /* that peers halve in turn, as many floats as the cache has */
 /* What the first halving made of its 128 tokens: weights, then values, 0 of those that went. */
 static double *first_halving(bkv_cache *c, size_t sinks, size_t d) {
     double *out = (double *)allocate(128 * (1 + d) * sizeof *out);
@@ -633,7 +637,7 @@ static void enter_reference(const row *r, unsigned d) {
 static void halve_row(const char *name, const char *type, unsigned d) {
     row r = {name, type, d, 1, 128, 1.0, halving_flops(d), 0.0, 1.0};
     const shape s = {1, 1, d};
-    peer_task task = {"halve", type, 1, 1, d, 128, 0, 1, NULL, NULL, NULL, NULL};
+    peer_task task = {"halve", type, 1, 1, d, 128, 0, BLOCKS, NULL, NULL, NULL, NULL};
     target want = {NULL, 128 * (1 + (size_t)d), 128 * (1 + (size_t)d), 1, attention_error};
     int gram = strstr(type, "gram") != NULL;
     bkv_stats_info info;
@@ -1215,15 +1219,21 @@ static void case_worst_append(const char *name) {
 
 /* ---- threads: two of the caller's share the KV heads of each attend ---- */
 typedef struct team {
-    pool *p;
+    pool *p; /* NULL: they read memory, some stretches each */
     unsigned step, done; /* operations begun; finished by the second thread */
     size_t repeats;
 } team;
 
-static void attend_share(pool *p, size_t i, uint32_t ith, uint32_t nth) {
-    require(bkv_attend(&p->cache[(p->at + i) % p->copies], bkv_dense(p->t->q, BKV_F32), p->out, ith,
-                       nth),
-            "bkv_attend");
+static void do_share(const team *x, size_t i, uint32_t ith) {
+    const pool *p = x->p;
+    const reader *r = memory_reader();
+    size_t j;
+    for (j = 0; !p && j < STRETCHES; j++)
+        read_loop(r->data + ((2 * i + ith) * STRETCHES + j) * r->stretch % r->bytes, r->stretch);
+    if (p)
+        require(bkv_attend(&p->cache[(p->at + i) % p->copies], bkv_dense(p->t->q, BKV_F32), p->out,
+                           ith, 2),
+                "bkv_attend");
 }
 /* Spins, as a decode loop would; gives way now and then, in case both are on one core. */
 static void wait_for(const unsigned *counter, unsigned value) {
@@ -1237,14 +1247,13 @@ static void *second_thread(void *self) {
     __atomic_store_n(&x->done, 1, __ATOMIC_RELEASE); /* here */
     for (i = 0; i < x->repeats; i++) {
         wait_for(&x->step, (unsigned)i + 1);
-        attend_share(x->p, i, 1, 2);
+        do_share(x, i, 1);
         __atomic_store_n(&x->done, (unsigned)i + 2, __ATOMIC_RELEASE);
     }
     return NULL;
 }
-/* An operation is TEAM_RUN attends, and as many before the clock starts: a new thread finds nothing
+/* An operation is TEAM_RUN steps, and as many before the clock starts: a new thread finds nothing
    of its share in the cache of its core. */
-enum { TEAM_RUN = 16 };
 static double sample_team(void *self, size_t repeats) {
     team *x = (team *)self;
     pthread_t second;
@@ -1257,13 +1266,18 @@ static double sample_team(void *self, size_t repeats) {
     for (i = 0; i < x->repeats; i++) {
         if (i == TEAM_RUN) ns = now_ns();
         __atomic_store_n(&x->step, (unsigned)i + 1, __ATOMIC_RELEASE);
-        attend_share(x->p, i, 0, 2);
+        do_share(x, i, 0);
         wait_for(&x->done, (unsigned)i + 2);
     }
     ns = now_ns() - ns;
     pthread_join(second, NULL);
-    x->p->at = (x->p->at + x->repeats) % x->p->copies;
+    if (x->p) x->p->at = (x->p->at + x->repeats) % x->p->copies;
     return ns;
+}
+static double sample_readers(void *self, size_t repeats) {
+    team x = {NULL, 0, 0, 0};
+    (void)self;
+    return sample_team(&x, repeats);
 }
 
 static void case_threads(const char *name) {
@@ -1279,7 +1293,7 @@ static void case_threads(const char *name) {
         double rows = (double)n * s->kv_heads;
         row r = {
             name, types[i], s->d, s->group, n, TEAM_RUN, TEAM_RUN * 4.0 * rows * s->group * s->d,
-            0.0,  2.0};
+            i ? TEAM_RUN * 4.0 * rows * s->d : 0.0, 2.0};
         row single = r;
         tokens t;
         team x[8];

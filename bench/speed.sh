@@ -3,11 +3,10 @@
 #     bench/results/speed.json, speed.log     what bench/speed printed
 #     bench/growth.svg, shares.svg, peers.svg pictures of it
 #     README.md, bench/README.md              the tables between their marks
-# Needs build/bench/speed, matplotlib (tests/requirements.txt), and a quiet machine for three
-# quarters of an hour with all peers.
+# Needs build/bench/speed, matplotlib (tests/requirements.txt), and a quiet machine: with all peers
+# for a quarter to three quarters of an hour.
 # Environment: RUN, a command before each part, e.g. RUN='chrt -f 1'; LENGTHS, the tokens of attend
-# in memory and of prefill; PEER_LENGTHS, those of them with peers. A second compiler gets a column of
-# the bars:
+# in memory; PEER_LENGTHS, those of them with peers. A second compiler gets a column of the bars:
 #     CC=clang-16 meson setup build-clang && ninja -C build-clang
 #     BUILD=build-clang NAME=speed-clang sh bench/speed.sh
 set -eu
@@ -42,19 +41,22 @@ part() { # command.., of a part that is a share of the whole
         exit 1
     }
 }
+shapes='d64,g3 d128,g4 d64,g7 d128,g2'
 # shellcheck disable=SC2086
 for case in $($program --list | cut -d ' ' -f 1); do
     case $case in
-    attend_hot | attend_cold | prefill) # in parts of a minute or two
-        for shape in 'd64 g3' 'd128 g4' 'd64 g7' 'd128 g2'; do
-            if [ $case = attend_hot ]; then # it has lengths of its own
-                part ${RUN:-} $program --case $case --filter "$shape " "$@"
-                continue
-            fi
+    attend_hot | prefill) # in parts of a minute or two
+        for shape in $shapes; do
+            part ${RUN:-} $program --case $case --filter "$(echo $shape | tr , ' ') " "$@"
+        done
+        ;;
+    attend_cold)
+        for shape in $shapes; do
             for n in ${LENGTHS:-1024 4096 16384 65536}; do
+                filter="$(echo $shape | tr , ' ') n$n "
                 case " ${PEER_LENGTHS:-$n} " in
-                *" $n "*) part ${RUN:-} $program --case $case --filter "$shape n$n " "$@" ;;
-                *) part ${RUN:-} $program --case $case --filter "$shape n$n " ;;
+                *" $n "*) part ${RUN:-} $program --case $case --filter "$filter" "$@" ;;
+                *) part ${RUN:-} $program --case $case --filter "$filter" ;;
                 esac
             done
         done

@@ -173,16 +173,28 @@ def build_peers(folder, changed=("", "")):
 
 
 def test_peers(folder):
-    good, bad = os.path.join(folder, "good"), os.path.join(folder, "bad")
-    check(build_peers(good) and build_peers(bad, ("+ constant)", "- constant)")), "peers.c builds")
+    good, bad, unmoved = (os.path.join(folder, name) for name in ("good", "bad", "unmoved"))
+    check(build_peers(good) and build_peers(bad, ("+ constant)", "- constant)")) and build_peers(
+        unmoved, ("(b->lack[j] - missing / sum)", "b->lack[j]")), "peers.c builds")
     r = run("--quick", "--json", "--case", "halve,exp", "--peers=" + good)
     rows = rows_of(r.stdout)
     check(r.returncode == 0 and rows and all(
         ("naive" in row["ratio_to"]) == (row["type"] != "f32 gram") for row in rows),
         "naive is beside every row but those of the kernel matrix alone: " + r.stderr)
     path = os.path.join(folder, "peers.json")
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(r.stdout)
+    for end, text in ((".json", r.stdout), (".log", r.stderr)):
+        with open(path[:-5] + end, "w", encoding="utf-8") as f:
+            f.write(text)
+    bars = {line[0]: line for line in report.bars_of(path)}
+    row = min((r for r in report.best_rows(rows) if r["d"] == 64 and r["type"] == "f32"),
+              key=lambda r: r["ns"])
+    want = 4.5 / row["ratio_to"]["naive"] * row["share_of_limit"]
+    check(bars["halving d 64, times naive"][4] == "met at %.0f %%" % (100 * want),
+          "bars: the share at which one is met: %s" % bars["halving d 64, times naive"])
+    r = run("--quick", "--json", "--case", "halve", "--filter", " f32", "--peers=" + unmoved)
+    check(r.returncode == 1 and all(
+        bool(row["ratio_to"]) == (row["type"] == "f32 unmoved") for row in rows_of(r.stdout)),
+        "one that moves values elsewhere is left out only where they move: " + r.stderr)
     r = run("--quick", "--json", "--case", "halve", "--peers=" + bad)
     rows = rows_of(r.stdout)
     check(r.returncode == 1 and rows and not any(row["ratio_to"] for row in rows),
