@@ -31,11 +31,11 @@ enum { RING = 4096, MAX_ENTRIES = 96, PREFILL = 512, TEAM_RUN = 16, STRETCHES = 
 
 /* ---- options and output ---- */
 static struct {
-    int json, quick, peers;
+    int json, quick, peers, rows; /* rows: only to be named */
     const char *cases, *backends, *filter;
     size_t pool_bytes; /* what a cold case cycles through */
     race_rules rules;
-} opt = {0, 0, 0, NULL, NULL, "", (size_t)256 << 20, {60, 5, 3e5, 2e9}};
+} opt = {0, 0, 0, 0, NULL, NULL, "", (size_t)256 << 20, {60, 5, 3e5, 2e9}};
 static int failures;
 
 static void die(const char *format, ...) {
@@ -145,7 +145,8 @@ static size_t n_wanted;
 static int wanted(const row *r) {
     int is = strstr(label(r), opt.filter) != NULL;
     n_wanted += (size_t)is;
-    return is;
+    if (is && opt.rows) puts(label(r));
+    return is && !opt.rows;
 }
 
 /* The limits as contenders: 128 turns of the FMA loop; a stretch of memory. */
@@ -800,8 +801,8 @@ static void redraft(pool *p, size_t n) {
     }
 }
 
-/* With weights: of twice as many tokens as fit, and some more, as the error is estimated where a page
-   ends. With a softcap. As (max, sum) partials. With a draft, which is without learning. Beside
+/* With weights: of twice as many tokens as fit, and some more, as the error is estimated where a
+   page ends. With a softcap. As (max, sum) partials. With a draft, which is without learning. Beside
    each, `plain`: as many tokens without. */
 static void attend_variant(const char *name, const shape *s, size_t n, const char *type, int cold) {
     int weights = strstr(type, "weights") != NULL, partial = strstr(type, "partial") != NULL;
@@ -1485,7 +1486,8 @@ static void print_machine(void) {
 }
 
 static const char options[] =
-    "--case NAME,.. --backend NAME,.. --filter TEXT --peers[=DIR] --json --quick --list --help";
+    "--case NAME,.. --backend NAME,.. --filter TEXT --peers[=DIR] --json --quick --rows --list "
+    "--help";
 
 static int usage(const char *what, const char *argument) {
     size_t i;
@@ -1578,6 +1580,8 @@ int main(int argc, char **argv) {
             i++;
         } else if (!strcmp(a, "--json")) {
             opt.json = 1;
+        } else if (!strcmp(a, "--rows")) {
+            opt.rows = 1;
         } else if (!strcmp(a, "--quick")) {
             const race_rules few = {7, 3, 1e5, 3e8};
             opt.quick = 1;
@@ -1588,8 +1592,8 @@ int main(int argc, char **argv) {
             directory = a[7] ? a + 8 : NULL;
         } else if (!strcmp(a, "--list") || !strcmp(a, "--help")) {
             if (a[2] == 'h')
-                printf("usage: speed %s\nRows whose label contains the filter, as 'd64 g3'; peers as "
-                       "bench/peers.sh has installed them. Cases:\n",
+                printf("usage: speed %s\nRows whose label contains the filter, as 'd64 g3' (--rows "
+                       "names them); peers as bench/peers.sh has installed them. Cases:\n",
                        options);
             for (c = 0; c < N_CASES; c++) printf("%-12s %s\n", cases[c].name, cases[c].what);
             return 0;
@@ -1602,10 +1606,10 @@ int main(int argc, char **argv) {
     if (opt.backends && unknown_name(opt.backends, 1))
         return usage("no such backend here", unknown_name(opt.backends, 1));
     choose_backends();
-    print_machine();
-    if (opt.peers) find_peers(directory);
-    print_limits();
-    if (!opt.json)
+    if (!opt.rows) print_machine();
+    if (opt.peers && !opt.rows) find_peers(directory);
+    if (!opt.rows) print_limits();
+    if (!opt.json && !opt.rows)
         printf("\n%-12s %4s %3s %8s  %-9s %-7s %9s\n", "case", "d", "grp", "n", "type", "backend",
                "time");
     for (c = 0; c < N_CASES; c++)

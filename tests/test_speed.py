@@ -148,6 +148,27 @@ def test_backend():
     check(r.returncode == 0 and "exp" in r.stdout.splitlines()[-1], "the table")
 
 
+def test_script(folder):
+    """bench/speed.sh asks for rows that there are: one for which there is none ends it."""
+    shutil.copytree(BENCH, os.path.join(folder, "tree", "bench"))
+    shutil.copy(os.path.join(os.path.dirname(BENCH), "README.md"), os.path.join(folder, "tree"))
+    stub = os.path.join(folder, "tree", "build", "bench", "speed")
+    os.makedirs(os.path.dirname(stub))
+    with open(stub, "w", encoding="utf-8") as f:
+        f.write('#!/bin/sh\nexec "%s" --rows "$@"\n' % PROGRAM)
+    os.chmod(stub, 0o755)
+    r = subprocess.run(["sh", os.path.join("bench", "speed.sh")], capture_output=True, text=True,
+                       cwd=os.path.join(folder, "tree"), env=dict(os.environ, NAME="rows"))
+    check(r.returncode == 0, "speed.sh: " + r.stderr)
+    if r.returncode:
+        return
+    with open(os.path.join(folder, "tree", "bench", "results", "rows.json"), encoding="utf-8") as f:
+        named = f.read().splitlines()
+    check(len(named) > 100 and len(set(named)) == len(named), "speed.sh: every row once")
+    every = run("--rows").stdout.splitlines()
+    check(set(named) == set(every), "speed.sh: all rows: %s" % (set(every) ^ set(named)))
+
+
 def test_missing_peers(folder):
     r = run("--quick", "--json", "--case", "exp", "--peers=" + folder)
     check(r.returncode == 0 and rows_of(r.stdout), "without peers")
@@ -221,6 +242,8 @@ with tempfile.TemporaryDirectory() as where:
     lines = test_all_cases(where)
     test_backend()
     test_missing_peers(where)
+    if plot: # speed.sh wants it
+        test_script(where)
     test_pictures(lines, test_peers(where))
     test_insn()
 print("%d passed, %d failed" % tuple(counts))
