@@ -382,6 +382,9 @@ def main(args, commands, usage):
     if len(args) == 3 and args[0] == "update":
         update(*args[1:], commands)
     elif len(args) == 2 and args[0] in commands or len(args) > 2 and args[0] == "bars":
+        for path in args[1:]:
+            if not os.path.exists(path):
+                sys.exit("%s: no %s" % (os.path.basename(sys.argv[0]), path))
         print(commands[args[0]](*args[1:]), end="")
     else:
         sys.exit(usage)

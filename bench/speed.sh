@@ -17,7 +17,6 @@ if [ ! -x $program ]; then
     echo "speed.sh: no $program; first: meson setup build && ninja -C build" >&2
     exit 1
 fi
-PYTHONPATH=bench python3 -c 'import plot' || exit 1 # it says what is missing: now, not at the end
 case $# in
 0) ;;
 1) case $1 in --peers | --peers=?*) ;; *)
@@ -30,6 +29,7 @@ case $# in
     exit 2
     ;;
 esac
+PYTHONPATH=bench python3 -c 'import plot' || exit 1 # it says what is missing: now, not at the end
 mkdir -p bench/results
 new=$(mktemp -d)
 trap 'rm -rf "$new"' EXIT
