@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import statistics
 import sys
 from statistics import median
 
@@ -286,7 +285,7 @@ def bars_of(path):
             share("attend_hot", backend=wide, type="f16 " + variant, group=(3, 4, 7)))
     learning = [x for x, _ in ratios("attend_hot", "plain", type="f16 draft")]
     bar("attend in cache with learning, over without, median", "<= 1.02",
-        [statistics.median(learning)] if learning else [], "%.3f", most=True)
+        [median(learning)] if learning else [], "%.3f", most=True)
     for kind in dict.fromkeys(r["type"] for r in find("attend_cold") if " " not in r["type"]):
         cold("attend cold %s, group <= 4, of read (or FMA)" % kind, ">= 90 %", group=(2, 3, 4),
              type=kind)
