@@ -1586,7 +1586,7 @@ int main(int argc, char **argv) {
             const race_rules few = {7, 3, 1e5, 3e8};
             opt.quick = 1;
             opt.rules = few;
-            opt.pool_bytes = (size_t)32 << 20;
+            opt.pool_bytes = (size_t)128 << 20; /* in 32 MiB of L3 a pool may stay */
         } else if (!strncmp(a, "--peers", 7) && (!a[7] || (a[7] == '=' && a[8]))) {
             opt.peers = 1;
             directory = a[7] ? a + 8 : NULL;
