@@ -1483,11 +1483,12 @@ static void print_machine(void) {
 #endif
          __VERSION__ ", %s\n",
          bkv_version(), date, model, sysconf(_SC_NPROCESSORS_ONLN), load, BENCH_FLAGS);
+    if (small_pages) note("memory: small pages\n");
 }
 
 static const char options[] =
-    "--case NAME,.. --backend NAME,.. --filter TEXT --peers[=DIR] --json --quick --rows --list "
-    "--help";
+    "--case NAME,.. --backend NAME,.. --filter TEXT --peers[=DIR] --json --quick --small-pages "
+    "--rows --list --help";
 
 static int usage(const char *what, const char *argument) {
     size_t i;
@@ -1582,6 +1583,8 @@ int main(int argc, char **argv) {
             opt.json = 1;
         } else if (!strcmp(a, "--rows")) {
             opt.rows = 1;
+        } else if (!strcmp(a, "--small-pages")) {
+            small_pages = 1;
         } else if (!strcmp(a, "--quick")) {
             const race_rules few = {7, 3, 1e5, 3e8};
             opt.quick = 1;

@@ -146,6 +146,9 @@ def test_backend():
           "--backend, --filter")
     r = run("--quick", "--case", "exp")
     check(r.returncode == 0 and "exp" in r.stdout.splitlines()[-1], "the table")
+    check("small pages" not in r.stdout and
+          "\nmemory: small pages\n" in run("--quick", "--case", "exp", "--small-pages").stdout,
+          "--small-pages")
 
 
 def test_script(folder):
