@@ -17,8 +17,7 @@ static double now_ns(void) {
     return 1e9 * (double)t.tv_sec + (double)t.tv_nsec;
 }
 
-/* Zeroed and touched; on huge pages where the system has them, but with small_pages. */
-static int small_pages;
+/* Zeroed, on huge pages where the system has them, and touched. */
 static void *allocate(size_t bytes) {
     const size_t unit = (size_t)2 << 20;
     void *p = NULL;
@@ -28,7 +27,7 @@ static void *allocate(size_t bytes) {
                 bytes >> 20);
         exit(1);
     }
-    madvise(p, bytes, small_pages ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+    madvise(p, bytes, MADV_HUGEPAGE);
     memset(p, 0, bytes);
     return p;
 }

@@ -78,6 +78,7 @@ static int start_python(const char *directory, const char *script, const char *r
         close(to[1]);
         close(from[0]);
         if (!freopen("/dev/null", "w", stderr)) _exit(127);
+        setenv("THP_MEM_ALLOC_ENABLE", "1", 1); /* torch asks for huge pages, as all do here */
         execl(program, program, script, reference, (char *)NULL);
         _exit(127);
     }

@@ -6,8 +6,8 @@
 
 enum { BLOCK = 128, PAGE = 64, MAX_DIM = 512 };
 
-/* A halving: 128 tokens of weight 1, of a cache that saw no queries. Spared: weights beyond the
-   tokens seen, values too large to be stored. */
+/* A halving: 128 tokens of weight 1, of a cache that saw no queries. Left out, as they cannot
+   happen then: weights beyond the tokens seen, values too large to be stored. */
 typedef struct naive_block {
     const float *k, *v;                               /* [128][d] */
     const float *u;                                   /* random numbers */

@@ -1,6 +1,6 @@
 /* speed.c - how fast the cache is, as a share of what the machine can do and beside other systems.
 
-       build/bench/speed [--peers[=DIR]] [--json] [--quick] [--case NAME,..] [--backend NAME,..]
+       build/bench/speed [--peers[=DIR]] [--json] [--quick] [--case NAME,..] ..   (--help: all)
 
    Every line is one race (measure.h): the limits of the machine, our backends and the peers take
    turns in short samples, and the best sample of each counts. bench/README.md says what each case
@@ -17,6 +17,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "ceilings.h"
@@ -1285,7 +1286,7 @@ static void case_threads(const char *name) {
     static const char *const types[] = {"f16", "f16 cold"};
     size_t i, b;
     if (sysconf(_SC_NPROCESSORS_ONLN) < 2) {
-        note("threads: left out, there is one processor\n");
+        if (!opt.rows) note("threads: left out, there is one processor\n");
         return;
     }
     for (i = 0; i < 2; i++) {
@@ -1427,6 +1428,16 @@ static const struct {
 };
 enum { N_CASES = sizeof cases / sizeof *cases };
 
+/* Has this process memory on huge pages? */
+static int on_huge_pages(void) {
+    FILE *f = fopen("/proc/self/smaps_rollup", "r");
+    char line[256];
+    long kib = 0;
+    while (f && !kib && fgets(line, sizeof line, f)) sscanf(line, "AnonHugePages: %ld", &kib);
+    if (f) fclose(f);
+    return kib > 0;
+}
+
 /* The limits at a glance; each race measures those it needs again. */
 static void print_limits(void) {
     static const struct {
@@ -1448,6 +1459,7 @@ static void print_limits(void) {
         enter(&r, LIMIT_READ, levels[i].name, sample_read, &readers[i]);
     }
     enter(&r, LIMIT_READ, "memory", sample_read, memory_reader());
+    note("memory: %s pages\n", on_huge_pages() ? "huge" : "small");
     race(list, n_entries, &opt.rules);
     for (i = 0; i < n_entries; i++) {
         if (entries[i].role == LIMIT_FMA)
@@ -1483,7 +1495,6 @@ static void print_machine(void) {
 #endif
          __VERSION__ ", %s\n",
          bkv_version(), date, model, sysconf(_SC_NPROCESSORS_ONLN), load, BENCH_FLAGS);
-    if (small_pages) note("memory: small pages\n");
 }
 
 static const char options[] =
@@ -1584,7 +1595,7 @@ int main(int argc, char **argv) {
         } else if (!strcmp(a, "--rows")) {
             opt.rows = 1;
         } else if (!strcmp(a, "--small-pages")) {
-            small_pages = 1;
+            if (prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)) die("small pages: no such system call");
         } else if (!strcmp(a, "--quick")) {
             const race_rules few = {7, 3, 1e5, 3e8};
             opt.quick = 1;
@@ -1595,8 +1606,9 @@ int main(int argc, char **argv) {
             directory = a[7] ? a + 8 : NULL;
         } else if (!strcmp(a, "--list") || !strcmp(a, "--help")) {
             if (a[2] == 'h')
-                printf("usage: speed %s\nRows whose label contains the filter, as 'd64 g3' (--rows "
-                       "names them); peers as bench/peers.sh has installed them. Cases:\n",
+                printf("usage: speed %s\nRows whose label contains the filter, as 'd64 g3': --rows "
+                       "names them, a stream by where it begins. Peers as bench/peers.sh has "
+                       "installed them. Cases:\n",
                        options);
             for (c = 0; c < N_CASES; c++) printf("%-12s %s\n", cases[c].name, cases[c].what);
             return 0;
@@ -1615,8 +1627,14 @@ int main(int argc, char **argv) {
     if (!opt.json && !opt.rows)
         printf("\n%-12s %4s %3s %8s  %-9s %-7s %9s\n", "case", "d", "grp", "n", "type", "backend",
                "time");
-    for (c = 0; c < N_CASES; c++)
-        if (!opt.cases || listed(opt.cases, cases[c].name)) cases[c].run(cases[c].name);
+    for (c = 0; c < N_CASES; c++) {
+        size_t before = n_wanted;
+        if (opt.cases && !listed(opt.cases, cases[c].name)) continue;
+        cases[c].run(cases[c].name);
+        if (opt.cases && *opt.filter && n_wanted == before)
+            fprintf(stderr, "speed: no row of %s contains '%s'; --rows names them\n",
+                    cases[c].name, opt.filter);
+    }
     stop_python();
     if (*opt.filter && !n_wanted) {
         fprintf(stderr, "speed: no row contains '%s'; without --filter it shows all\n", opt.filter);
