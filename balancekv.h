@@ -1920,8 +1920,8 @@ BALANCEKV_API const char *bkv_backend_name(uint32_t backend) {
      load_f32, store_f32               the same at any address: of the state or a caller
      load_f16, _bf16, _i8, store_f16   the same, converted; to nearest even
      fused(x, y, z)                    x * y + z, rounded once; fma() is that, or BALANCEKV_FMA=0
-     fma_at(c, i, first, x, y)         c[i] * x + y, i a constant; may read up to c[i | 3]; `first`
-                                       of those that share x
+     fma_at(c, i, inside, x, y)        c[i] * x + y, i a constant; may read up to c[i | 3]; by the
+                                       multiply-add itself if `inside`
      sqrt(a)                           to nearest
      max(a, b), pick_gt(a, b, x, y)    per lane a > b ? a : b, a > b ? x : y
      any_gt(a, b), fold(a, add)        some lane a > b; the largest lane, or (add) their sum
@@ -2124,7 +2124,7 @@ BKVI_INLINE bkvi_vec bkvi_v(fma)(bkvi_vec x, bkvi_vec y, bkvi_vec z) {
     return product + z;
 #endif
 }
-BKVI_INLINE bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi_vec x,
+BKVI_INLINE bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int inside, bkvi_vec x,
                                     bkvi_vec y) {
 #if BKVI_PASS == BALANCEKV_SIMD_NEON && BALANCEKV_FMA && !BALANCEKV_SIMDE
     bkvi_vec four = bkvi_v(load)(c + i / 4 * 4);
@@ -2133,12 +2133,12 @@ BKVI_INLINE bkvi_vec bkvi_v(fma_at)(const float *c, const int i, int first, bkvi
            : i % 4 == 2 ? vfmaq_laneq_f32(y, x, four, 2)
                         : vfmaq_laneq_f32(y, x, four, 3);
 #elif BKVI_PASS == BALANCEKV_SIMD_AVX512 && BALANCEKV_FMA && !BALANCEKV_SIMDE
-    if (first) { /* Zen 4 broadcasts where it converts: 85 % of the FMA peak, with this 98 */
+    if (inside) { /* Zen 4 broadcasts where it converts: 85 % of the FMA peak, with this 98 */
         __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(y) : "v"(x), "m"(c[i]));
         return y;
     }
 #endif
-    (void)first;
+    (void)inside;
     return bkvi_v(fma)(bkvi_v(set)(c[i]), x, y);
 }
 
@@ -2381,6 +2381,7 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, uint32_t high, const int rows,
     const int regs = vecs * BKVI_REGS, steps = c_row ? 4 : 1;
     const int by_row = regs <= rows || BKVI_WIDTH == 16; /* the side that is held in registers */
     const int waits = BKVI_CLANG_X86 && (BKVI_WIDTH == 8 || (BKVI_WIDTH == 16 && rows == 4));
+    const int inside = type == BKV_F32 ? 1 : type < BKV_I8 ? 2 : rows; /* 2 loads a cycle suffice */
     bkvi_vec acc[96], a[16];
     uint32_t i;
     int t, s; /* accumulator t: row t / regs, register t % regs */
@@ -2404,7 +2405,7 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, uint32_t high, const int rows,
                     if (BKVI_ARCH_X86 && !BALANCEKV_SIMDE && type == BKV_F32 && rows > 1 && !waits)
                         BKVI_ROUND(a[v]); /* or gcc loads it anew for every FMA: 20-25 % */
                 }
-                acc[r * regs + v] = bkvi_v(fma_at)(c + (size_t)r * c_row, c_row ? s : r, r == 0,
+                acc[r * regs + v] = bkvi_v(fma_at)(c + (size_t)r * c_row, c_row ? s : r, r < inside,
                                                    a[v], acc[r * regs + v]);
                 if (waits) BKVI_WAIT(x, acc[r * regs + v]); /* or it spills a sum: half the speed */
             }
@@ -2984,18 +2985,17 @@ BKVI_INLINE void bkvi_k(attend_tile)(const int type, const int rows, const bkv_c
     const uint32_t k_units = bkvi_units((uint32_t)type, dim), all = (uint32_t)rows * BKVI_PAGE;
     const uint32_t v_units = bkvi_units((uint32_t)type, v_dim_pad), digits = type < BKV_I4 ? 1 : 2;
     const size_t es = bkvi_type_bytes((uint32_t)type), panel = (size_t)k_units * BKVI_LANES;
-    const int most = type < BKV_I4 || BKVI_VECS(rows) == 1 ? BKVI_VECS(rows) : 2; /* or it spills */
     const float *q = t->q + (size_t)first * dim, rest = 1.0f / bkvi_parts((uint32_t)type);
     const unsigned char *x, *next;
     uint32_t i, high, slots, from, n;
 #define BKVI_SCORES(vecs)                                                                          \
-    for (; vecs <= most && i + vecs <= (slots + BKVI_LANES - 1) / BKVI_LANES; i += vecs)           \
+    for (; vecs <= BKVI_VECS(rows) && (i + vecs - 1) * BKVI_LANES < slots; i += vecs)              \
     bkvi_k(tile_fma)(type, high, rows, vecs, x + i * panel * es, BKVI_LANES, panel, n,             \
                      q + from * (size_t)rows, 0, (size_t)rows, type < BKV_I8,                      \
                      t->scores + (size_t)i * BKVI_LANES, BKVI_PAGE,                                \
                      next ? next + i * panel * es : NULL)
 #define BKVI_VALUES(vecs)                                                                          \
-    for (; vecs <= most && i + vecs <= v_units / BKVI_LANES; i += vecs)                            \
+    for (; vecs <= BKVI_VECS(rows) && i + vecs <= v_units / BKVI_LANES; i += vecs)                 \
     bkvi_k(tile_fma)(type, high, rows, vecs, x + (size_t)i * BKVI_LANES * es, v_units, BKVI_LANES, \
                      slots, t->scores, BKVI_PAGE, 0, 0, out + (size_t)i * BKVI_LANES, v_dim_pad,   \
                      next ? next + (size_t)i * BKVI_LANES * BKVI_PAGE * es : NULL)
