@@ -1428,14 +1428,14 @@ static const struct {
 };
 enum { N_CASES = sizeof cases / sizeof *cases };
 
-/* Has this process memory on huge pages? */
+/* Is most of the reader's memory on huge pages? */
 static int on_huge_pages(void) {
     FILE *f = fopen("/proc/self/smaps_rollup", "r");
     char line[256];
     long kib = 0;
     while (f && !kib && fgets(line, sizeof line, f)) sscanf(line, "AnonHugePages: %ld", &kib);
     if (f) fclose(f);
-    return kib > 0;
+    return kib > (long)(opt.pool_bytes >> 11);
 }
 
 /* The limits at a glance; each race measures those it needs again. */

@@ -43,8 +43,9 @@ def plausible(row):
     if possible(row):
         return True
     full = run("--json", "--case", row["case"], "--backend", row["backend"], "--filter",
-               "d%d g%d " % (row["d"], row["group"])).stdout.splitlines() # where n may be another
+               "d%d g%d " % (row["d"], row["group"])).stdout.splitlines()
     same = [r for r in map(json.loads, full) if r["type"] == row["type"]]
+    same = [r for r in same if r["n"] == row["n"]] or same # the quick n may be none of the full ones
     return same != [] and all(map(possible, same))
 
 
