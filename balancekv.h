@@ -2381,7 +2381,7 @@ BKVI_INLINE void bkvi_k(tile_fma)(const int type, uint32_t high, const int rows,
     const int regs = vecs * BKVI_REGS, steps = c_row ? 4 : 1;
     const int by_row = regs <= rows || BKVI_WIDTH == 16; /* the side that is held in registers */
     const int waits = BKVI_CLANG_X86 && (BKVI_WIDTH == 8 || (BKVI_WIDTH == 16 && rows == 4));
-    const int inside = type == BKV_F32 ? 1 : type < BKV_I8 ? 2 : rows; /* best on Zen 4 */
+    const int inside = type == BKV_F32 ? 1 : type < BKV_I8 ? 2 : rows; /* chosen on Zen 4 */
     bkvi_vec acc[96], a[16];
     uint32_t i;
     int t, s; /* accumulator t: row t / regs, register t % regs */
